@@ -1,0 +1,1 @@
+"""Masked-autoencoder pre-training of Vision Transformers with decorrelated backpropagation (DBP)."""

@@ -1,0 +1,126 @@
+"""Plain modules to decorrelated ones and back, on any tree of `nn.Linear`.
+
+    convert_to_decorrelated(model, lambda module, name: ".layer." in name)   # swap, in place; R = I changes nothing
+    for name, layer in decorrelated_layers(model): ...                       # look
+    plain = fuse(model)                                                      # W <- W R, a plain copy
+
+Which layers: a predicate ``(module, name) -> bool`` on the names inside the given module; `nn.Linear` and patch
+projections (`nn.Conv2d` with stride = kernel size) are offered to it. Left out: sharing one R among several linears of
+a generic tree (q, k, v); two names for one tensor cannot be saved in safetensors, so a module that shares R owns it,
+as `DBPViTMAEAttention` does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from hf_dbp.layers import DecorrelatedLayer, DecorrelatedLinear, DecorrelatedPatchProjection, Fusable
+
+__all__ = ["all_linears", "convert_to_decorrelated", "decorrelated_layers", "fuse", "fused_state_dict"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def all_linears(module: nn.Module, name: str) -> bool:
+    """The predicate that takes every `nn.Linear` and leaves convolutions alone."""
+    return isinstance(module, nn.Linear)
+
+
+def convert_to_decorrelated(
+    module: ModuleT, predicate: Callable[[nn.Module, str], bool] = all_linears, *, naive: bool = False
+) -> ModuleT:
+    """Swap the chosen linear layers below ``module`` for decorrelated ones, in place, with R = I.
+
+    Args:
+        module: any tree of modules; it keeps its parameters, their names and their values.
+        predicate: called with each `nn.Linear` and `nn.Conv2d` that is not decorrelated yet and its dotted name.
+        naive: take the form z = R x, y = W z instead of the fused one.
+
+    Returns:
+        ``module`` itself.
+
+    Raises:
+        ValueError: no layer was chosen, ``module`` is itself a layer, a chosen convolution is no patch projection.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        raise ValueError("a layer cannot be swapped in place of itself; use DecorrelatedLinear.from_linear(layer)")
+    chosen = [
+        (name, child)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear | nn.Conv2d)
+        and not isinstance(child, DecorrelatedLayer)
+        and predicate(child, name)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"the predicate chose none of the linear layers of {type(module).__name__}; "
+            "print the names with `[name for name, _ in module.named_modules()]`"
+        )
+    for name, child in chosen:
+        swapped = (
+            DecorrelatedLinear.from_linear(child, naive=naive)
+            if isinstance(child, nn.Linear)
+            else DecorrelatedPatchProjection.from_conv(child, naive=naive)
+        )
+        set_submodule(module, name, swapped)
+    return module
+
+
+def set_submodule(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Put ``child`` in place of the submodule with this dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, child)
+
+
+def decorrelated_layers(module: nn.Module) -> Iterator[tuple[str, DecorrelatedLayer]]:
+    """The decorrelated layers below ``module`` (itself included) with their names, in a fixed order.
+
+    Each is a module with a `decorrelation`, whose R is shared by all weights of the layer.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, DecorrelatedLayer):
+            yield name, child
+
+
+def fuse_layer(name: str, layer: DecorrelatedLayer) -> nn.Module:
+    try:
+        return layer.fuse()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def fuse(module: nn.Module) -> nn.Module:
+    """A plain copy of ``module`` in which W R stands in place of (W, R); ``module`` itself stays as it is.
+
+    A `DBPViTMAEForPreTraining` gives a stock `ViTMAEForPreTraining`, decoder kept. Products are taken in float64.
+
+    Raises:
+        ValueError: a fused weight is not finite (the layer is named), or nothing below ``module`` is decorrelated.
+    """
+    if isinstance(module, Fusable):
+        return module.fuse()
+    fused = [(name, fuse_layer(name, layer)) for name, layer in decorrelated_layers(module)]
+    if not fused:
+        raise ValueError(f"{type(module).__name__} has no decorrelated layer to fuse; it is plain already")
+    plain = copy.deepcopy(module)
+    for name, layer in fused:
+        set_submodule(plain, name, copy.deepcopy(layer))
+    return plain
+
+
+def fused_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain module that ``module`` stands for: W R in place of (W, R), no key of ours.
+
+    Raises:
+        ValueError: a fused weight is not finite; the layer is named.
+    """
+    state = module.state_dict()
+    for name, layer in decorrelated_layers(module):
+        prefix = f"{name}." if name else ""
+        state |= {prefix + key: value for key, value in fuse_layer(name, layer).state_dict().items()}
+    ours = tuple(f"{name}.decorrelation." if name else "decorrelation." for name, _ in decorrelated_layers(module))
+    return {key: value for key, value in state.items() if not (ours and key.startswith(ours))}

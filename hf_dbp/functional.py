@@ -1,0 +1,151 @@
+"""The mathematics of decorrelated backpropagation (DBP) on plain tensors; everything else in the package calls this.
+
+One layer computes (paper eq. 1 to 3)
+
+    z = R x                decorrelated input
+    y = W z + b = A x + b  with A = W R                 the same function, one small product instead of a large one
+
+and after every optimizer step R takes one plain SGD step, from M sampled rows of x and without autograd (eq. 4):
+
+    S = z^T z / M          second moments of z, with d = diag(S)
+    C = (1 - kappa) * offdiag(S) + kappa * diag(d - 1)  kappa = 0 is the paper's eq. 5, read with z (see below)
+    R <- R - eta * C R
+
+C is taken from z, not from x as eq. 5 prints it: offdiag(x^T x) has zero trace, hence negative eigenvalues, and R would
+grow without bound. It is a mean over rows, so eta does not depend on the batch size. In the whitening term diag(d - 1)
+multiplies the rows of R.
+
+C R = (1 - kappa) * (S R - d * R) + kappa * (d - 1) * R needs S only through S R = z^T (z R) / M, which is cheaper than
+(z^T z) R when there are fewer rows than features.
+
+Shapes: N tokens, M sampled tokens, D = in_features, O = out_features, L layers of one shape.
+A leading ``...`` may be L: layers of one shape are updated as one batched product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "covariance_sums",
+    "decorrelated_linear",
+    "decorrelation_direction",
+    "decorrelation_metrics",
+    "fused_weight",
+    "sample_rows",
+]
+
+
+def decorrelated_linear(
+    x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None, R_DD: Tensor, *, naive: bool = False
+) -> Tensor:
+    """``y = W (R x) + b`` in the fused form ``(W R) x + b`` or, with ``naive``, as it is written (paper eq. 1 to 3).
+
+    Args:
+        x_ND: inputs, any number of leading dimensions.
+        weight_OD: weights W.
+        bias_O: bias b or None.
+        R_DD: decorrelation matrix, float32 (or float64 with float64 weights).
+        naive: decorrelate every token instead of the weights: for checks, and cheaper only when N < O.
+
+    Returns:
+        y_NO in the dtype that ``F.linear`` gives for x (autocast included).
+    """
+    if naive:
+        return F.linear(F.linear(x_ND, R_DD.to(x_ND.dtype)), weight_OD, bias_O)
+    A_OD = fused_weight(weight_OD, R_DD)
+    return F.linear(x_ND, A_OD.to(weight_OD.dtype), bias_O)
+
+
+def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
+    """``A = W R`` (paper eq. 3), differentiable in W.
+
+    Outside autocast the product is taken in the wider dtype of W and R (float32 on a GPU follows
+    ``torch.backends.cuda.matmul.allow_tf32``). Inside autocast it is W + W (R - I), where only the correction is
+    rounded to the autocast dtype: R = I leaves W untouched to the bit, and a product in strict float32 would cost more
+    than the layer itself on a fast GPU.
+
+    Returns:
+        A_OD in the wider dtype of W and R.
+    """
+    device = weight_OD.device.type
+    dtype = torch.promote_types(weight_OD.dtype, R_DD.dtype)
+    if not torch.is_autocast_enabled(device):
+        return weight_OD.to(dtype) @ R_DD.to(dtype)
+    low = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        excess_DD = R_DD - torch.eye(len(R_DD), dtype=R_DD.dtype, device=R_DD.device)
+        return weight_OD.to(dtype) + (weight_OD.to(low) @ excess_DD.to(low)).to(dtype)
+
+
+def covariance_sums(x_MD: Tensor, R_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """The two sums over rows that a step of R needs; sums over ranks are again such sums.
+
+    Args:
+        x_MD: sampled layer inputs (..., M, D), any floating dtype.
+        R_DD: decorrelation matrices (..., D, D).
+
+    Returns:
+        ``sum_m z z^T R`` (..., D, D) and ``sum_m z**2`` (..., D), in R's dtype.
+    """
+    z_MD = x_MD.to(R_DD.dtype) @ R_DD.mT
+    rows, features = z_MD.shape[-2:]
+    zzR_DD = z_MD.mT @ (z_MD @ R_DD) if rows < features else (z_MD.mT @ z_MD) @ R_DD
+    return zzR_DD, z_MD.square().sum(dim=-2)
+
+
+def decorrelation_direction(SR_DD: Tensor, d_D: Tensor, R_DD: Tensor, kappa: float = 0.0) -> Tensor:
+    """``C R``, the direction of the step ``R <- R - eta * C R`` (paper eq. 4 and 5; kappa from arXiv 2405.02385).
+
+    Args:
+        SR_DD: second moments of z times R, ``z^T z R / M`` (..., D, D).
+        d_D: mean squares of z (..., D).
+        R_DD: decorrelation matrices (..., D, D).
+        kappa: 0 decorrelates only, 1 normalises the variances to 1 only.
+    """
+    direction_DD = torch.addcmul(SR_DD, d_D.unsqueeze(-1), R_DD, value=-1.0)
+    if kappa:
+        direction_DD = (1.0 - kappa) * direction_DD + kappa * (d_D - 1.0).unsqueeze(-1) * R_DD
+    return direction_DD
+
+
+def decorrelation_metrics(S_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """How correlated the inputs of a layer are, from the second moments S = z^T z / M (..., D, D).
+
+    Returns:
+        The decorrelation loss ``sum(offdiag(S)**2) / D**2`` (paper Fig. 12), and the mean squared correlation, the mean
+        of ``S_ij**2 / (S_ii S_jj)`` over i != j, which a mere change of scale does not move. Shapes (...).
+    """
+    features = S_DD.shape[-1]
+    d_D = S_DD.diagonal(dim1=-2, dim2=-1)
+    squares_DD = S_DD.square()
+    loss = (squares_DD.sum(dim=(-2, -1)) - d_D.square().sum(dim=-1)) / features**2
+    scale_D = d_D.clamp_min(torch.finfo(S_DD.dtype).tiny).reciprocal()
+    normalised = (squares_DD * scale_D.unsqueeze(-1) * scale_D.unsqueeze(-2)).sum(dim=(-2, -1))
+    alive = (d_D > 0).sum(dim=-1)  # a feature that is always zero has no correlation
+    return loss, (normalised - alive) / max(features * (features - 1), 1)
+
+
+def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
+    """Indices of a stratified random sample: one row from each of ``num_samples`` equal runs of rows.
+
+    Every row has the same chance, none is drawn twice, images and positions are spread evenly. The draw is a hash of
+    (key, index): the same on every device, compiled or not, with no generator state and no host synchronisation.
+
+    Args:
+        num_rows: rows to choose from.
+        num_samples: rows to draw, at most ``num_rows``.
+        key: int64 scalar tensor; another key gives an independent sample.
+
+    Returns:
+        int64 indices (num_samples,), ascending, on ``key``'s device.
+    """
+    i_M = torch.arange(num_samples, device=key.device)
+    first_M = i_M * num_rows // num_samples
+    width_M = (i_M + 1) * num_rows // num_samples - first_M
+    h_M = i_M * 0x9E3779B97F4A7C1 + key  # a 64-bit mix in wrapping arithmetic (multiply, xor-shift, multiply)
+    h_M = (h_M ^ (h_M >> 30)) * 0x3F58476D1CE4E5B9
+    h_M = (h_M ^ (h_M >> 27)) * 0x14D049BB133111EB
+    return first_M + (h_M ^ (h_M >> 31)).bitwise_and(0x7FFFFFFFFFFF) % width_M

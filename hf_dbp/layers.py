@@ -1,0 +1,264 @@
+"""Layers that decorrelate their input: y = W (R x) + b.
+
+- `Decorrelation` holds R and keeps a sample of the rows it sees; it is what an update works on.
+- `DecorrelatedLinear` is an `nn.Linear` and `DecorrelatedPatchProjection` an `nn.Conv2d` (stride = kernel size) with a
+  `decorrelation`; both adopt the plain layer's parameters, under the same names, and turn back into it with `fuse()`.
+
+A forward in train mode gathers rows; `hf_dbp.update_decorrelation` uses and drops them. R is a Parameter with
+``requires_grad=False``: it is saved, moved and sharded like any other, but no optimizer updates it, no weight decay
+shrinks it, and DDP neither broadcasts nor reduces it (buffers are broadcast before every forward).
+
+Shapes: N tokens, M sampled tokens, D = in_features, O = out_features; images are B x C x H x W, patches are p x p.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_dbp.functional import decorrelated_linear, fused_weight, sample_rows
+
+__all__ = [
+    "DecorrelatedLayer",
+    "DecorrelatedLinear",
+    "DecorrelatedPatchProjection",
+    "Decorrelation",
+    "Fusable",
+    "RowSampling",
+]
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """How many of a layer's rows one optimizer step uses to estimate C.
+
+    Args:
+        fraction: of all token rows, in (0, 1]; the paper's subsample, 0.1.
+        floor: at least ``floor * D`` rows where the batch has them; None for no floor.
+        cap: at most ``cap * D`` rows; None for no cap.
+        shares: forwards that contribute to one step (micro-batches x processes); floor and cap are split among them.
+    """
+
+    fraction: float = 0.1
+    floor: float | None = None
+    cap: float | None = None
+    shares: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"the sample fraction must lie in (0, 1], got {self.fraction}; the paper uses 0.1")
+        for name, value in (("floor", self.floor), ("cap", self.cap)):
+            if value is not None and value <= 0:
+                raise ValueError(f"the row {name} is a positive multiple of the layer's in_features, got {value}")
+        if self.floor is not None and self.cap is not None and self.floor > self.cap:
+            raise ValueError(f"the row floor ({self.floor}) must not exceed the row cap ({self.cap})")
+
+    def num_samples(self, num_rows: int, num_features: int) -> int:
+        """Rows to draw from one forward with ``num_rows`` rows of ``num_features`` features."""
+        count = round(self.fraction * num_rows)
+        if self.floor is not None:
+            count = max(count, -int(-self.floor * num_features // self.shares))
+        if self.cap is not None:
+            count = min(count, int(self.cap * num_features) // self.shares)
+        return min(max(count, 1), num_rows)
+
+
+class Decorrelation(nn.Module):
+    """The decorrelation matrix R of one layer input, and the rows sampled from that input for the next update of R.
+
+    Attributes:
+        R: Parameter (D, D), float32, identity at the start, never touched by autograd or an optimizer.
+        sampling: how many rows each forward contributes.
+        gathering: whether forwards in train mode gather rows (an update schedule switches it).
+        rows: (M, D) rows gathered since the last update, or None.
+        key: int64 scalar tensor that decides which rows are drawn; `hf_dbp.seed_sampling` sets it.
+    """
+
+    R: nn.Parameter
+
+    def __init__(self, num_features: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.R = nn.Parameter(torch.empty(num_features, num_features, device=device), requires_grad=False)
+        self.sampling = RowSampling()
+        self.gathering = True
+        self.rows: Tensor | None = None
+        self.key: Tensor | None = None
+        self.reset_parameters()
+
+    @property
+    def num_features(self) -> int:
+        return self.R.shape[0]
+
+    def reset_parameters(self) -> None:
+        """Set R to the identity, at which the layer is the plain layer."""
+        with torch.no_grad():
+            nn.init.eye_(self.R)
+
+    def wants_rows(self) -> bool:
+        """Whether this forward contributes rows; the second one of gradient checkpointing, inside backward, does not."""
+        if not (self.training and self.gathering):
+            return False
+        # As torch.utils.module_tracker does; under torch.compile the recomputation is not traced by this code.
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+    def choose_rows(self, num_rows: int) -> Tensor | None:
+        """Indices (M,) of the rows that this forward contributes, or None for all of them."""
+        num_samples = self.sampling.num_samples(num_rows, self.num_features)
+        if num_samples == num_rows:
+            return None
+        key = torch.zeros((), dtype=torch.int64, device=self.R.device) if self.key is None else self.key
+        return sample_rows(num_rows, num_samples, key)
+
+    def keep(self, x_MD: Tensor) -> None:
+        """Add rows to those that the next update uses."""
+        self.rows = x_MD if self.rows is None else torch.cat([self.rows, x_MD])
+
+    def gather(self, x: Tensor) -> None:
+        """Keep a sample of the rows of ``x`` (..., D) when this forward contributes any."""
+        if self.wants_rows():
+            x_ND = x.detach().flatten(0, -2)
+            rows_M = self.choose_rows(len(x_ND))
+            self.keep(x_ND if rows_M is None else x_ND.index_select(0, rows_M))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decorrelation:
+        """R moves with the model but is never cast below float32, in which its small updates would be lost."""
+
+        def move(tensor: Tensor) -> Tensor:
+            target = fn(tensor[:0])
+            return tensor.to(target.device) if target.dtype.itemsize < 4 else fn(tensor)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        return f"R={self.num_features}x{self.num_features}"
+
+
+class Fusable(ABC):
+    """A module that stands for a plain one."""
+
+    @abstractmethod
+    def fuse(self) -> nn.Module:
+        """The plain module, W R in place of (W, R); products in float64. ValueError if one is not finite."""
+
+
+class DecorrelatedLayer(Fusable):
+    """A module with a `decorrelation`, whose R serves all its weights."""
+
+    decorrelation: Decorrelation
+
+
+def fuse_parameter(weight: Tensor, R_DD: Tensor) -> nn.Parameter:
+    """W R of a weight (O, ...) whose flattened rows have D entries: taken in float64, stored in the weight's dtype."""
+    fused = fused_weight(weight.detach().flatten(1).double(), R_DD.detach().double())
+    fused = fused.to(weight.dtype).view_as(weight)
+    if not torch.isfinite(fused).all():
+        raise ValueError("the fused weight W R has non-finite values; go back to a checkpoint before they appeared")
+    return nn.Parameter(fused, requires_grad=weight.requires_grad)
+
+
+def fuse_linear(linear: nn.Linear, R_DD: Tensor) -> nn.Linear:
+    """A plain linear layer with weight W R and ``linear``'s bias."""
+    with torch.device("meta"):
+        fused = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    fused.weight, fused.bias = fuse_parameter(linear.weight, R_DD), linear.bias
+    return fused.train(linear.training)
+
+
+class DecorrelatedLinear(nn.Linear, DecorrelatedLayer):
+    """`nn.Linear` on a decorrelated input: y = W (R x) + b, weight (O, D), bias (O), x (..., D).
+
+    Make one with `from_linear`.
+    """
+
+    def __init__(self, *args: object, naive: bool = False, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.naive = naive
+        self.decorrelation = Decorrelation(self.in_features, device=self.weight.device)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, naive: bool = False) -> DecorrelatedLinear:
+        """The same layer with R = I; it adopts ``linear``'s Parameters without copying them."""
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, naive=naive)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.decorrelation = Decorrelation(linear.in_features, device=linear.weight.device)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.decorrelation.gather(x)
+        return decorrelated_linear(x, self.weight, self.bias, self.decorrelation.R, naive=self.naive)
+
+    def fuse(self) -> nn.Linear:
+        return fuse_linear(self, self.decorrelation.R)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", form=naive" if self.naive else "")
+
+
+class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
+    """A patch projection, `nn.Conv2d` with stride = kernel size, on decorrelated patches.
+
+    It is a linear layer on flattened patches: D = C * p * p, in the (channel, row, column) order of the kernel. Pixels
+    (B, C, H, W) -> (B, O, H / p, W / p). Make one with `from_conv`.
+    """
+
+    decorrelation: Decorrelation
+    naive: bool
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, *, naive: bool = False) -> DecorrelatedPatchProjection:
+        """The same layer with R = I; it adopts ``conv``'s Parameters. ValueError unless it is a patch projection."""
+        if conv.stride != conv.kernel_size or conv.groups != 1 or conv.padding not in ((0, 0), "valid"):
+            raise ValueError(f"only a convolution with stride = kernel size and no padding is a linear layer: {conv}")
+        with torch.device("meta"):
+            layer = cls(
+                conv.in_channels,
+                conv.out_channels,
+                kernel_size=conv.kernel_size,  # type: ignore[arg-type]
+                stride=conv.stride,  # type: ignore[arg-type]
+                bias=conv.bias is not None,
+            )
+        layer.weight, layer.bias, layer.naive = conv.weight, conv.bias, naive
+        layer.decorrelation = Decorrelation(conv.weight[0].numel(), device=conv.weight.device)
+        return layer.train(conv.training)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        R_DD = self.decorrelation.R
+        if self.decorrelation.wants_rows():
+            self.gather_patches(pixels_BCHW.detach())
+        if self.naive:
+            kernel = R_DD.to(pixels_BCHW.dtype).view(-1, *self.weight.shape[1:])
+            z_BDhw = F.conv2d(pixels_BCHW, kernel, stride=self.stride)
+            return F.conv2d(z_BDhw, self.weight.flatten(1)[:, :, None, None], self.bias)
+        A_OD = fused_weight(self.weight.flatten(1), R_DD).to(self.weight.dtype)
+        return F.conv2d(pixels_BCHW, A_OD.view_as(self.weight), self.bias, stride=self.stride)
+
+    def gather_patches(self, pixels_BCHW: Tensor) -> None:
+        """Keep a sample of the patches; only the sampled ones are copied out of the image."""
+        batch, channels, height, width = pixels_BCHW.shape
+        p, q = self.weight.shape[2:]
+        h, w = height // p, width // q
+        pixels = pixels_BCHW[..., : h * p, : w * q].reshape(batch, channels, h, p, w, q)
+        patches = pixels.permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, q), a view
+        rows_M = self.decorrelation.choose_rows(batch * h * w)
+        if rows_M is not None:
+            patches = patches[rows_M // (h * w), rows_M // w % h, rows_M % w]
+        self.decorrelation.keep(patches.reshape(-1, self.decorrelation.num_features))
+
+    def fuse(self) -> nn.Conv2d:
+        with torch.device("meta"):
+            conv = nn.Conv2d(
+                self.in_channels,
+                self.out_channels,
+                kernel_size=self.kernel_size,  # type: ignore[arg-type]
+                stride=self.stride,  # type: ignore[arg-type]
+                bias=self.bias is not None,
+            )
+        conv.weight, conv.bias = fuse_parameter(self.weight, self.decorrelation.R), self.bias
+        return conv.train(self.training)

@@ -1,0 +1,376 @@
+"""ViT-MAE with a decorrelated encoder, on transformers' own modules.
+
+`DBPViTMAEForPreTraining` is transformers' `ViTMAEForPreTraining` (He et al. 2022) in which chosen linear layers see a
+decorrelated input (paper section 2.2): the patch projection and, in every encoder block, q/k/v with one shared R, the
+attention output and both MLP linears. With ``decorrelated_layers="none"`` it is the plain-backprop baseline.
+
+Two things differ from the stock class on purpose, for all methods alike:
+- *Initialisation.* A fresh stock model has all-zero position tables and tokens; `initialize_mae_` draws what He et al.
+  draw: fixed 2-D sin-cos tables in encoder and decoder, xavier-uniform linears and patch projection, normal(0.02) class
+  and mask tokens.
+- *Rectangles.* The stock class refuses them; `RectangularViTMAE` is the stock model with that one check repaired.
+
+Weights are saved as ``model.unfused.safetensors``: a stock `ViTModel` asked to load such a folder fails; under the
+usual name it would take W for the weights of the network and ignore R. `fuse` gives the stock model.
+
+Shapes: B images, C channels, T patches, V visible tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+    ViTModel,
+)
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.vit_mae.modeling_vit_mae import (
+    ViTMAEAttention,
+    ViTMAEDecoder,
+    ViTMAEEmbeddings,
+    ViTMAEPatchEmbeddings,
+    build_2d_sinusoidal_position_embedding,
+    eager_attention_forward,
+)
+
+from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig, check_image_size
+from hf_dbp.conversion import convert_to_decorrelated, fused_state_dict
+from hf_dbp.functional import decorrelated_linear
+from hf_dbp.layers import DecorrelatedLayer, Decorrelation, Fusable, fuse_linear
+
+__all__ = [
+    "UNFUSED",
+    "DBPViTMAEForPreTraining",
+    "DBPViTMAEModel",
+    "RectangularViTMAE",
+    "extract_vit",
+    "initialize_mae_",
+]
+
+logger = logging.getLogger(__name__)
+
+UNFUSED = "unfused"  # the weights' variant name: model.unfused.safetensors
+
+
+# ---- initialisation ----
+
+
+def patch_grid(config: ViTMAEConfig) -> tuple[int, int]:
+    """(rows, columns) of patches."""
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height // config.patch_size, width // config.patch_size
+
+
+def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
+    """MAE's fixed position table (1, 1 + T, dim): zeros for the class token, then sin and cos of w, then of h."""
+    if dim % 4:
+        raise ValueError(f"sin-cos position tables need a hidden size that is a multiple of 4, got {dim}")
+    table = build_2d_sinusoidal_position_embedding(*grid, embed_dim=dim, cls_token=True)
+    h_half, w_half = table.chunk(2, dim=-1)
+    return torch.cat([w_half, h_half], dim=-1).unsqueeze(0)
+
+
+def initialize_mae_module(module: nn.Module, config: ViTMAEConfig) -> None:
+    """Initialise the parameters that ``module`` itself holds as He et al. do; loaded ones are left alone."""
+    if isinstance(module, nn.Linear):
+        init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, ViTMAEPatchEmbeddings):
+        conv = module.projection
+        fan_in, fan_out = conv.weight[0].numel(), conv.weight.shape[0]
+        bound = (6.0 / (fan_in + fan_out)) ** 0.5  # xavier-uniform of the flattened kernel
+        init.uniform_(conv.weight, -bound, bound)
+        init.zeros_(conv.bias)
+    elif isinstance(module, ViTMAEEmbeddings):
+        init.copy_(module.position_embeddings, sincos_table(patch_grid(config), module.position_embeddings.shape[-1]))
+        init.normal_(module.cls_token, std=config.initializer_range)
+    elif isinstance(module, ViTMAEDecoder):
+        init.copy_(module.decoder_pos_embed, sincos_table(patch_grid(config), module.decoder_pos_embed.shape[-1]))
+        init.normal_(module.mask_token, std=config.initializer_range)
+    elif isinstance(module, Decorrelation):
+        init.copy_(module.R, torch.eye(module.num_features))
+
+
+@torch.no_grad()
+def initialize_mae_(model: PreTrainedModel) -> None:
+    """Draw all weights of a ViT-MAE afresh, in place and rightly (platform trap: a fresh stock model is not).
+
+    Draws come in the order of the modules, so a stock, a plain and a decorrelated model get the same weights from one
+    seed.
+    """
+    for module in model.modules():
+        initialize_mae_module(module, model.config)
+
+
+# ---- the stock model for rectangles ----
+
+
+class RectangularDecoder(ViTMAEDecoder):  # type: ignore[misc]
+    """transformers' decoder; its position table follows the image's rows and columns instead of assuming a square."""
+
+    def initialize_weights(self, num_patches: int) -> None:
+        initialize_mae_module(self, self.config)
+
+
+class RectangularViTMAE(ViTMAEForPreTraining):  # type: ignore[misc]
+    """transformers' `ViTMAEForPreTraining` for images of any height and width that the patches tile."""
+
+    encoder_class: type[ViTMAEModel] = ViTMAEModel
+
+    def __init__(self, config: ViTMAEConfig) -> None:
+        check_image_size(config.image_size, config.patch_size)
+        super(ViTMAEForPreTraining, self).__init__(config)  # the stock __init__ builds a square decoder
+        self.vit = self.encoder_class(config)
+        self.decoder = RectangularDecoder(config, num_patches=self.vit.embeddings.patch_embeddings.num_patches)
+        self.post_init()
+
+    def patchify(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """(B, C, H, W) -> (B, T, p * p * C). The flag lifts the stock check that H = W; the embeddings check sizes."""
+        patches: Tensor = super().patchify(pixel_values, interpolate_pos_encoding=True)
+        return patches
+
+    def unpatchify(self, patchified_pixel_values: Tensor, original_image_size: tuple[int, int] | None = None) -> Tensor:
+        """(B, T, p * p * C) -> (B, C, H, W)."""
+        rows, columns = patch_grid(self.config)
+        size = original_image_size or (rows * self.config.patch_size, columns * self.config.patch_size)
+        pixels: Tensor = super().unpatchify(patchified_pixel_values, size)
+        return pixels
+
+
+# ---- the decorrelated model ----
+
+
+class JoinedAttention(ViTMAEAttention):  # type: ignore[misc]
+    """transformers' self-attention with q, k and v in one product: [q; k; v] = [W_q; W_k; W_v] x + b."""
+
+    @classmethod
+    def from_attention(cls, attention: ViTMAEAttention) -> JoinedAttention:
+        """The same attention; it adopts the projections."""
+        with torch.device("meta"):
+            joined = cls(attention.config)
+        for name, child in attention.named_children():
+            setattr(joined, name, child)
+        joined.train(attention.training)
+        return joined
+
+    def project(self, x_BVD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x_BVD, weight, bias)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, tokens, _ = hidden_states.shape
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        weight = torch.cat([p.weight for p in projections])
+        bias = None if self.q_proj.bias is None else torch.cat([p.bias for p in projections])
+        qkv = self.project(hidden_states, weight, bias).view(batch, tokens, 3, -1, self.head_dim)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, heads, V, head_dim)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(mixed.reshape(batch, tokens, -1).contiguous()), weights
+
+
+class DBPViTMAEAttention(JoinedAttention, DecorrelatedLayer):
+    """Joined self-attention whose q, k and v share one R for their one input: [q; k; v] = [W_q; W_k; W_v] R x + b.
+
+    The attention owns R: a tensor under three names could not be saved.
+    """
+
+    decorrelation: Decorrelation
+    naive: bool
+
+    @classmethod
+    def from_attention(cls, attention: ViTMAEAttention, *, naive: bool = False) -> DBPViTMAEAttention:
+        """The same attention with R = I; it adopts the projections."""
+        ours = super().from_attention(attention)
+        assert isinstance(ours, cls)
+        weight = attention.q_proj.weight
+        ours.decorrelation, ours.naive = Decorrelation(weight.shape[1], device=weight.device), naive
+        return ours
+
+    def project(self, x_BVD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self.decorrelation.gather(x_BVD)
+        return decorrelated_linear(x_BVD, weight, bias, self.decorrelation.R, naive=self.naive)
+
+    def fuse(self) -> ViTMAEAttention:
+        """The stock attention with W_q R, W_k R and W_v R."""
+        with torch.device("meta"):
+            stock = ViTMAEAttention(self.config)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(stock, name, fuse_linear(getattr(self, name), self.decorrelation.R))
+        stock.o_proj = self.o_proj  # a layer of its own
+        return stock.train(self.training)
+
+
+def named(names: tuple[str, ...]) -> Callable[[nn.Module, str], bool]:
+    """The predicate that takes the layers with these names."""
+    return lambda _, name: name in names
+
+
+def decorrelate_blocks(blocks: nn.ModuleList, choice: str, naive: bool) -> None:
+    """Swap the chosen layers of transformer blocks for decorrelated ones; q, k, v are joined whatever the choice."""
+    for block in blocks:
+        if choice == "none":
+            block.attention = JoinedAttention.from_attention(block.attention)
+            continue
+        block.attention = DBPViTMAEAttention.from_attention(block.attention, naive=naive)
+        leaves = ("mlp.fc1",) if choice == "block_inputs" else ("attention.o_proj", "mlp.fc1", "mlp.fc2")
+        convert_to_decorrelated(block, named(leaves), naive=naive)
+
+
+class DBPPreTrainedMixin:
+    """Initialisation, loading and saving that the decorrelated encoder and the whole model share."""
+
+    config_class = DBPViTMAEConfig
+    _keep_in_fp32_modules_strict = ("decorrelation",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize_mae_module(module, self.config)  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """Load one of our checkpoints, or start at R = I from any ViT-MAE (or ViT encoder) of transformers v4 or v5.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            model_args: as in transformers.
+            kwargs: as in transformers; fields of `DBPViTMAEConfig` such as ``decorrelated_layers`` override the
+                checkpoint's.
+
+        Raises:
+            ValueError: one of our checkpoints lacks a tensor, R included.
+            OSError: no weights under that name.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        raw, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+        ours = raw.get("model_type") == DBPViTMAEConfig.model_type
+        if kwargs.get("config") is None:
+            raw = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
+            fields = {key: kwargs.pop(key) for key in list(kwargs) if key in DBPViTMAEConfig.__dataclass_fields__}
+            kwargs["config"] = DBPViTMAEConfig.from_dict(raw | fields)
+        if ours:
+            kwargs.setdefault("variant", UNFUSED)
+        report = logging.getLogger("transformers.modeling_utils")
+        report.disabled = True  # it would report every R that rightly starts at I; check_loaded says what matters
+        try:
+            model, info = super().from_pretrained(  # type: ignore[misc]
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        finally:
+            report.disabled = False
+        check_loaded(str(pretrained_model_name_or_path), sorted(info["missing_keys"]), ours)
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save config and ``model.unfused.safetensors`` under present key names; arguments as in transformers.
+
+        Legacy key names, transformers' default, are not restored by its Trainer on resume.
+        """
+        kwargs = {"variant": UNFUSED, "save_original_format": False} | kwargs
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def check_loaded(name: str, missing: list[str], ours: bool) -> None:
+    """Refuse one of our checkpoints that lacks a tensor; say what a foreign one leaves at its initialisation."""
+    if ours and missing:
+        raise ValueError(f"{name} lacks {len(missing)} tensors, among them {missing[0]}; the checkpoint is incomplete")
+    fresh = [key for key in missing if not key.endswith("decorrelation.R")]
+    if fresh:
+        logger.warning("%s has no weights for %d tensors, which start afresh: %s", name, len(fresh), ", ".join(fresh))
+
+
+class DBPViTMAEModel(DBPPreTrainedMixin, ViTMAEModel):  # type: ignore[misc]
+    """transformers' `ViTMAEModel` (the encoder) with the layers decorrelated that its config chooses."""
+
+    def __init__(self, config: DBPViTMAEConfig) -> None:
+        super().__init__(config)
+        choice, naive = config.decorrelated_layers, config.naive_decorrelation
+        decorrelate_blocks(self.layers, choice, naive)
+        if choice != "none":
+            convert_to_decorrelated(self.embeddings, lambda module, _: isinstance(module, nn.Conv2d), naive=naive)
+
+
+class DBPViTMAEForPreTraining(DBPPreTrainedMixin, RectangularViTMAE, Fusable):
+    """transformers' `ViTMAEForPreTraining` with a decorrelated encoder (paper section 2.2).
+
+    Forward as in transformers: pixel_values (B, C, H, W) and optionally noise (B, T), which fixes the mask, give loss
+    (mean squared error on masked patches), logits (B, T, p * p * C), mask (B, T) and ids_restore (B, T).
+    """
+
+    encoder_class = DBPViTMAEModel
+
+    def __init__(self, config: DBPViTMAEConfig) -> None:
+        super().__init__(config)
+        if config.decorrelated_layers == "full":
+            decorrelate_blocks(self.decoder.decoder_layers, "full", config.naive_decorrelation)
+            ends = named(("decoder_embed", "decoder_pred"))
+            convert_to_decorrelated(self.decoder, ends, naive=config.naive_decorrelation)
+
+    def fuse(self) -> ViTMAEForPreTraining:
+        """The stock model with W R in place of (W, R), decoder kept (`RectangularViTMAE` if images are not square)."""
+        fields = {
+            key: value for key, value in self.config.to_dict().items() if key in ViTMAEConfig.__dataclass_fields__
+        }
+        config = ViTMAEConfig(**{key: value for key, value in fields.items() if key not in NOT_STOCK})
+        config._attn_implementation = self.config._attn_implementation
+        rows, columns = patch_grid(config)
+        stock_class = ViTMAEForPreTraining if rows == columns else RectangularViTMAE
+        stock = stock_class(config).to(device=self.device, dtype=self.dtype)
+        stock.load_state_dict(fused_state_dict(self))
+        return stock.train(self.training)
+
+
+NOT_STOCK = ("model_type", "architectures", "dtype", "transformers_version")
+
+
+def extract_vit(mae: PreTrainedModel) -> ViTModel:
+    """The encoder as a stock `ViTModel` without pooler, from a stock, plain or decorrelated (then fused) ViT-MAE.
+
+    Raises:
+        ValueError: a fused weight is not finite (the layer is named), or ``mae`` is not a ViT-MAE.
+    """
+    if not isinstance(mae, ViTMAEForPreTraining | ViTMAEModel):
+        raise ValueError(f"expected a ViT-MAE model, got {type(mae).__name__}")
+    encoder = mae.vit if isinstance(mae, ViTMAEForPreTraining) else mae
+    known = ViTConfig.__dataclass_fields__.keys() & ViTMAEConfig.__dataclass_fields__.keys() - set(NOT_STOCK)
+    config = ViTConfig(**{key: value for key, value in encoder.config.to_dict().items() if key in known})
+    config._attn_implementation = encoder.config._attn_implementation
+    vit = ViTModel(config, add_pooling_layer=False).to(device=encoder.device, dtype=encoder.dtype)
+    vit.load_state_dict(fused_state_dict(encoder))
+    return vit.train(encoder.training)
+
+
+AutoModel.register(DBPViTMAEConfig, DBPViTMAEModel)
+AutoModelForPreTraining.register(DBPViTMAEConfig, DBPViTMAEForPreTraining)
+for _ours, _stock in ((DBPViTMAEModel, "ViTMAEModel"), (DBPViTMAEForPreTraining, "ViTMAEForPreTraining")):
+    register_checkpoint_conversion_mapping(
+        _ours.__name__, get_checkpoint_conversion_mapping(_stock), overwrite=True
+    )  # checkpoints with the key names of transformers v4
