@@ -1,0 +1,222 @@
+"""Mean intersection over union, streamed into a confusion matrix.
+
+For class k, with n_KK[i, j] the pixels of true class i predicted as class j:
+
+    IoU_k      = n[k, k] / (sum_j n[k, j] + sum_i n[i, k] - n[k, k])
+    accuracy_k = n[k, k] / sum_j n[k, j]
+
+The means are over classes that occur (a class with an empty denominator is NaN and left out); overall accuracy is
+sum_k n[k, k] / sum n. These are the figures, under the same names, of `evaluate.load("mean_iou")`, which needs the
+network, keeps every label map and counts three histograms an image. Here a map is counted when it arrives and then
+forgotten: memory is O(classes^2).
+
+Shapes: K classes; H, W height and width of one map; N pixels of a piece of a map.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypedDict
+
+import cv2
+import datasets
+import evaluate
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = ["MeanIoU", "SegmentationScores", "confusion_matrix", "scores_from_confusion"]
+
+IntArray = npt.NDArray[np.integer[Any]]
+LabelMaps = IntArray | torch.Tensor | Sequence[IntArray | torch.Tensor]
+
+_PIECE = 1 << 18  # pixels counted at a time: exact in OpenCV's float32 counts (< 2^24)
+
+
+class SegmentationScores(TypedDict):
+    """evaluate's own result names; per-category arrays are NaN where a class never occurs."""
+
+    mean_iou: float
+    mean_accuracy: float
+    overall_accuracy: float
+    per_category_iou: npt.NDArray[np.float64]
+    per_category_accuracy: npt.NDArray[np.float64]
+
+
+def scores_from_confusion(confusion_KK: npt.NDArray[np.int64]) -> SegmentationScores:
+    """Return the scores of a confusion matrix (rows: true class, columns: predicted class).
+
+    Raises:
+        ValueError: the matrix is empty, so that every score would be NaN.
+    """
+    total = confusion_KK.sum()
+    if total == 0:
+        raise ValueError("no labelled pixel was counted: every reference pixel is ignore_index, or no map was added")
+    hits_K = np.diag(confusion_KK).astype(np.float64)
+    true_K, predicted_K = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
+    union_K = true_K + predicted_K - hits_K
+    nan_K = np.full_like(hits_K, np.nan)
+    iou_K = np.divide(hits_K, union_K, out=nan_K.copy(), where=union_K > 0)
+    accuracy_K = np.divide(hits_K, true_K, out=nan_K.copy(), where=true_K > 0)
+    return {
+        "mean_iou": float(np.nanmean(iou_K)),
+        "mean_accuracy": float(np.nanmean(accuracy_K)),
+        "overall_accuracy": float(hits_K.sum() / total),
+        "per_category_iou": iou_K,
+        "per_category_accuracy": accuracy_K,
+    }
+
+
+def confusion_matrix(
+    predictions: LabelMaps, references: LabelMaps, num_labels: int, ignore_index: int
+) -> npt.NDArray[np.int64]:
+    """Count (true class, predicted class) pairs over label maps of any shapes, ids of any integer type.
+
+    Returns:
+        K x K counts; pixels whose reference is `ignore_index` are left out.
+
+    Raises:
+        ValueError: maps differ in number or shape, are not integers, or hold ids outside 0..num_labels-1.
+    """
+    pieces, threads = list(_pieces(predictions, references)), torch.get_num_threads()
+    groups = [pieces[start::threads] for start in range(min(threads, len(pieces)))]
+    confusions = _threads().map(lambda group: _count(group, num_labels, ignore_index), groups)
+    return sum(confusions, start=np.zeros((num_labels, num_labels), dtype=np.int64))
+
+
+def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterable[tuple[IntArray, IntArray]]:
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions but {len(references)} references: give one of each an image")
+    for prediction, reference in zip(predictions, references, strict=True):
+        predicted, true = _integers(prediction, "prediction"), _integers(reference, "reference")
+        if predicted.shape != true.shape:
+            raise ValueError(
+                f"prediction of shape {predicted.shape} against reference of shape {true.shape}: "
+                "resize the logits to the reference's height and width before the argmax"
+            )
+        predicted_N, true_N = predicted.reshape(-1), true.reshape(-1)
+        for start in range(0, true_N.size, _PIECE):
+            yield predicted_N[start : start + _PIECE], true_N[start : start + _PIECE]
+
+
+def _integers(label_map: IntArray | torch.Tensor, role: str) -> IntArray:
+    array = label_map.detach().cpu().numpy() if isinstance(label_map, torch.Tensor) else np.asarray(label_map)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{role} holds {array.dtype}, not class ids: pass integers (of logits, their argmax)")
+    return array
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here."""
+    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="mean_iou")
+
+
+def _count(pieces: Sequence[tuple[IntArray, IntArray]], num_labels: int, ignore_index: int) -> npt.NDArray[np.int64]:
+    """Count pieces by a 2-D histogram of bytes; those with an id that is no byte, or no class, go the general way."""
+    confusion_KK = np.zeros((num_labels, num_labels), dtype=np.int64)
+    bytes_count = np.zeros((256, 256))
+    for predicted_N, true_N in pieces:
+        true_bytes_N, predicted_bytes_N = _as_bytes(true_N), _as_bytes(predicted_N)
+        if true_bytes_N is not None and predicted_bytes_N is not None:
+            counts = cv2.calcHist([true_bytes_N, predicted_bytes_N], [0, 1], None, [256, 256], [0, 256, 0, 256])
+            if 0 <= ignore_index < 256:
+                counts[ignore_index] = 0
+            if not (counts[num_labels:].any() or counts[:, num_labels:].any()):
+                bytes_count += counts
+                continue
+        confusion_KK += _count_any_ids(predicted_N, true_N, num_labels, ignore_index)
+    confusion_KK[:256, :256] += bytes_count[:num_labels, :num_labels].astype(np.int64)
+    return confusion_KK
+
+
+def _as_bytes(ids_N: IntArray) -> npt.NDArray[np.uint8] | None:
+    """Narrow ids to bytes, or return None if one does not fit (the bitwise or of all tells: a sign bit survives it)."""
+    if ids_N.dtype == np.uint8 or 0 <= np.bitwise_or.reduce(ids_N) < 256:
+        return ids_N.astype(np.uint8, copy=False)
+    return None
+
+
+def _count_any_ids(
+    predicted_N: IntArray, true_N: IntArray, num_labels: int, ignore_index: int
+) -> npt.NDArray[np.int64]:
+    labelled = true_N != ignore_index
+    true_N, predicted_N = true_N[labelled].astype(np.int64), predicted_N[labelled].astype(np.int64)
+    for name, ids_N in (("reference", true_N), ("prediction", predicted_N)):
+        outside = np.unique(ids_N[(ids_N < 0) | (ids_N >= num_labels)])
+        if outside.size:
+            raise ValueError(
+                f"{name} holds ids {outside[:5].tolist()} outside the classes 0..{num_labels - 1} "
+                f"and other than ignore_index {ignore_index}: set num_labels or ignore_index, or reduce the labels"
+            )
+    return np.bincount(true_N * num_labels + predicted_N, minlength=num_labels**2).reshape(num_labels, num_labels)
+
+
+class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
+    """Mean IoU as an `evaluate.Metric` that needs no network: `add_batch` counts, `compute` scores and starts anew.
+
+    With `num_process` > 1 each process (`process_id`) adds its own maps, and `compute` sums their matrices on process 0
+    through evaluate's own exchange (files in a cache folder that all of them see); the others get None, as in evaluate.
+    As there, a next evaluation may only begin when process 0 has finished this one. Processes joined by
+    torch.distributed need no files: sum `confusion_KK` over them and call `scores_from_confusion`.
+
+    Args:
+        num_labels: number of classes K; ids run from 0 to K - 1.
+        ignore_index: reference id of pixels that are not counted, e.g. 255.
+        allow_ignored_class: accept an `ignore_index` that is also a class id. Its pixels are then left out but
+            predictions of it are not forgiven elsewhere, and false alarms on it go unseen: IoU drifts to recall.
+        evaluate_options: evaluate.Metric's own options: num_process, process_id, experiment_id, cache_dir, timeout.
+
+    Raises:
+        ValueError: no class, or `ignore_index` is a class id.
+    """
+
+    def __init__(
+        self, num_labels: int, ignore_index: int = 255, *, allow_ignored_class: bool = False, **evaluate_options: Any
+    ) -> None:
+        if num_labels < 1:
+            raise ValueError(f"num_labels is {num_labels}: give the number of classes, at least 1")
+        if 0 <= ignore_index < num_labels and not allow_ignored_class:
+            raise ValueError(
+                f"ignore_index {ignore_index} is also a class id (num_labels {num_labels}), "
+                "which turns IoU into recall: choose an id outside the classes or pass allow_ignored_class=True"
+            )
+        self.num_labels, self.ignore_index = num_labels, ignore_index
+        self.confusion_KK = np.zeros((num_labels, num_labels), dtype=np.int64)
+        super().__init__(keep_in_memory=evaluate_options.get("num_process", 1) == 1, **evaluate_options)
+
+    def _info(self) -> evaluate.EvaluationModuleInfo:
+        # What evaluate stores and exchanges: a row of the confusion matrix per example, never a label map.
+        row = {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
+        return evaluate.EvaluationModuleInfo(
+            description="Mean intersection over union of semantic segmentation, streamed into a confusion matrix.",
+            citation="",
+            inputs_description="predictions, references: integer label maps of equal shapes, one of each an image.",
+            features=datasets.Features(row),
+        )
+
+    def add_batch(self, *, predictions: LabelMaps, references: LabelMaps) -> None:
+        """Count a batch of label maps (a B x H x W array or tensor, or a list of H x W maps of any sizes)."""
+        self.confusion_KK += confusion_matrix(predictions, references, self.num_labels, self.ignore_index)
+
+    def add(self, *, prediction: IntArray | torch.Tensor, reference: IntArray | torch.Tensor) -> None:
+        """Count one H x W label map."""
+        self.add_batch(predictions=[prediction], references=[reference])
+
+    def compute(
+        self, *, predictions: LabelMaps | None = None, references: LabelMaps | None = None
+    ) -> SegmentationScores | None:
+        """Return the scores of all maps since the last call, these included; None on processes other than 0."""
+        if predictions is not None and references is not None:
+            self.add_batch(predictions=predictions, references=references)
+        elif predictions is not None or references is not None:
+            raise ValueError("predictions and references belong together: give both or neither")
+        evaluate.Metric.add_batch(self, predictions=self.confusion_KK, references=np.arange(self.num_labels))
+        self.confusion_KK = np.zeros_like(self.confusion_KK)
+        scores: SegmentationScores | None = evaluate.Metric.compute(self)
+        return scores
+
+    def _compute(self, *, predictions: list[list[int]], references: list[int]) -> SegmentationScores:
+        confusion_KK = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)
+        np.add.at(confusion_KK, references, np.asarray(predictions, dtype=np.int64))
+        return scores_from_confusion(confusion_KK)
