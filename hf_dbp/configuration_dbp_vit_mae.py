@@ -9,9 +9,32 @@ from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, ViTMAEConfig
 
-__all__ = ["DBPViTMAEConfig", "LayerChoice", "check_image_size"]
+__all__ = ["SIZES", "DBPViTMAEConfig", "LayerChoice", "check_image_size"]
 
 LayerChoice = Literal["encoder", "block_inputs", "full", "none"]
+
+
+def _size(layers: int, width: int, heads: int, decoder_width: int = 512, decoder_heads: int = 16) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+        "decoder_num_hidden_layers": 2,  # the paper's depth (section 2.2)
+        "decoder_hidden_size": decoder_width,
+        "decoder_num_attention_heads": decoder_heads,
+        "decoder_intermediate_size": 4 * decoder_width,
+    }
+
+
+#: Named model sizes: encoder of ViT-Tiny, Small, Base and Large, and a mini one for small images on a few cores.
+SIZES: dict[str, dict[str, int]] = {
+    "mini": _size(4, 128, 4, 64, 4),
+    "tiny": _size(12, 192, 3, 192, 3),
+    "small": _size(12, 384, 6),
+    "base": _size(12, 768, 12),
+    "large": _size(24, 1024, 16),
+}
 
 
 class DBPViTMAEConfig(ViTMAEConfig):  # type: ignore[misc]
