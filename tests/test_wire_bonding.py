@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding, render
+from hf_dbp.data.wire_bonding_canvas import Canvas
 
 
 def test_is_a_pure_function_of_its_arguments() -> None:
@@ -121,3 +122,14 @@ def test_mistakes_are_refused_at_once(arguments: dict[str, int], message: str) -
         options = {"size": 64} | arguments
         with pytest.raises(ValueError, match=message):
             render(options.pop("first", 0), **options)
+
+
+def test_textures_agree_across_sizes() -> None:
+    def texture(size: int, stretch: float) -> np.ndarray:
+        canvas = Canvas(size, size, 1, angle=0.4, focus_2=np.zeros(2))
+        return canvas.noise(np.random.default_rng(1), stretch=stretch, angle=0.1)
+
+    for stretch in (1.0, 40.0):
+        near, far = texture(128, stretch), cv2.resize(texture(512, stretch), (128, 128), interpolation=cv2.INTER_AREA)
+        assert np.corrcoef(near.ravel(), far.ravel())[0, 1] > 0.9
+        assert np.abs(np.diff(texture(512, stretch), axis=0)).mean() > 0.2  # as fine as the grid it is drawn on

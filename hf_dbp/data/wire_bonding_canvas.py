@@ -126,13 +126,13 @@ class Canvas:
             self.label_IJ[i0:i1, j0:j1][cover > 0.5] = label
 
     def noise(self, rng: np.random.Generator, stretch: float = 1.0, angle: float = 0.0) -> Float:
-        """Noise_IJ of all scales, standard deviation about 1, drawn out by `stretch` along `angle` of the frame."""
+        """Noise_IJ of all scales, standard deviation below 1, drawn out by `stretch` along `angle` of the frame."""
         octaves = _noise_pyramid()
         tile = octaves[min(max(round(np.log2(octaves[0].shape[0] / self.scale)), 0), len(octaves) - 1)]
         cos, sin = np.cos(angle + self.angle), np.sin(angle + self.angle)
         per_pixel = tile.shape[0] / self.scale
         linear = per_pixel * np.array([[cos / stretch, sin / stretch], [-sin, cos]])
-        offset = rng.uniform(0, tile.shape[0], 2) - linear @ self.centre_2
+        offset = rng.uniform(0, tile.shape[0], 2) - 0.5 - linear @ self.centre_2
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         size = self.label_IJ.shape[::-1]
         noise_IJ: Float = cv2.warpAffine(tile, np.c_[linear, offset], size, flags=flags, borderMode=cv2.BORDER_WRAP)
