@@ -37,7 +37,8 @@ def convert_to_decorrelated(
 
     Args:
         module: any tree of modules; it keeps its parameters, their names and their values.
-        predicate: called with each `nn.Linear` and `nn.Conv2d` that is not decorrelated yet and its dotted name.
+        predicate: called with each plain `nn.Linear` and `nn.Conv2d` and its dotted name; subclasses, which compute
+            something else, are left alone.
         naive: take the form z = R x, y = W z instead of the fused one.
 
     Returns:
@@ -48,32 +49,37 @@ def convert_to_decorrelated(
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
         raise ValueError("a layer cannot be swapped in place of itself; use DecorrelatedLinear.from_linear(layer)")
-    chosen = [
-        (name, child)
+    chosen = {
+        child: name
         for name, child in module.named_modules()
-        if isinstance(child, nn.Linear | nn.Conv2d)
-        and not isinstance(child, DecorrelatedLayer)
-        and predicate(child, name)
-    ]
+        if type(child) in (nn.Linear, nn.Conv2d) and predicate(child, name)
+    }
     if not chosen:
         raise ValueError(
             f"the predicate chose none of the linear layers of {type(module).__name__}; "
             "print the names with `[name for name, _ in module.named_modules()]`"
         )
-    for name, child in chosen:
-        swapped = (
-            DecorrelatedLinear.from_linear(child, naive=naive)
-            if isinstance(child, nn.Linear)
-            else DecorrelatedPatchProjection.from_conv(child, naive=naive)
-        )
-        set_submodule(module, name, swapped)
+    replace_submodules(module, {child: decorrelated(name, child, naive) for child, name in chosen.items()})
     return module
 
 
-def set_submodule(module: nn.Module, name: str, child: nn.Module) -> None:
-    """Put ``child`` in place of the submodule with this dotted name."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, child)
+def decorrelated(name: str, layer: nn.Module, naive: bool) -> nn.Module:
+    """The decorrelated layer that adopts this layer's parameters; ValueError naming the layer where there is none."""
+    if isinstance(layer, nn.Linear):
+        return DecorrelatedLinear.from_linear(layer, naive=naive)
+    assert isinstance(layer, nn.Conv2d)
+    try:
+        return DecorrelatedPatchProjection.from_conv(layer, naive=naive)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def replace_submodules(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put ``replacements[child]`` in place of each child, under every name that leads to it."""
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if child in replacements:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, replacements[child])
 
 
 def decorrelated_layers(module: nn.Module) -> Iterator[tuple[str, DecorrelatedLayer]]:
@@ -103,12 +109,11 @@ def fuse(module: nn.Module) -> nn.Module:
     """
     if isinstance(module, Fusable):
         return module.fuse()
-    fused = [(name, fuse_layer(name, layer)) for name, layer in decorrelated_layers(module)]
+    plain = copy.deepcopy(module)
+    fused = {layer: fuse_layer(name, layer) for name, layer in decorrelated_layers(plain)}
     if not fused:
         raise ValueError(f"{type(module).__name__} has no decorrelated layer to fuse; it is plain already")
-    plain = copy.deepcopy(module)
-    for name, layer in fused:
-        set_submodule(plain, name, copy.deepcopy(layer))
+    replace_submodules(plain, fused)
     return plain
 
 

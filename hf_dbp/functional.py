@@ -129,10 +129,11 @@ def decorrelation_metrics(S_DD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
-    """Indices of a stratified random sample: one row from each of ``num_samples`` equal runs of rows.
+    """Indices of a stratified random sample: the rows, turned by a random shift, give one of each equal run of them.
 
-    Every row has the same chance, none is drawn twice, images and positions are spread evenly. The draw is a hash of
-    (key, index): the same on every device, compiled or not, with no generator state and no host synchronisation.
+    Every row has the same chance (the shift evens out runs of unequal length), none is drawn twice, images and
+    positions are spread evenly. The draw is a hash of (key, index): the same on every device, compiled or not, with no
+    generator state and no host synchronisation.
 
     Args:
         num_rows: rows to choose from.
@@ -140,12 +141,17 @@ def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
         key: int64 scalar tensor; another key gives an independent sample.
 
     Returns:
-        int64 indices (num_samples,), ascending, on ``key``'s device.
+        int64 indices (num_samples,) on ``key``'s device.
     """
     i_M = torch.arange(num_samples, device=key.device)
     first_M = i_M * num_rows // num_samples
     width_M = (i_M + 1) * num_rows // num_samples - first_M
-    h_M = i_M * 0x9E3779B97F4A7C1 + key  # a 64-bit mix in wrapping arithmetic (multiply, xor-shift, multiply)
-    h_M = (h_M ^ (h_M >> 30)) * 0x3F58476D1CE4E5B9
-    h_M = (h_M ^ (h_M >> 27)) * 0x14D049BB133111EB
-    return first_M + (h_M ^ (h_M >> 31)).bitwise_and(0x7FFFFFFFFFFF) % width_M
+    shift = hashed(~key) % num_rows
+    return (first_M + hashed(i_M * 0x9E3779B97F4A7C1 + key) % width_M + shift) % num_rows
+
+
+def hashed(h: Tensor) -> Tensor:
+    """A 64-bit mix in wrapping arithmetic (multiply, xor-shift, multiply), as 47-bit numbers >= 0."""
+    h = (h ^ (h >> 30)) * 0x3F58476D1CE4E5B9
+    h = (h ^ (h >> 27)) * 0x14D049BB133111EB
+    return (h ^ (h >> 31)).bitwise_and(0x7FFFFFFFFFFF)

@@ -55,6 +55,8 @@ class RowSampling:
         for name, value in (("floor", self.floor), ("cap", self.cap)):
             if value is not None and value <= 0:
                 raise ValueError(f"the row {name} is a positive multiple of the layer's in_features, got {value}")
+        if self.shares < 1:
+            raise ValueError(f"shares counts the forwards of one optimizer step, at least 1; got {self.shares}")
         if self.floor is not None and self.cap is not None and self.floor > self.cap:
             raise ValueError(f"the row floor ({self.floor}) must not exceed the row cap ({self.cap})")
 
@@ -133,6 +135,7 @@ class Decorrelation(nn.Module):
             return tensor.to(target.device) if target.dtype.itemsize < 4 else fn(tensor)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        self.rows, self.key = (t if t is None else t.to(self.R.device) for t in (self.rows, self.key))
         return self
 
     def extra_repr(self) -> str:

@@ -1,0 +1,180 @@
+"""The mathematics against formulas written out by hand, in float64 wherever a rounding could hide a slip."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hf_dbp.functional import (
+    covariance_sums,
+    decorrelated_linear,
+    decorrelation_direction,
+    decorrelation_metrics,
+    fused_weight,
+    sample_rows,
+)
+
+
+def near_identity(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.eye(shape[-1], dtype=dtype) + 0.1 * torch.randn(*shape, shape[-1], dtype=dtype)
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_fused_is_naive_in_outputs_and_gradients(shape: tuple[int, ...], bias: bool) -> None:
+    R, x, W = near_identity(6), double(*shape, 6).requires_grad_(), double(4, 6).requires_grad_()
+    leaves = (x, W, double(4).requires_grad_()) if bias else (x, W)
+    outputs = [decorrelated_linear(*(*leaves, None)[:3], R, naive=naive) for naive in (False, True)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    pull = torch.randn_like(outputs[0])
+    fused, naive = (torch.autograd.grad(y, leaves, pull) for y in outputs)
+    torch.testing.assert_close(fused, naive, rtol=1e-12, atol=1e-12)
+
+
+def test_fused_weight_has_no_gradient_for_R_and_the_right_one_for_W() -> None:
+    R, W = near_identity(6), double(4, 6).requires_grad_()
+    pull = double(4, 6)
+    (grad,) = torch.autograd.grad(fused_weight(W, R), W, pull)
+    torch.testing.assert_close(grad, pull @ R.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identity_leaves_the_weight_as_it_is_to_the_bit(dtype: torch.dtype, autocast: bool) -> None:
+    W = torch.randn(5, 8, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        A = fused_weight(W, torch.eye(8))
+    assert A.dtype == torch.float32
+    assert torch.equal(A, W.float())
+
+
+def test_autocast_rounds_only_the_correction() -> None:
+    """The stated precision: |A - W R| <= 2**-7 |W| |R - I| entry by entry, and the same for the gradient."""
+    R, W = near_identity(64, dtype=torch.float32), torch.randn(32, 64, requires_grad=True)
+    pull = torch.randn(32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        A = fused_weight(W, R)
+        (grad,) = torch.autograd.grad(A, W, pull)
+    off = (R - torch.eye(64)).abs()
+    exact = W.detach().double() @ R.double()
+    assert ((A.double() - exact).abs() <= 2**-7 * (W.abs() @ off)).all()
+    assert ((grad.double() - pull.double() @ R.double().T).abs() <= 2**-7 * (pull.abs() @ off.T)).all()
+    assert A.dtype == grad.dtype == torch.float32
+
+
+def hand_step(x: Tensor, R: Tensor, eta: float, kappa: float) -> Tensor:
+    """R - eta C R with z, C and their product written out (paper eq. 4, 5; the whitening term multiplies rows)."""
+    z = torch.stack([R @ row for row in x])
+    second = sum(torch.outer(row, row) for row in z) / len(z)
+    off = second - torch.diag(second.diag())
+    whitening = torch.diag(second.diag() - 1)
+    return R - eta * ((1 - kappa) * off + kappa * whitening) @ R
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rows", [3, 6, 40])
+def test_step_is_the_formula(rows: int, kappa: float) -> None:
+    x, R, eta = double(2, rows, 6), near_identity(2, 6), 0.05
+    zzR, zz = covariance_sums(x, R)
+    stepped = R - eta * decorrelation_direction(zzR / rows, zz / rows, R, kappa)
+    by_hand = torch.stack([hand_step(*pair, eta, kappa) for pair in zip(x, R, strict=True)])
+    torch.testing.assert_close(stepped, by_hand, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_over_parts_add_up_to_the_sums_over_all() -> None:
+    x, R = double(20, 6), near_identity(6)
+    parts = [covariance_sums(part, R) for part in x.split(4)]  # 4 rows < 6 features < 20 rows
+    whole = covariance_sums(x, R)
+    for part_sums, total in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(sum(part_sums), total, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+def test_repeated_steps_make_the_covariance_diagonal(kappa: float) -> None:
+    x, R = double(500, 6) @ double(6, 6) / 2, torch.eye(6, dtype=torch.float64)
+    x = x / x.square().mean().sqrt()
+    before, _ = decorrelation_metrics(x.T @ x / len(x))
+    for _ in range(4000):
+        zzR, zz = covariance_sums(x, R)
+        R = R - 0.1 * decorrelation_direction(zzR / len(x), zz / len(x), R, kappa)
+    z = x @ R.T
+    second = z.T @ z / len(z)
+    after, correlation = decorrelation_metrics(second)
+    assert after < 1e-12 * before
+    assert correlation < 1e-12
+    if kappa:
+        torch.testing.assert_close(second, torch.eye(6, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+
+
+def test_metrics_are_the_formulas() -> None:
+    z = double(30, 5) @ double(5, 5)
+    second = z.T @ z / 30
+    loss, correlation = decorrelation_metrics(second)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    assert loss.item() == pytest.approx(sum(second[i, j].item() ** 2 for i, j in pairs) / 25)
+    by_hand = sum((second[i, j] ** 2 / (second[i, i] * second[j, j])).item() for i, j in pairs) / 20
+    assert correlation.item() == pytest.approx(by_hand)
+
+
+def test_a_change_of_scale_moves_the_loss_and_not_the_correlation() -> None:
+    z = double(30, 5) @ double(5, 5)
+    second = z.T @ z / 30
+    scale = double(5).exp()
+    loss, correlation = decorrelation_metrics(torch.stack([second, second * scale[:, None] * scale]))
+    assert loss[0] != pytest.approx(loss[1].item(), rel=1e-3)
+    assert correlation[0].item() == pytest.approx(correlation[1].item())
+
+
+def test_metrics_of_a_dead_feature_and_of_a_single_feature() -> None:
+    loss, correlation = decorrelation_metrics(torch.diag(torch.tensor([2.0, 0.0, 1.0])))
+    assert (loss.item(), correlation.item()) == (0, 0)
+    assert [value.item() for value in decorrelation_metrics(torch.ones(1, 1))] == [0, 0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5000), st.floats(0, 1), st.integers(-(2**62), 2**62))
+def test_sampled_rows_are_distinct_and_exist(num_rows: int, share: float, key: int) -> None:
+    count = max(1, round(share * num_rows))
+    rows = sample_rows(num_rows, count, torch.tensor(key))
+    assert rows.shape == (count,)
+    assert rows.min() >= 0
+    assert rows.max() < num_rows
+    assert rows.unique().numel() == count
+
+
+@pytest.mark.parametrize(("num_rows", "count"), [(40, 4), (40, 30), (37, 11)])
+def test_every_row_has_the_same_chance(num_rows: int, count: int) -> None:
+    """Chi-square of the counts over many keys, at four standard deviations above its mean (an upper bound here)."""
+    draws = 6000
+    drawn = torch.cat([sample_rows(num_rows, count, torch.tensor(key)) for key in range(draws)])
+    counts, expected = drawn.bincount(minlength=num_rows).double(), draws * count / num_rows
+    chi_square = ((counts - expected).square() / expected).sum().item()
+    assert chi_square < num_rows + 4 * math.sqrt(2 * num_rows)
+
+
+def test_pairs_of_rows_meet_as_chance_has_it() -> None:
+    """No two strata move together: the joint counts of two rows' inclusion stay within five standard deviations."""
+    num_rows, count, draws = 24, 6, 6000
+    chosen = torch.zeros(draws, num_rows, dtype=torch.float64)
+    for key in range(draws):
+        chosen[key, sample_rows(num_rows, count, torch.tensor(key * 2**40))] = 1
+    joint = chosen.T @ chosen / draws
+    apart = torch.arange(num_rows)[:, None] - torch.arange(num_rows)
+    apart = torch.minimum(apart.abs(), num_rows - apart.abs())
+    far = joint[apart >= 2 * num_rows // count]  # never in one stratum
+    chance = (count / num_rows) ** 2
+    assert (far - chance).abs().max() < 5 * math.sqrt(chance * (1 - chance) / draws)
+
+
+def test_another_key_draws_other_rows_and_the_same_key_the_same() -> None:
+    draws = [sample_rows(1000, 100, torch.tensor(key)) for key in (1, 1, 2, 1 + 2**40)]
+    assert torch.equal(draws[0], draws[1])
+    shared = [len(set(draws[0].tolist()) & set(other.tolist())) for other in draws[2:]]
+    assert max(shared) < 30  # 10 expected by chance
