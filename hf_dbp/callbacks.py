@@ -1,0 +1,171 @@
+"""When R is updated: `DecorrelationCallback` for any `transformers.Trainer`, set by `DecorrelationArguments`.
+
+Symbols (paper section 2.1): eta is R's learning rate, kappa the weight of the whitening pull, M the sampled rows.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_dbp.layers import RowSampling
+from hf_dbp.update import (
+    configure_sampling,
+    discard_rows,
+    measure_decorrelation,
+    seed_sampling,
+    set_gathering,
+    update_decorrelation,
+)
+
+__all__ = ["DecorrelationArguments", "DecorrelationCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DecorrelationArguments:
+    """How R is trained. Everything else about a run is in `TrainingArguments`."""
+
+    eta: float = field(default=5e-4, metadata={"help": "Learning rate of R (paper: 5e-4)."})
+    eta_schedule: str = field(
+        default="decay",
+        metadata={
+            "help": "decay: eta follows the weights' learning rate down, not its warm-up. constant: the paper's.",
+            "choices": ["decay", "constant"],
+        },
+    )
+    eta_stop: float = field(default=1.0, metadata={"help": "Stop updating R after this share of all steps, in (0, 1]."})
+    kappa: float = field(
+        default=0.0, metadata={"help": "Weight in [0, 1] of the pull of variances to 1 (paper: 0, decorrelate only)."}
+    )
+    update_interval: int = field(
+        default=1, metadata={"help": "Update R every so many optimizer steps, with eta times as large (paper: 1)."}
+    )
+    sample_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the token rows that estimates C, in (0, 1] (paper: 0.1)."}
+    )
+    row_floor: float | None = field(
+        default=None, metadata={"help": "Use at least this many times D rows where the batch has them."}
+    )
+    row_cap: float | None = field(default=None, metadata={"help": "Use at most this many times D rows."})
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.eta < 1.0:
+            raise ValueError(f"--eta lies in [0, 1), got {self.eta}; the paper uses 5e-4")
+        if self.eta_schedule not in ("decay", "constant"):
+            raise ValueError(f"--eta_schedule is decay or constant, got {self.eta_schedule!r}")
+        if not 0.0 < self.eta_stop <= 1.0:
+            raise ValueError(f"--eta_stop is a share of all steps in (0, 1], got {self.eta_stop}")
+        if not 0.0 <= self.kappa <= 1.0:
+            raise ValueError(f"--kappa lies in [0, 1], got {self.kappa}; the paper uses 0")
+        if self.update_interval < 1:
+            raise ValueError(f"--update_interval is a number of steps, at least 1, got {self.update_interval}")
+        self.sampling(1)  # refuses a bad fraction, floor or cap
+
+    def sampling(self, shares: int) -> RowSampling:
+        """The row sampling, split among ``shares`` forwards (micro-batches x processes) per step."""
+        return RowSampling(self.sample_fraction, self.row_floor, self.row_cap, shares)
+
+
+class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
+    """Updates every R of a model once per optimizer step, right after it: ``R <- R - eta_t * C R``.
+
+    eta_t = eta * update_interval * (learning rate / peak learning rate if it decays, else 1), zero after ``eta_stop``.
+    Rows are drawn from all micro-batches of the step. A step that the gradient scaler skipped updates nothing.
+
+    Before each log the decorrelation loss and the mean squared correlation, averaged over layers, join the logs;
+    `per_layer` holds them for every layer.
+
+    Args:
+        arguments: eta, kappa, schedule, sample.
+        seed: of the sampling of rows.
+    """
+
+    def __init__(self, arguments: DecorrelationArguments | None = None, seed: int = 0) -> None:
+        self.arguments = arguments or DecorrelationArguments()
+        self.seed = seed
+        self.last_step = 0
+        self.measured: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        configure_sampling(model, self.arguments.sampling(args.gradient_accumulation_steps * args.world_size))
+        discard_rows(model)
+        self.last_step = int(self.arguments.eta_stop * state.max_steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        updates = self.is_update_step(step)
+        set_gathering(model, updates or self.is_log_step(args, step))
+        if updates or self.is_log_step(args, step):
+            seed_sampling(model, seed=self.seed, step=step, rank=args.process_index)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        if kwargs["optimizer"].step_was_skipped:
+            discard_rows(model)
+            return
+        if self.is_log_step(args, step):
+            self.measured = measure_decorrelation(model)
+        if self.is_update_step(step):
+            eta = self.arguments.eta * self.arguments.update_interval * self.decay(args, state, kwargs["lr_scheduler"])
+            update_decorrelation(model, eta=eta, kappa=self.arguments.kappa)
+        else:
+            discard_rows(model)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs and self.measured:
+            logs |= self.means()
+            state.log_history[-1] |= self.means()
+
+    def is_update_step(self, step: int) -> bool:
+        """Whether R is updated at this step (counted from 0)."""
+        return step < self.last_step and (step + 1) % self.arguments.update_interval == 0
+
+    def is_log_step(self, args: TrainingArguments, step: int) -> bool:
+        """Whether the correlations are measured at this step: where the Trainer logs, and at the first."""
+        return step == 0 or (step + 1) % max(int(args.logging_steps), 1) == 0
+
+    def decay(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> float:
+        """How far the weights' learning rate has decayed from its peak, 1 during warm-up."""
+        if self.arguments.eta_schedule == "constant" or state.global_step < args.get_warmup_steps(state.max_steps):
+            return 1.0
+        now, peak = scheduler.get_last_lr()[0], scheduler.base_lrs[0]
+        return float(now / peak) if peak else 1.0
+
+    @property
+    def per_layer(self) -> dict[str, dict[str, float]]:
+        """The last measurement: layer -> decorrelation_loss, mean_squared_correlation."""
+        if not self.measured:
+            return {}
+        values = torch.stack([torch.stack(pair) for pair in self.measured.values()]).tolist()  # one synchronisation
+        return {
+            name: {"decorrelation_loss": loss, "mean_squared_correlation": correlation}
+            for name, (loss, correlation) in zip(self.measured, values, strict=True)
+        }
+
+    def means(self) -> dict[str, float]:
+        """The last measurement averaged over the layers."""
+        layers = self.per_layer.values()
+        return {
+            key: sum(layer[key] for layer in layers) / len(layers)
+            for key in ("decorrelation_loss", "mean_squared_correlation")
+        }

@@ -1,0 +1,90 @@
+"""Views of an image: the paper's random resized crop and flip for training, a centre crop for evaluation.
+
+Any number of channels and any bit depth: an image is an array (height, width, channels), uint8, uint16 or float, and is
+resized channel by channel with one bicubic, antialiased step from the crop's box to the view's size.
+
+All randomness comes from the generator passed in, `image_rng(seed, epoch, image)`: a view is a pure function of these
+three, so that a resumed run, another process count and another method see the same views.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["Box", "center_box", "image_rng", "random_resized_crop", "resized", "unit_range"]
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+
+def image_rng(seed: int, epoch: int, image: int) -> np.random.Generator:
+    """The generator of all random choices about one image in one epoch."""
+    return np.random.default_rng((seed, epoch, image))
+
+
+def random_resized_crop(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    view: tuple[int, int],
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """A random part of an image, as in He et al. (paper section 2.3: scale [0.2, 1.0]).
+
+    Its area is uniform in ``scale`` times the image's, its aspect log-uniform in ``ratio`` times the view's; after ten
+    boxes that do not fit, the largest central box whose aspect is in range.
+
+    Args:
+        rng: source of randomness.
+        size: (height, width) of the image.
+        view: (height, width) that the crop will be resized to.
+        scale: range of the share of the image's area.
+        ratio: range of the aspect (width / height) relative to the view's.
+    """
+    height, width = size
+    target = view[1] / view[0]
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = target * math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return float(left), float(top), float(left + w), float(top + h)
+    aspect = min(max(width / height, target * ratio[0]), target * ratio[1])
+    return _centered(size, aspect)
+
+
+def center_box(size: tuple[int, int], view: tuple[int, int]) -> Box:
+    """The largest central box with the view's aspect."""
+    return _centered(size, view[1] / view[0])
+
+
+def _centered(size: tuple[int, int], aspect: float) -> Box:
+    height, width = size
+    w, h = min(width, height * aspect), min(height, width / aspect)
+    return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
+
+
+def resized(image_HWC: NDArray[np.generic], view: tuple[int, int], box: Box) -> NDArray[np.generic]:
+    """The box of the image at the view's size, bicubic and antialiased, in the image's dtype (float for others)."""
+    size = (view[1], view[0])
+    if image_HWC.dtype == np.uint8 and image_HWC.shape[2] in (1, 3):
+        picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC)
+        return np.asarray(picture.resize(size, Image.Resampling.BICUBIC, box=box)).reshape(*view, -1)
+    if image_HWC.dtype != np.uint8:
+        image_HWC = image_HWC.astype(np.float32)
+    channels = (Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(image_HWC, 2, 0))
+    return np.stack([np.asarray(c.resize(size, Image.Resampling.BICUBIC, box=box)) for c in channels], axis=-1)
+
+
+def unit_range(dtype: np.dtype[np.generic]) -> float:
+    """The factor that takes stored values to [0, 1]: 1/255 and 1/65535 for 8 and 16 bits, 1 for float images."""
+    if dtype.kind == "f":
+        return 1.0
+    if dtype in (np.uint8, np.uint16):
+        return 1.0 / float(np.iinfo(dtype).max)  # type: ignore[type-var]
+    raise ValueError(f"images of {dtype} are not supported; convert them to uint8, uint16 or float in [0, 1]")

@@ -1,0 +1,120 @@
+"""What a masked autoencoder trains on: views of images with the noise that decides which patches are masked.
+
+`MaskedImages` gives {pixel_values (C, H, W) float32, noise (T,) float32}. Crop, flip and noise are functions of
+(seed, epoch, image), for evaluation of (seed, image) alone: the same in every process layout, after every resume, and
+for every method that is compared. `EpochSampler` carries the epoch to the workers as part of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_dbp.data.augmentation import center_box, image_rng, random_resized_crop, resized, unit_range
+from hf_dbp.data.images import ImageList
+
+__all__ = ["EpochSampler", "MaskedImages", "interpolation_loss"]
+
+EVALUATION = 0x65766C  # stands in place of the epoch
+
+
+class EpochSampler(torch.utils.data.Sampler[tuple[int, int]]):
+    """Yields (epoch, index) over all images, in an order that is a function of (seed, epoch)."""
+
+    def __init__(self, num_images: int, seed: int) -> None:
+        self.num_images, self.seed, self.epoch = num_images, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch = self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+        return ((epoch, int(index)) for index in order)
+
+
+class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Views of images for masked autoencoding.
+
+    Indexed by (epoch, index) for training views and by index for evaluation views.
+
+    Args:
+        images: the images.
+        size: (height, width) of a view in pixels.
+        patch_size: side of a patch in pixels.
+        mean, std: per channel, in [0, 1].
+        seed: of crops, flips and masks.
+        flip: chance of a horizontal flip in training views.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        *,
+        size: tuple[int, int],
+        patch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        flip: float = 0.5,
+    ) -> None:
+        self.images, self.size, self.seed, self.flip = images, size, seed, flip
+        self.num_patches = (size[0] // patch_size) * (size[1] // patch_size)
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        epoch, image_index = index if isinstance(index, tuple) else (EVALUATION, index)
+        rng = image_rng(self.seed, epoch, image_index)
+        noise = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
+        image = self.images[image_index]
+        shape = (image.shape[0], image.shape[1])
+        if isinstance(index, tuple):
+            view = resized(image, self.size, random_resized_crop(rng, shape, self.size))
+            view = view[:, ::-1] if rng.random() < self.flip else view
+        else:
+            view = resized(image, self.size, center_box(shape, self.size))
+        return {"pixel_values": self.normalized(view, unit_range(image.dtype)), "noise": noise}
+
+    def normalized(self, view_HWC: NDArray[Any], factor: float) -> Tensor:
+        """(H, W, C) stored values -> (C, H, W) float32 with zero mean and unit variance per channel."""
+        pixels = (view_HWC * np.float32(factor) - self.mean) / self.std
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), 2, 0)))
+
+
+def interpolation_loss(data: MaskedImages, patch_size: int, mask_ratio: float) -> float:
+    """Loss of the plainest guess, which a trained model must beat: masked patches filled from the visible ones' means.
+
+    Each masked patch gets, per channel, one value: the means of the visible patches interpolated linearly between
+    patch centres (nearest outside their hull). Mean squared error over masked pixels, as the model's loss without
+    per-patch normalisation, over the evaluation views with their fixed masks.
+    """
+    from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
+
+    rows, columns = data.size[0] // patch_size, data.size[1] // patch_size
+    centres = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 2)
+    losses = []
+    for index in range(len(data)):
+        sample = data[index]
+        pixels = sample["pixel_values"].numpy()
+        patches = pixels.reshape(len(pixels), rows, patch_size, columns, patch_size)
+        patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, len(pixels), -1)  # (T, C, p * p)
+        order = np.argsort(sample["noise"].numpy(), kind="stable")
+        visible, masked = np.split(order, [int(len(order) * (1 - mask_ratio))])
+        means = patches[visible].mean(axis=-1)
+        guess = NearestNDInterpolator(centres[visible], means)(centres[masked])
+        if len(visible) > 3 and np.linalg.matrix_rank(centres[visible] - centres[visible[0]]) == 2:
+            linear = LinearNDInterpolator(centres[visible], means)(centres[masked])
+            guess = np.where(np.isnan(linear), guess, linear)
+        losses.append(float(np.square(patches[masked] - guess[..., None]).mean()))
+    return float(np.mean(losses))

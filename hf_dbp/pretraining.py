@@ -1,0 +1,332 @@
+"""Pre-training a ViT by masked autoencoding, from flags to a folder: the main of `training_scripts/run_dbp_mae.py`.
+
+The flow: flags and recipe -> images -> model -> trainer -> best checkpoint, `run.json`, pictures. What is wrong with flags
+or data fails before training starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    PreTrainedModel,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
+from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_image_size
+from hf_dbp.conversion import decorrelated_layers
+from hf_dbp.data.images import ImageSource, channel_statistics, load_images
+from hf_dbp.data.masked import MaskedImages, interpolation_loss
+from hf_dbp.figures import plot_curves, plot_reconstructions
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
+from hf_dbp.recipes import parse_arguments
+from hf_dbp.records import RunRecord, arguments_record
+from hf_dbp.trainer import RECORD, MAETrainer
+
+__all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "build_model", "main"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataArguments:
+    """Which images; flags as in transformers' run_mae.py, and what goes beyond it."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of images or parquet files."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many validation images."})
+    num_channels: int | None = field(
+        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
+    )
+    built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
+
+
+@dataclass
+class ModelArguments:
+    """Which model; flags as in transformers' run_mae.py, and what goes beyond it."""
+
+    method: str = field(
+        default="dbp",
+        metadata={
+            "help": "dbp: decorrelated backprop. bp: the same model, nothing decorrelated. stock: transformers' class.",
+            "choices": ["dbp", "bp", "stock"],
+        },
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata={"help": "adamw, or muon on hidden matrices with AdamW on the rest.", "choices": ["adamw", "muon"]},
+    )
+    model_size: str = field(default="base", metadata={"help": "Named size of a fresh model.", "choices": list(SIZES)})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to start from: any ViT-MAE, folder or Hub id; default: from scratch."},
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a fresh model, folder or Hub id."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Settings of a fresh model, e.g. hidden_size=192,decoder_num_hidden_layers=4."}
+    )
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "Input size in pixels, one number or height and width (default: 224)."}
+    )
+    patch_size: int | None = field(default=None, metadata={"help": "Side of a patch in pixels (default: 16)."})
+    mask_ratio: float = field(default=0.75, metadata={"help": "Share of the patches that is masked."})
+    norm_pix_loss: bool = field(default=False, metadata={"help": "Normalise each target patch."})
+    decorrelated_layers: str = field(
+        default="encoder",
+        metadata={"help": "Layers that dbp decorrelates.", "choices": ["encoder", "block_inputs", "full", "none"]},
+    )
+    naive_decorrelation: bool = field(default=False, metadata={"help": "Decorrelate every token, not the weights."})
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor to take mean and std from."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
+        if self.image_size is not None and len(self.image_size) > 2:
+            raise ValueError(f"--image_size takes one number or height and width, got {self.image_size}")
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
+    """TrainingArguments with the defaults that masked autoencoding needs."""
+
+    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (He et al.: 0.95)."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        self.metric_for_best_model, self.greater_is_better = "eval_loss", False
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()
+        if self.base_learning_rate is not None:
+            total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+            self.learning_rate = self.base_learning_rate * total / 256
+
+
+def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
+    """The configuration that the flags describe. ValueError for sizes that cannot be."""
+    config_class = ViTMAEConfig if model_args.method == "stock" else DBPViTMAEConfig
+    given: dict[str, Any] = {"mask_ratio": model_args.mask_ratio, "norm_pix_loss": model_args.norm_pix_loss}
+    if model_args.image_size is not None:
+        given["image_size"] = model_args.image_size[0] if len(model_args.image_size) == 1 else model_args.image_size
+    if model_args.patch_size is not None:
+        given["patch_size"] = model_args.patch_size
+    if config_class is DBPViTMAEConfig:
+        given["decorrelated_layers"] = model_args.decorrelated_layers if model_args.method == "dbp" else "none"
+        given["naive_decorrelation"] = model_args.naive_decorrelation
+    source = model_args.config_name or model_args.model_name_or_path
+    if source is not None:
+        hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+        fields, _ = ViTMAEConfig.get_config_dict(source, **hub)
+        known = ViTMAEConfig.__dataclass_fields__.keys() - {"model_type", "architectures", "dtype"}
+        fields = {key: value for key, value in fields.items() if key in known}
+    else:
+        fields = {**SIZES[model_args.model_size]}
+    config = config_class(**(fields | {"num_channels": num_channels} | given))
+    if model_args.config_overrides is not None:
+        config.update_from_string(model_args.config_overrides)
+    check_image_size(config.image_size, config.patch_size)
+    return config
+
+
+def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> PreTrainedModel:
+    """A model of the chosen method, from the checkpoint or freshly drawn from ``seed``, alike for all methods.
+
+    Raises:
+        ValueError: image size and patch size do not fit, or the checkpoint does not.
+    """
+    config = model_config(model_args, num_channels)
+    model_class: type[PreTrainedModel] = DBPViTMAEForPreTraining
+    if model_args.method == "stock":
+        square = isinstance(config.image_size, int) or len(set(config.image_size)) == 1
+        model_class = ViTMAEForPreTraining if square else RectangularViTMAE
+    if model_args.model_name_or_path is not None:
+        hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+        return model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=torch.float32, **hub)
+    model = model_class(config)
+    set_seed(seed)
+    initialize_mae_(model)
+    return model
+
+
+def image_processor(model: PreTrainedModel, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """The stock image processor that does to an image what evaluation does, but for its crop (it resizes)."""
+    size = model.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return ViTImageProcessorPil(
+        size={"height": height, "width": width}, image_mean=list(mean), image_std=list(std), resample=3
+    )
+
+
+def prepare_data(
+    data_args: DataArguments, model_args: ModelArguments, seed: int
+) -> tuple[MaskedImages, MaskedImages, int]:
+    """Training and validation views and their number of channels. ValueError if there is something wrong with them."""
+    source = ImageSource(
+        **dataclasses.asdict(data_args),
+        cache_dir=model_args.cache_dir,
+        token=model_args.token,
+        seed=seed,
+    )
+    train_images, eval_images = load_images(source)
+    num_channels = train_images[0].shape[2]
+    config = model_config(model_args, num_channels)
+    if model_args.image_processor_name is not None:
+        stock = ViTImageProcessorPil.from_pretrained(model_args.image_processor_name, token=model_args.token)
+        mean, std = stock.image_mean, stock.image_std
+    else:
+        mean, std = channel_statistics(train_images)
+    if len(mean) != num_channels:
+        raise ValueError(f"the image processor has statistics of {len(mean)} channels, the images have {num_channels}")
+    size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+    views: dict[str, Any] = {"size": size, "patch_size": config.patch_size, "mean": mean, "std": std, "seed": seed}
+    return MaskedImages(train_images, **views), MaskedImages(eval_images, **views), num_channels
+
+
+def check_run(args: PretrainingArguments, train_data: MaskedImages) -> None:
+    """Refuse what would fail or do nothing after training has begun."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and len(train_data) < batch:
+        raise ValueError(
+            f"{len(train_data)} training images do not fill one batch of {batch}; "
+            "lower --per_device_train_batch_size or pass --dataloader_drop_last false"
+        )
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one named, else the last one in the output folder."""
+    if args.resume_from_checkpoint not in (None, "true", "True", True):
+        return str(args.resume_from_checkpoint)
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    decorrelation_args: DecorrelationArguments,
+    args: PretrainingArguments,
+) -> RunRecord:
+    """Pre-train, evaluate, save; returns the record that is also written to ``output_dir/run.json``."""
+    set_seed(args.seed)
+    train_data, eval_data, num_channels = prepare_data(data_args, model_args, args.seed)
+    check_run(args, train_data)
+    model = build_model(model_args, num_channels, args.seed)
+    record = RunRecord("pretraining", model_args.method, model_args.optimizer, args.seed)
+    record.arguments = arguments_record(model_args, data_args, decorrelation_args, args)
+    record.hardware["processes"] = args.world_size
+    record.data = {
+        "source": data_args.dataset_name or data_args.train_dir,
+        "train_images": len(train_data),
+        "validation_images": len(eval_data),
+        "size": list(train_data.size),
+        "channels": num_channels,
+        "mean": train_data.mean.tolist(),
+        "std": train_data.std.tolist(),
+    }
+    callback = None
+    if any(True for _ in decorrelated_layers(model)):
+        callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
+    trainer = MAETrainer(
+        model=model,
+        args=args,
+        record=record,
+        optimizer_name=model_args.optimizer,
+        decorrelation=callback,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=image_processor(model, train_data.mean.tolist(), train_data.std.tolist()),
+    )
+    if args.do_train:
+        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    if args.do_eval and not (record.rows and record.rows[-1]["step"] == trainer.state.global_step):
+        trainer.evaluate()
+    finish(trainer, record, eval_data)
+    return record
+
+
+def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages) -> None:
+    """Save the model, the record and the pictures, and say where they are."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    trainer.save_model()
+    if not args.should_save:
+        return
+    trainer.save_state()
+    if not model.config.norm_pix_loss:
+        record.results["interpolation_loss"] = interpolation_loss(
+            eval_data, model.config.patch_size, model.config.mask_ratio
+        )
+    folder = Path(args.output_dir)
+    record.write(folder / RECORD)
+    plot_reconstructions(model, eval_data, folder / "reconstruction.png")
+    plot_curves(record.rows, folder / "curves.png", reference=record.results.get("interpolation_loss"))
+    print(summary(record, folder))
+
+
+def summary(record: RunRecord, folder: Path) -> str:
+    """What came out and where it lies, for the end of a run."""
+    lines = [f"\n{record.method} with {record.optimizer}, seed {record.seed}: {folder}"]
+    if record.best is not None:
+        lines.append(f"  best validation loss  {record.best['eval_loss']:.4f} at step {record.best['step']}")
+    if "interpolation_loss" in record.results:
+        lines.append(f"  interpolated means    {record.results['interpolation_loss']:.4f} (the plainest guess)")
+    lines.append(f"  training time         {record.results['train_seconds']:.1f} s")
+    lines.append("  model (best), image processor, run.json, curves.png, reconstruction.png are in that folder")
+    if record.method == "dbp":
+        lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
+    """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.set_verbosity_warning()
+    try:
+        parsed = parse_arguments(
+            (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments), arguments
+        )
+        return run(*parsed)
+    except ValueError as error:
+        if logger.isEnabledFor(logging.DEBUG):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,167 @@
+"""`run.json`: everything that is known about a run, written by the run itself; tables, figures and cards read it.
+
+Schema (version 1):
+
+    schema            1
+    task              "pretraining" | "segmentation" | "probe"
+    method            "stock" | "bp" | "dbp"          pre-training: how the encoder was trained
+    optimizer, seed   as given
+    arguments         every flag, by name (no tokens)
+    versions          python, torch, transformers, ... and hf_dbp
+    commit            git commit of the working directory, if it is one
+    hardware          processor or GPU name, number of processes
+    data              source, counts, image size, channel statistics
+    rows              one per evaluation: step, epoch, train_seconds, train_loss, eval_loss, and for DBP
+                      decorrelation_loss, mean_squared_correlation and, per layer, decorrelation {layer: {loss, msc}}
+    best              the row with the lowest eval_loss
+    results           figures of the whole run by name
+
+Times are seconds of training alone. A figure that was not measured is absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["RunRecord", "arguments_record", "hardware", "source_commit", "versions", "write_json"]
+
+SCHEMA = 1
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface-hub", "safetensors", "numpy")
+SECRETS = ("token", "hub_token", "push_to_hub_token")
+
+
+@dataclasses.dataclass
+class RunRecord:
+    """The content of a `run.json`; fields as in the schema above."""
+
+    task: str
+    method: str
+    optimizer: str
+    seed: int
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    commit: str | None = None
+    hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.versions = self.versions or versions()
+        self.commit = self.commit or source_commit()
+        self.hardware = self.hardware or hardware()
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The row with the lowest finite eval_loss."""
+        rows = [row for row in self.rows if row["eval_loss"] == row["eval_loss"]]
+        return min(rows, key=lambda row: row["eval_loss"]) if rows else None
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Add an evaluation; one at the same step takes the place of the earlier (a resumed run repeats its last)."""
+        self.rows = [*(old for old in self.rows if old["step"] < row["step"]), row]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the record as JSON; a reader sees the old file or the new one, never half of one."""
+        content = (
+            {"schema": SCHEMA}
+            | dataclasses.asdict(self)
+            | {"best": self.best and {key: value for key, value in self.best.items() if key != "decorrelation"}}
+        )
+        write_json(path, {key: value for key, value in content.items() if value is not None})
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> RunRecord:
+        """Read a record back.
+
+        Raises:
+            ValueError: not a run record, or one of another schema.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise ValueError(f"{path} is not a run record of schema {SCHEMA}; it was written by something else")
+        names = {field.name for field in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in content.items() if key in names})
+        except TypeError as error:
+            raise ValueError(f"{path} is not a complete run record: {error}") from error
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write JSON by way of a temporary file beside it, so that an interruption leaves the old file."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def arguments_record(*arguments: Any) -> dict[str, Any]:
+    """The fields of argument dataclasses as one JSON-able mapping, tokens left out."""
+    record: dict[str, Any] = {}
+    for group in arguments:
+        fields = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+        record |= {key: value for key, value in fields.items() if key not in SECRETS}
+    return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("hf-dbp", *PACKAGES):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return found
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout this package runs from, with ``+`` if it was changed since; None outside of git."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--exclude=*",
+    ]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def hardware() -> dict[str, Any]:
+    """Names of the processor and the GPUs, and their numbers."""
+    found: dict[str, Any] = {"processor": processor_name(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+    return found
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,196 @@
+"""`MAETrainer`: transformers' Trainer for masked autoencoders, plain or decorrelated.
+
+It adds what the stock Trainer gets wrong or lacks here:
+- resume and best checkpoint restore every tensor or fail (the stock Trainer loads loosely and only warns);
+- images are drawn by `EpochSampler`, so that views and masks follow from (seed, epoch, image);
+- Muon with AdamW as one optimizer;
+- a run record with one row per evaluation, clocked without evaluation and checkpoints, kept in every checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_dbp.callbacks import DecorrelationCallback
+from hf_dbp.data.masked import EpochSampler
+from hf_dbp.measurement import TrainingClock
+from hf_dbp.optimizers import MuonWithAdamW, decay_groups
+from hf_dbp.records import RunRecord
+
+__all__ = ["RECORD", "MAETrainer", "restore_weights"]
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+
+
+def restore_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load a checkpoint's weights into ``model``, in place.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor of the model; nothing is changed then.
+    """
+    saved, info = type(model).from_pretrained(folder, config=model.config, output_loading_info=True, dtype=model.dtype)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"checkpoint {folder} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    model.load_state_dict(saved.state_dict())
+
+
+class EpochCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler which epoch begins, however the loader wraps it (after a resume it is wrapped once more)."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))
+
+
+class MAETrainer(Trainer):  # type: ignore[misc]
+    """Trainer of masked autoencoders.
+
+    Args:
+        record: the run record to fill.
+        optimizer_name: ``adamw`` or ``muon``.
+        decorrelation: updates R; None for plain backprop.
+        kwargs: as for `transformers.Trainer`; ``train_dataset`` is a `MaskedImages`.
+    """
+
+    def __init__(
+        self,
+        *,
+        record: RunRecord,
+        optimizer_name: str = "adamw",
+        decorrelation: DecorrelationCallback | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
+        self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
+        self.clock = TrainingClock()
+        self.sampler = EpochSampler(len(self.train_dataset), seed=self.args.data_seed or self.args.seed)
+        self.add_callback(EpochCallback(self.sampler))
+        if decorrelation is not None:  # first, so that what it adds to the logs reaches every other callback
+            self.callback_handler.callbacks.insert(0, decorrelation)
+        self._loss_sum: Tensor | float = 0.0
+        self._loss_count = 0
+
+    # ---- data and optimizer ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
+        """This rank's share of the validation views: every rank-th image, so that each counts exactly once."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = torch.utils.data.Subset(data, range(self.args.process_index, len(data), self.args.world_size))
+        return torch.utils.data.DataLoader(
+            share, batch_size=self.args.eval_batch_size, num_workers=self.args.dataloader_num_workers
+        )
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: torch.utils.data.DataLoader[Any], description: str, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Mean loss over all validation images of all ranks (the stock loop counts padded ones twice)."""
+        model = self.accelerator.unwrap_model(self.model_wrapped).eval()
+        total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        for batch in dataloader:
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                loss = model(**inputs).loss
+            count = len(inputs["pixel_values"])
+            total += torch.stack([loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)])
+        loss_sum, count = self.accelerator.reduce(total, reduction="sum").tolist()
+        return EvalLoopOutput(None, None, {"eval_loss": loss_sum / count}, int(count))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer | None = self.optimizer
+        if optimizer is None and self.optimizer_name == "muon":
+            optimizer = MuonWithAdamW(
+                model or self.model,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+            )
+        elif optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            optimizer = optimizer_class(decay_groups(named, self.args.weight_decay), **options)
+        self.optimizer = optimizer
+        return optimizer
+
+    # ---- clock and record ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / RECORD).is_file():
+            before = RunRecord.read(Path(resume_from_checkpoint) / RECORD)
+            self.record.rows, self.record.results = before.rows, before.results
+        self.clock.start(self.record.results.get("train_seconds", 0.0))
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.clock.stop()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._loss_sum = self._loss_sum + loss * self.current_gradient_accumulation_steps
+        self._loss_count += 1
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.paused():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            self.record.add_row(self.evaluation_row(metrics["eval_loss"]))
+        return metrics
+
+    def evaluation_row(self, eval_loss: float) -> dict[str, Any]:
+        """The record's row for an evaluation now; the training loss is the mean since the last one, over all ranks."""
+        row: dict[str, Any] = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            "train_seconds": self.clock.seconds,
+            "eval_loss": eval_loss,
+        }
+        if self._loss_count:
+            mean = self.accelerator.reduce(torch.as_tensor(self._loss_sum / self._loss_count), reduction="mean")
+            row["train_loss"] = float(mean)
+        self._loss_sum, self._loss_count = 0.0, 0
+        if self.decorrelation is not None and self.decorrelation.measured:
+            row |= self.decorrelation.means() | {"decorrelation": self.decorrelation.per_layer}
+        return row
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.paused():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Model, image processor and run record; present key names, which resume restores (platform trap)."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        self.record.results["train_seconds"] = self.clock.seconds
+        self.record.write(folder / RECORD)
+
+    # ---- resume ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info("Loading the best model, %s (eval_loss %s)", best, self.state.best_metric)
+        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
