@@ -1,7 +1,7 @@
 """Pre-training a ViT by masked autoencoding, from flags to a folder: the main of `training_scripts/run_dbp_mae.py`.
 
-The flow: flags and recipe -> images -> model -> trainer -> best checkpoint, `run.json`, pictures. What is wrong with flags
-or data fails before training starts.
+The flow: flags and recipe -> images -> model -> trainer -> best checkpoint, `run.json`, pictures. What is wrong with
+flags or data fails before training starts.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         return self.sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer | None = self.optimizer
+        optimizer: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
         if optimizer is None and self.optimizer_name == "muon":
             optimizer = MuonWithAdamW(
                 model or self.model,
