@@ -1,0 +1,35 @@
+# make demo     set up, then pre-train, fuse and load the result on built-in images (minutes on two cores)
+# make test     the tests
+# make style    format and mend the code;  make quality  check it
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= outputs
+
+.PHONY: demo test style quality install
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python training_scripts/run_dbp_mae.py --config demo.yaml --output_dir $(OUT)/demo
+	$(BIN)/python training_scripts/fuse_checkpoint.py $(OUT)/demo --output_dir $(OUT)/demo-fused
+	$(BIN)/python -c "from transformers import ViTModel; \
+	  print(ViTModel.from_pretrained('$(OUT)/demo-fused', add_pooling_layer=False).config)"
+
+test: install
+	$(BIN)/python -m pytest
+
+style: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
