@@ -1,0 +1,286 @@
+"""Labelled images for semantic segmentation: Hub sets, parquet folders, image and mask folders, `wire_bonding`.
+
+`load_labelled_images` makes the training and the validation list; `TrainingCrops` serves augmented crops of one. Masks
+hold one class id a pixel (index images; a palette is fine). With label reduction id 0 becomes `ignore_index` and the
+others move down by one (ADE20K). Ids that are neither a class nor `ignore_index` are refused where they are met.
+
+Shapes: H, W height and width; C channels.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from hf_dbp.data.augmentation import image_rng
+from hf_dbp.data.images import BUILT_IN, IMAGE_FILES, ImageSource, find_column, read_splits, to_array
+from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
+from hf_dbp.segmentation.transforms import Augmentation
+
+__all__ = ["LabelledImages", "SegmentationSource", "TrainingCrops", "load_labelled_images", "normalized"]
+
+Array = npt.NDArray[Any]
+ANNOTATION_COLUMNS = ("annotation", "mask", "label", "segmentation")
+
+
+@dataclasses.dataclass
+class SegmentationSource(ImageSource):
+    """Which labelled images to load; the flags of `ImageSource` and these.
+
+    Args:
+        train_mask_dir: folder of masks for the images of `train_dir`, paired by relative path without the suffix.
+        validation_mask_dir: the same for `validation_dir`.
+        annotation_column_name: column of the masks; default the first of annotation, mask, label, segmentation.
+        num_labels: number of classes, without an ignored one; not needed with `id2label`.
+        id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
+        ignore_index: label id that is neither learned nor scored.
+        reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it.
+        train_fraction: share of the training images to use, drawn with `seed`.
+    """
+
+    train_mask_dir: str | None = None
+    validation_mask_dir: str | None = None
+    annotation_column_name: str | None = None
+    num_labels: int | None = None
+    id2label: str | None = None
+    ignore_index: int = 255
+    reduce_labels: bool = False
+    train_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(f"--train_fraction is a share above 0 and at most 1, got {self.train_fraction}")
+        if self.train_mask_dir is not None and self.train_dir is None:
+            raise ValueError("--train_mask_dir belongs to --train_dir, which names the images; give both")
+        if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
+            raise ValueError("--validation_dir and --validation_mask_dir belong together; give both or neither")
+
+    def class_names(self) -> dict[int, str]:
+        """Return class names by id; "class 7" where no name is known.
+
+        Raises:
+            ValueError: neither names nor a number of classes, or a file of names that is none.
+        """
+        if self.id2label is not None:
+            return _read_names(self.id2label)
+        if self.dataset_name == BUILT_IN:
+            return dict(enumerate(CLASS_NAMES))
+        if self.num_labels is None:
+            raise ValueError("the number of classes is not known: pass --num_labels K or --id2label NAMES.json")
+        return {number: f"class {number}" for number in range(self.num_labels)}
+
+
+def _read_names(path: str) -> dict[int, str]:
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(names, list):
+            return {number: str(name) for number, name in enumerate(names)}
+        return {int(number): str(name) for number, name in names.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f'--id2label {path} is no JSON list of names or {{"0": name, ...}}: {error}') from error
+
+
+class LabelledImages:
+    """Pairs of image (H, W, C) and mask (H, W) with ids 0..K-1 or `ignore_index`.
+
+    Args:
+        samples: maps an index to a mapping from column to picture or array.
+        columns: the columns of the image and of the mask.
+        num_channels: channels that images are brought to; None keeps 3 for pictures and an array's own.
+        num_labels, ignore_index, reduce_labels: as in `SegmentationSource`.
+        name: what error messages call it.
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        columns: tuple[str, str],
+        *,
+        num_labels: int,
+        ignore_index: int,
+        reduce_labels: bool = False,
+        num_channels: int | None = None,
+        name: str = "the data",
+    ) -> None:
+        self.samples, self.columns, self.num_channels, self.name = samples, columns, num_channels, name
+        self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
+        """Return image and mask.
+
+        Raises:
+            ValueError: the mask has colours, another size than the image or ids outside the classes.
+        """
+        sample = self.samples[int(index)]
+        image_HWC = to_array(sample[self.columns[0]], self.num_channels)
+        mask_HW = np.asarray(sample[self.columns[1]])
+        where = f"{self.name}, image {index}"
+        if mask_HW.ndim != 2 or mask_HW.dtype.kind not in "biu":
+            raise ValueError(
+                f"{where}: the mask is {mask_HW.dtype} of shape {mask_HW.shape}, not one class id a pixel; "
+                "write masks as grey or palette PNG that hold the ids"
+            )
+        if mask_HW.shape != image_HWC.shape[:2]:
+            raise ValueError(
+                f"{where}: the mask has {mask_HW.shape[0]} x {mask_HW.shape[1]} pixels (height x width) but the image "
+                f"{image_HWC.shape[0]} x {image_HWC.shape[1]}; a mask must label every pixel of its image"
+            )
+        return image_HWC, self.checked(mask_HW.astype(np.int32), where)
+
+    def checked(self, mask_HW: npt.NDArray[np.int32], where: str) -> npt.NDArray[np.int32]:
+        ignored = mask_HW == self.ignore_index
+        if self.reduce_labels:
+            ignored |= mask_HW == 0
+            mask_HW = mask_HW - 1
+        mask_HW = np.where(ignored, np.int32(self.ignore_index), mask_HW)
+        outside = ~ignored & ((mask_HW < 0) | (mask_HW >= self.num_labels))
+        if outside.any():
+            shift = int(self.reduce_labels)
+            raise ValueError(
+                f"{where}: the mask holds ids {(np.unique(mask_HW[outside]) + shift)[:5].tolist()}, but ids run from "
+                f"{shift} to {self.num_labels - 1 + shift} and {self.ignore_index} is ignored; "
+                "correct --num_labels, --ignore_index or --reduce_labels, or the masks"
+            )
+        return mask_HW
+
+
+class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Augmented crops: pixel_values (C, S, S) float32 and labels (S, S) int64, indexed by (epoch, index)."""
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        augmentation: Augmentation,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+    ) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
+        self.mean_C, self.std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
+        image_HWC, mask_HW = self.images[index[1]]
+        rng = image_rng(self.seed, *index)
+        crop_HWC, labels_HW = self.augmentation(image_HWC, mask_HW, self.mean_C, rng)
+        labels = torch.from_numpy(np.ascontiguousarray(labels_HW))
+        return {"pixel_values": normalized(crop_HWC, self.mean_C, self.std_C), "labels": labels}
+
+
+def normalized(image_HWC: npt.NDArray[np.float32], mean_C: Array, std_C: Array) -> Tensor:
+    """(H, W, C) in [0, 1] -> (C, H, W) with zero mean and unit variance per channel."""
+    pixels = (image_HWC - mean_C) / std_C
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), 2, 0)))
+
+
+def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training and the validation images; the first of each is read, so that mistakes show at once.
+
+    Raises:
+        ValueError: no such data or column, images and masks that do not pair, a wrong first image or mask.
+    """
+    if source.dataset_name == BUILT_IN:
+        splits, columns = _built_in(source), ("image", "annotation")
+    else:
+        pairs = _paired_folders(source) if source.train_mask_dir is not None else read_splits(source)
+        splits, columns = _drawn(pairs, source), _find_columns(pairs["train"], source)
+    lists = []
+    for split, samples in splits.items():
+        images = LabelledImages(
+            samples,
+            columns,
+            num_labels=len(source.class_names()),
+            ignore_index=source.ignore_index,
+            reduce_labels=source.reduce_labels,
+            num_channels=source.num_channels,
+            name=f"{source.name} ({split})",
+        )
+        if len(images) == 0:
+            raise ValueError(f"{images.name} has no images")
+        images.num_channels = images[0][0].shape[2]
+        lists.append(images)
+    if lists[0].num_channels != lists[1].num_channels:
+        raise ValueError(
+            f"{source.name}: training images have {lists[0].num_channels} channels, validation images "
+            f"{lists[1].num_channels}; pass --num_channels"
+        )
+    return lists[0], lists[1]
+
+
+def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
+    train, validation = source.max_train_samples or 200, source.max_eval_samples or 50
+    train = max(1, round(train * source.train_fraction))
+    size, seed = source.built_in_size, source.seed
+    return {
+        "train": WireBonding(train, size=size, seed=seed, first=0),
+        "validation": WireBonding(validation, size=size, seed=seed, first=10_000_000),
+    }
+
+
+def _find_columns(data: datasets.Dataset, source: SegmentationSource) -> tuple[str, str]:
+    image_column = find_column(data, source.image_column_name)
+    wanted = [source.annotation_column_name] if source.annotation_column_name else ANNOTATION_COLUMNS
+    for column in wanted:
+        if column in data.column_names and column != image_column:
+            return image_column, column
+    raise ValueError(
+        f"no column {wanted[0]!r} of masks; pass --annotation_column_name with one of {', '.join(data.column_names)}, "
+        "or --train_mask_dir for a folder of masks"
+    )
+
+
+def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> dict[str, datasets.Dataset]:
+    """Split off a validation set where there is none, then draw the part of each that is asked for."""
+    if "validation" not in splits:
+        halves = splits["train"].train_test_split(test_size=source.train_val_split, seed=source.seed)
+        splits = {"train": halves["train"], "validation": halves["test"]}
+    train = max(1, round(len(splits["train"]) * source.train_fraction))
+    limits = {"train": min(train, source.max_train_samples or train), "validation": source.max_eval_samples}
+    for split, limit in limits.items():
+        data = splits[split]
+        if limit is not None and limit < len(data):
+            splits[split] = data.shuffle(seed=source.seed).select(range(limit))
+    return {split: splits[split] for split in limits}
+
+
+def _paired_folders(source: SegmentationSource) -> dict[str, datasets.Dataset]:
+    splits = {"train": _pairs(str(source.train_dir), str(source.train_mask_dir))}
+    if source.validation_dir is not None:
+        splits["validation"] = _pairs(source.validation_dir, str(source.validation_mask_dir))
+    return splits
+
+
+def _pairs(image_dir: str, mask_dir: str) -> datasets.Dataset:
+    images, masks = _files_by_stem(image_dir), _files_by_stem(mask_dir)
+    unpaired = sorted(images.keys() ^ masks.keys())
+    if unpaired:
+        raise ValueError(
+            f"{len(unpaired)} of the {len(images)} images in {image_dir} and {len(masks)} masks in {mask_dir} do not "
+            f"pair by name, e.g. {unpaired[0]!r}; name each mask as its image, or move unlabelled images away"
+        )
+    stems = sorted(images)
+    table = {"image": [images[stem] for stem in stems], "annotation": [masks[stem] for stem in stems]}
+    picture = datasets.Image()
+    return datasets.Dataset.from_dict(table, datasets.Features({"image": picture, "annotation": picture}))
+
+
+def _files_by_stem(folder: str) -> dict[str, str]:
+    path = Path(folder)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+    if not files:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_FILES))})")
+    return {str(file.relative_to(path).with_suffix("")): str(file) for file in files}

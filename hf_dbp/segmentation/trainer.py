@@ -1,0 +1,188 @@
+"""`SegmentationTrainer`: transformers' Trainer for UperNet.
+
+It adds what the stock Trainer gets wrong or lacks here:
+- the loss is the mean over the labelled pixels of the whole batch: each micro-batch and each process weighs by its
+  share of them, so that accumulation and several processes give one batch's gradient; a micro-batch that is all void
+  weighs 0 (the stock loss would be NaN);
+- crops are drawn by `EpochSampler`: they follow from (seed, epoch, image);
+- layer-wise learning-rate decay;
+- evaluation over whole images at label resolution, every image once whatever the number of processes;
+- saves that resume and best checkpoint restore completely (the stock Trainer loads loosely and only warns).
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers import Trainer, UperNetForSemanticSegmentation
+
+from hf_dbp.data.masked import EpochSampler
+from hf_dbp.segmentation.inference import WholeImages, count_pixels
+from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
+from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
+from hf_dbp.trainer import EpochCallback, restore_weights
+
+__all__ = ["SegmentationTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class SegmentationTrainer(Trainer):  # type: ignore[misc]
+    """Trainer of a stock UperNet.
+
+    Args:
+        crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
+        layer_decay: as in `parameter_groups`.
+        kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops`, `eval_dataset` a `WholeImages`.
+
+    Raises:
+        ValueError: sizes that cannot be trained on.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: Any
+
+    def __init__(self, *, crop_size: int, layer_decay: float = 1.0, **kwargs: Any) -> None:
+        self.crop_size, self.layer_decay = crop_size, layer_decay
+        model: UperNetForSemanticSegmentation = kwargs["model"]
+        args = kwargs["args"]
+        synchronize_batch_norm(model, args.world_size, args.device)
+        model.accepts_loss_kwargs = False
+        super().__init__(**kwargs)
+        self._check(model)
+        self.sampler = EpochSampler(len(self.train_dataset), seed=args.data_seed or args.seed)
+        self.add_callback(EpochCallback(self.sampler))
+        self.scores: SegmentationScores | None = None
+        self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
+
+    def _check(self, model: UperNetForSemanticSegmentation) -> None:
+        patch = model.config.backbone_config.patch_size
+        if self.crop_size % patch:
+            raise ValueError(f"crop_size {self.crop_size} is no multiple of the patch size {patch}")
+        synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        if self.args.per_device_train_batch_size == 1 and not synchronized:
+            raise ValueError(
+                "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
+                "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
+            )
+        batch = self.args.train_batch_size * self.args.world_size
+        if len(self.train_dataset) < batch:
+            raise ValueError(
+                f"{len(self.train_dataset)} training images do not fill one batch of {batch}; "
+                "lower --per_device_train_batch_size"
+            )
+
+    # ---- data and optimizer ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # ---- loss ----
+
+    def _labelled(self, labels: Tensor) -> Tensor:
+        return labels.ne(self.model.config.loss_ignore_index).sum()
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of a step, and the number of labelled pixels in them over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self._labelled(batch["labels"]).to(device) for batch in batches]
+        return batches, self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum") if counts else torch.ones(
+            ()
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """This micro-batch's part of the mean over the step's labelled pixels, scaled for Trainer's and DDP's means."""
+        labels_BSS, labelled = inputs["labels"], self._labelled(inputs["labels"])
+        if num_items_in_batch is None:
+            num_items_in_batch = labelled
+        all_void = labelled == 0  # one pixel stands in, so that the loss is finite; it weighs nothing
+        labels_BSS = labels_BSS.clone()
+        labels_BSS[0, 0, 0] = torch.where(all_void, 0, labels_BSS[0, 0, 0])
+        outputs = model(**{**inputs, "labels": labels_BSS})
+        parts = self.current_gradient_accumulation_steps * self.args.world_size if self.is_in_train else 1
+        loss = outputs.loss * (labelled * parts / num_items_in_batch.clamp(min=1))
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
+        """This process's share of the validation images: every world_size-th, so that each counts exactly once."""
+        data: WholeImages = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = torch.utils.data.Subset(data, range(self.args.process_index, len(data), self.args.world_size))
+        return torch.utils.data.DataLoader(
+            share,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=list,
+        )
+
+    def evaluate(
+        self, eval_dataset: WholeImages | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and scores over all pixels of all whole images of all processes."""
+        start, model = time.perf_counter(), self.accelerator.unwrap_model(self.model_wrapped).eval()
+        if (
+            self.args.world_size > 1
+        ):  # running statistics of CPU processes differ; those of process 0 are the saved ones
+            broadcast(list(model.buffers()))
+        with self.compute_loss_context_manager():
+            confusion_KK, loss_sum = count_pixels(
+                model,
+                self.get_eval_dataloader(eval_dataset),
+                num_labels=model.config.num_labels,
+                ignore_index=model.config.loss_ignore_index,
+                crop_size=self.crop_size,
+            )
+        confusion = torch.from_numpy(confusion_KK).to(self.args.device)
+        self.confusion_KK = self.accelerator.reduce(confusion, reduction="sum").cpu().numpy()
+        loss = torch.tensor(loss_sum, dtype=torch.float64, device=self.args.device)
+        loss_sum = self.accelerator.reduce(loss, reduction="sum").item()
+        self.scores = scores_from_confusion(self.confusion_KK)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss_sum / self.confusion_KK.sum().item(),
+            **{f"{metric_key_prefix}_{name}": score for name, score in self.scores.items() if isinstance(score, float)},
+            f"{metric_key_prefix}_runtime": time.perf_counter() - start,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- save and resume ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Model and image processor; present key names, which resume restores (platform trap)."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info("Loading the best model, %s (mean IoU %s)", best, self.state.best_metric)
+        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
