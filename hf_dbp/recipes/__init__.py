@@ -9,6 +9,7 @@ Reading a recipe cannot execute code.
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -74,8 +75,8 @@ def parse_arguments(
         One instance per dataclass.
 
     Raises:
-        ValueError: the recipe cannot be read, or a value is refused by its dataclass.
-        SystemExit: an unknown flag or a value of the wrong type (argparse's message on stderr).
+        ValueError: the recipe cannot be read, a flag is unknown, or a value is refused by its dataclass.
+        SystemExit: a value of the wrong type (argparse's message on stderr).
     """
     own = list(sys.argv[1:] if arguments is None else arguments)
     own = [part for item in own for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
@@ -89,5 +90,11 @@ def parse_arguments(
     description = parser.pop("description", None)
     hf_parser = HfArgumentParser(tuple(dataclasses), description=description, allow_abbrev=False, **parser)
     hf_parser.add_argument("--config", help=f"recipe under the flags given: a YAML file or {', '.join(recipe_names())}")
-    *parsed, _ = hf_parser.parse_args_into_dataclasses([*recipes, *own])
-    return tuple(parsed)
+    *parsed, unknown = hf_parser.parse_args_into_dataclasses(
+        [*recipes, *own], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = [flag for action in hf_parser._actions for flag in action.option_strings]
+        similar = difflib.get_close_matches(unknown[0], known, n=1)
+        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {similar[0]}?" if similar else "; see --help"))
+    return tuple(parsed[: len(dataclasses)])

@@ -1,0 +1,48 @@
+"""run.json: what is written can be read, and nothing secret or invented is in it."""
+
+import json
+import math
+
+import pytest
+
+from hf_dbp.pretraining import ModelArguments
+from hf_dbp.records import RunRecord, arguments_record
+
+
+def record(*losses):
+    rows = [{"step": step, "eval_loss": loss} for step, loss in enumerate(losses)]
+    return RunRecord("pretraining", "dbp", "adamw", 0, rows=rows)
+
+
+def test_a_record_survives_writing_and_reading(tmp_path):
+    before = record(2.0, 1.0, 1.5)
+    before.write(tmp_path / "run.json")
+    assert RunRecord.read(tmp_path / "run.json") == before
+    assert json.loads((tmp_path / "run.json").read_text())["best"] == {"step": 1, "eval_loss": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_best_is_the_lowest_finite_row_and_absent_without_rows():
+    assert record(3.0, math.nan, 2.0).best["step"] == 2
+    assert record().best is None
+
+
+def test_a_resumed_run_replaces_the_rows_it_repeats():
+    resumed = record(4.0, 3.0, 2.0)
+    resumed.add_row({"step": 1, "eval_loss": 3.5})
+    assert [row["eval_loss"] for row in resumed.rows] == [4.0, 3.5]
+
+
+def test_tokens_are_left_out():
+    assert "token" not in arguments_record(ModelArguments(token="hf_secret"))
+    assert "hf_secret" not in json.dumps(arguments_record(ModelArguments(token="hf_secret")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not JSON"), ("[]", "schema"), ('{"schema": 2}', "schema"), ('{"schema": 1}', "not a complete run record")],
+)
+def test_what_is_no_record_is_refused(tmp_path, content, message):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        RunRecord.read(tmp_path / "run.json")
