@@ -1,0 +1,225 @@
+"""The script's path from flags to a folder: it trains, resumes, records, refuses, and leaves stock models behind."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTMAEForPreTraining, ViTModel
+
+from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
+from hf_dbp.fusing import main as fuse_main
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE
+from hf_dbp.pretraining import main
+from hf_dbp.records import RunRecord
+from hf_dbp.trainer import restore_weights
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+FLAGS = {
+    "dataset_name": "wire_bonding",
+    "built_in_size": 48,
+    "max_train_samples": 24,
+    "max_eval_samples": 6,
+    "config_overrides": "num_hidden_layers=2,hidden_size=32,num_attention_heads=2,intermediate_size=64",
+    "model_size": "mini",
+    "image_size": 32,
+    "patch_size": 8,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 4,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "logging_steps": 3,
+    "report_to": "none",
+    "use_cpu": True,
+    "do_train": True,
+    "do_eval": True,
+    "disable_tqdm": True,
+}
+
+
+def flags(output_dir, **changed):
+    given = {key: value for key, value in (FLAGS | {"output_dir": output_dir} | changed).items() if value is not None}
+    parts = [
+        [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])] for key, value in given.items()
+    ]
+    return [part for pair in parts for part in pair]
+
+
+def losses(record):
+    return [row["eval_loss"] for row in record.rows]
+
+
+@pytest.mark.parametrize("method", ["dbp", "bp", "stock"])
+def test_every_method_trains_saves_and_fuses_to_a_stock_vit(tmp_path, method, capsys):
+    record = main(flags(tmp_path / "run", method=method, optimizer="muon" if method == "bp" else "adamw"))
+    assert [row["step"] for row in record.rows] == [3, 6, 9, 12]
+    assert losses(record)[-1] < losses(record)[0]
+    assert RunRecord.read(tmp_path / "run" / "run.json") == record
+    assert record.data["channels"] == 2
+    assert (record.data["train_images"], record.data["validation_images"]) == (24, 6)
+    assert all(row["train_seconds"] > 0 and math.isfinite(row["train_loss"]) for row in record.rows)
+    assert ("decorrelation_loss" in record.rows[0]) == (method == "dbp")
+    for name in ("reconstruction.png", "curves.png", "preprocessor_config.json"):
+        assert (tmp_path / "run" / name).is_file(), name
+    fuse_main([str(tmp_path / "run"), "--output_dir", str(tmp_path / "vit"), "--num_images", "2"])
+    vit = ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False)
+    assert vit(torch.zeros(1, 2, 32, 32)).last_hidden_state.shape == (1, 17, 32)
+    assert "largest difference" in capsys.readouterr().out
+
+
+def test_stock_and_bp_give_the_same_curve(tmp_path):
+    """The baseline of every comparison is the stock model, trained alike."""
+    curves = [losses(main(flags(tmp_path / method, method=method, num_train_epochs=2))) for method in ("stock", "bp")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer):
+    whole = main(flags(tmp_path / "whole", optimizer=optimizer, save_total_limit=None))
+    half = tmp_path / "half"
+    main(flags(half, optimizer=optimizer))
+    for name in ("checkpoint-9", "checkpoint-12"):  # as if the run had been killed after two of its four epochs
+        for file in (half / name).iterdir():
+            file.unlink()
+        (half / name).rmdir()
+    resumed = main(flags(half, optimizer=optimizer))
+    assert losses(resumed) == losses(whole)
+    assert resumed.rows[-1]["train_seconds"] > resumed.rows[1]["train_seconds"]
+    one, other = (DBPViTMAEForPreTraining.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "half"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_best_checkpoint_is_what_remains(tmp_path):
+    """A learning rate that ruins the model in the end must not ruin what is saved."""
+    record = main(flags(tmp_path, learning_rate=20.0, warmup_steps=1000, num_train_epochs=3))  # only ever warms up
+    assert record.best["step"] < record.rows[-1]["step"]
+    kept = DBPViTMAEForPreTraining.from_pretrained(tmp_path)
+    best = DBPViTMAEForPreTraining.from_pretrained(tmp_path / f"checkpoint-{record.best['step']}")
+    assert all(torch.equal(a, b) for a, b in zip(kept.state_dict().values(), best.state_dict().values(), strict=True))
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path):
+    """4 micro-batches of 2 = 1 batch of 8: the Trainer's own loss scaling would make it 4 times too large."""
+    shared = {"num_train_epochs": 2, "sample_fraction": 1.0, "eta": 0.01, "eta_schedule": "constant"}
+    one = main(flags(tmp_path / "one", **shared))
+    many = main(flags(tmp_path / "many", per_device_train_batch_size=2, gradient_accumulation_steps=4, **shared))
+    assert losses(one) == pytest.approx(losses(many), rel=1e-5)
+    assert one.rows[-1]["decorrelation_loss"] == pytest.approx(many.rows[-1]["decorrelation_loss"], rel=1e-4)
+
+
+def test_evaluation_weighs_every_image_once(tmp_path):
+    """6 images in batches of 4 and of 6 give the same loss."""
+    pair = [main(flags(tmp_path / str(b), num_train_epochs=1, per_device_eval_batch_size=b)) for b in (4, 6)]
+    assert losses(pair[0]) == pytest.approx(losses(pair[1]), rel=1e-6)
+
+
+def test_restoring_refuses_an_incomplete_checkpoint(tmp_path, mae_config):
+    model = DBPViTMAEForPreTraining(mae_config())
+    state = model.state_dict()
+    state.pop("vit.layers.1.mlp.fc1.decorrelation.R")
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors, among them vit\.layers\.1\.mlp\.fc1\.decorrelation\.R"):
+        restore_weights(model, str(tmp_path))
+
+
+def test_a_public_checkpoint_is_a_start(tmp_path, mae_config):
+    stock = RectangularViTMAE(mae_config(num_channels=2))
+    ViTMAEForPreTraining.save_pretrained(stock, tmp_path / "public")
+    config = json.loads((tmp_path / "public" / "config.json").read_text()) | {"model_type": "vit_mae"}
+    (tmp_path / "public" / "config.json").write_text(json.dumps(config))
+    main(
+        flags(
+            tmp_path / "run",
+            model_name_or_path=tmp_path / "public",
+            model_size=None,
+            config_overrides=None,
+            image_size=None,
+            patch_size=None,
+            learning_rate=0.0,
+            num_train_epochs=1,
+        )
+    )
+    model = DBPViTMAEForPreTraining.from_pretrained(tmp_path / "run")
+    assert isinstance(model.config, DBPViTMAEConfig)
+    key = "vit.layers.1.mlp.fc2.weight"
+    assert torch.equal(model.state_dict()[key], stock.state_dict()[key])
+
+
+def picture_folder(folder, count, mode="RGB"):
+    folder.mkdir(parents=True)
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / f"{index}.png")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"image_size": 33}, "image size 33 is not a multiple of patch size 8; use 32 or 40"),
+        ({"sample_fraction": 0.0}, r"the sample fraction must lie in \(0, 1\], got 0.0"),
+        ({"sample_fraction": 1.5}, r"the sample fraction must lie in \(0, 1\], got 1.5"),
+        ({"num_channels": 3}, "wire_bonding images have 2 channels"),
+        ({"mask_ratio": 1.0}, "--mask_ratio is a share between 0 and 1"),
+        ({"max_train_samples": 4}, "4 training images do not fill one batch of 8"),
+        ({"dataset_name": None}, "no data: give --train_dir"),
+        ({"dataset_name": None, "train_dir": "{tmp}/absent"}, "there is no such folder"),
+        ({"dataset_name": None, "train_dir": "{tmp}/empty"}, "holds nothing; expected pictures"),
+        ({"dataset_name": None, "train_dir": "{tmp}/text"}, r"holds only \.txt files; expected pictures"),
+        (
+            {"dataset_name": None, "train_dir": "{tmp}/pictures", "image_column_name": "photo"},
+            "no column 'photo'.*image",
+        ),
+        ({"dataset_name": None, "train_dir": "{tmp}/pictures", "num_channels": 4}, "cannot be read as 4 channels"),
+        ({"learnin_rate": 1}, "unknown flag --learnin_rate; did you mean --learning_rate"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_training(tmp_path, changed, message, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no picture")
+    picture_folder(tmp_path / "pictures", 12)
+    changed = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in changed.items()}
+    with pytest.raises(SystemExit) as stop:
+        main(flags(tmp_path / "run", **changed))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(message, error), error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_pictures_and_rectangles(tmp_path):
+    picture_folder(tmp_path / "pictures", 20)
+    for method in ("dbp", "stock"):
+        record = main(
+            flags(
+                tmp_path / method,
+                dataset_name=None,
+                train_dir=tmp_path / "pictures",
+                image_size=[32, 48],
+                method=method,
+                num_train_epochs=1,
+                gradient_checkpointing=True,
+                max_train_samples=None,
+                max_eval_samples=None,
+            )
+        )
+        assert record.data["size"] == [32, 48]
+        assert (record.data["train_images"], record.data["validation_images"]) == (17, 3)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data here: real photographs not tested")
+def test_photographs_in_parquet(tmp_path):
+    record = main(
+        flags(
+            tmp_path, dataset_name=None, train_dir=SHARED / "imagenet_samples", max_train_samples=32, num_train_epochs=1
+        )
+    )
+    assert record.data["channels"] == 3
+    assert record.data["validation_images"] == 6
