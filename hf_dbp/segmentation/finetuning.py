@@ -1,0 +1,325 @@
+"""Fine-tuning UperNet from a ViT, from flags to a folder: the main of `training_scripts/run_upernet.py`.
+
+The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer -> best checkpoint by mean IoU,
+`eval.json`, a picture. What is wrong with flags or data fails before training starts.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    BeitImageProcessorPil,
+    TrainingArguments,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.data.images import ImageList, channel_statistics
+from hf_dbp.recipes import parse_arguments
+from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
+from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.segmentation.figures import plot_predictions
+from hf_dbp.segmentation.inference import WholeImages
+from hf_dbp.segmentation.trainer import SegmentationTrainer
+from hf_dbp.segmentation.transforms import Augmentation
+from hf_dbp.segmentation.upernet import build_upernet, load_vit
+
+__all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataArguments:
+    """Which labelled images, and how they are cropped."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of parquet files with images and masks, or of images."}
+    )
+    train_mask_dir: str | None = field(
+        default=None, metadata={"help": "Folder of masks, named as the images of train_dir."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "As train_dir, for validation."})
+    validation_mask_dir: str | None = field(default=None, metadata={"help": "As train_mask_dir, for validation."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    annotation_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the masks (default: annotation, mask, label or segmentation)."}
+    )
+    num_labels: int | None = field(default=None, metadata={"help": "Number of classes, without an ignored one."})
+    id2label: str | None = field(
+        default=None, metadata={"help": 'JSON file of class names, a list or {"0": name, ...}.'}
+    )
+    ignore_index: int = field(default=255, metadata={"help": "Label id that is neither learned nor scored."})
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "Move label ids down by one; 0 becomes ignore_index (ADE20K)."}
+    )
+    train_fraction: float = field(default=1.0, metadata={"help": "Share of the training images to use."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many validation images."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
+    )
+    subset_seed: int = field(default=0, metadata={"help": "Seed of the draws and the split (not of training)."})
+    num_channels: int | None = field(
+        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
+    )
+    built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
+    crop_size: int = field(default=512, metadata={"help": "Side of the square crops, a multiple of the patch size."})
+    long_edge: int | None = field(
+        default=None,
+        metadata={"help": "Scale images to this long edge (times 0.5 to 2 in training); 0: native resolution. "
+                  "Default: crop_size, as in the paper."},
+    )  # fmt: skip
+
+    def source(self, cache_dir: str | None, token: str | None) -> SegmentationSource:
+        """The data flags without those of cropping. ValueError for values that cannot be."""
+        flags = asdict(self)
+        own = {name: flags.pop(name) for name in ("crop_size", "long_edge", "subset_seed")}
+        return SegmentationSource(**flags, cache_dir=cache_dir, token=token, seed=own["subset_seed"])
+
+    @property
+    def scaled_long_edge(self) -> int | None:
+        """Long edge in pixels that images are scaled to; None for their native resolution."""
+        return self.crop_size if self.long_edge is None else self.long_edge or None
+
+
+@dataclass
+class ModelArguments:
+    """Which encoder UperNet starts from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Stock ViT, folder or Hub id: fused DBP, BP, supervised ..."}
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Take that ViT's shape with random weights."})
+    model_size: str | None = field(
+        default=None, metadata={"help": "Without a ViT: named size of a random one.", "choices": list(SIZES)}
+    )
+    patch_size: int = field(default=16, metadata={"help": "Patch size of a random ViT without a model."})
+    head_size: int = field(default=512, metadata={"help": "Width of UperNet's decode head."})
+    auxiliary_head_size: int = field(default=256, metadata={"help": "Width of the auxiliary head."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.model_size is None):
+            raise ValueError(
+                "give the encoder: --model_name_or_path VIT, or --model_size for random weights (not both)"
+            )
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
+    """TrainingArguments with the paper's optimiser and schedule as defaults."""
+
+    output_dir: str = field(default="outputs/upernet", metadata={"help": "Where everything is written."})
+    learning_rate: float = field(default=2.5e-5, metadata={"help": "Peak learning rate."})
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Layer-wise learning-rate decay: factor per layer below the heads; 1 for none."}
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (mean IoU)."})
+    lr_scheduler_kwargs: Any = field(default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute the encoder in the backward pass."}
+    )
+
+    def __post_init__(self) -> None:
+        self.remove_unused_columns = False
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        super().__post_init__()
+        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
+        self.checkpoint_backbone = self.gradient_checkpointing  # Trainer would ask UperNet itself, which refuses
+        self.gradient_checkpointing = False
+
+
+def build_model(
+    model_args: ModelArguments, data_args: DataArguments, names: dict[int, str], num_channels: int
+) -> UperNetForSemanticSegmentation:
+    """UperNet over the chosen ViT. ValueError if the ViT does not fit the images."""
+    if model_args.model_name_or_path is not None:
+        vit = load_vit(model_args.model_name_or_path, **model_args.hub_options)
+        if model_args.from_scratch:
+            vit = ViTModel(vit.config, add_pooling_layer=False)
+    else:
+        shape = {name: value for name, value in SIZES[str(model_args.model_size)].items() if "decoder" not in name}
+        sizes = {"image_size": data_args.crop_size, "patch_size": model_args.patch_size}
+        vit = ViTModel(ViTConfig(**shape, **sizes, num_channels=num_channels), add_pooling_layer=False)
+    if vit.config.num_channels != num_channels:
+        raise ValueError(
+            f"the ViT takes {vit.config.num_channels} channels, the images have {num_channels}: "
+            "pre-train on such images, or convert them with --num_channels"
+        )
+    return build_upernet(
+        vit,
+        names,
+        ignore_index=data_args.ignore_index,
+        hidden_size=model_args.head_size,
+        auxiliary_channels=model_args.auxiliary_head_size,
+    )
+
+
+def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images."""
+    if model_args.model_name_or_path is not None:
+        try:
+            stock = ViTImageProcessorPil.from_pretrained(model_args.model_name_or_path, **model_args.hub_options)
+        except OSError:
+            logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
+        else:
+            return list(stock.image_mean), list(stock.image_std)
+    return channel_statistics(ImageList(images.samples, images.columns[0], images.num_channels))
+
+
+def image_processor(data: WholeImages) -> BeitImageProcessorPil:
+    """The stock image processor that scales and normalises as evaluation does (padding to the crop is left to do)."""
+    scaling: dict[str, Any] = {"do_resize": False}
+    if data.long_edge is not None:
+        scaling = {"size": {"max_height": data.long_edge, "max_width": data.long_edge}, "resample": 3}
+    factor = {} if data.images[0][0].dtype == np.uint8 else {"rescale_factor": 1 / 65535}
+    statistics = {"image_mean": list(data.mean), "image_std": list(data.std)}
+    return BeitImageProcessorPil(do_center_crop=False, **scaling, **factor, **statistics)
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one named, else the last one in the output folder."""
+    if args.resume_from_checkpoint not in (None, "true", "True", True):
+        return str(args.resume_from_checkpoint)
+    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
+    """Fine-tune, evaluate, save; returns what is also written to `output_dir/eval.json`."""
+    source = data_args.source(model_args.cache_dir, model_args.token)
+    train_images, eval_images = load_labelled_images(source)
+    set_seed(args.seed)
+    model = build_model(model_args, data_args, source.class_names(), train_images[0][0].shape[2])
+    if args.checkpoint_backbone:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    mean, std = pixel_statistics(model_args, train_images)
+    augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
+    eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
+    trainer = SegmentationTrainer(
+        model=model,
+        args=args,
+        crop_size=data_args.crop_size,
+        layer_decay=args.layer_decay,
+        train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed),
+        eval_dataset=eval_data,
+        processing_class=image_processor(eval_data),
+    )
+    if args.do_train:
+        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
+    trainer.save_model()
+    record = evaluation_record(trainer, metrics, source)
+    record["arguments"] = arguments_record(model_args, data_args, args)
+    if args.should_save:
+        folder = Path(args.output_dir)
+        trainer.save_state()
+        write_json(folder / "eval.json", record)
+        best = trainer.accelerator.unwrap_model(trainer.model).eval()
+        plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
+        print(summary(record, folder))
+    return record
+
+
+def evaluation_record(
+    trainer: SegmentationTrainer, metrics: dict[str, float], source: SegmentationSource
+) -> dict[str, Any]:
+    """The content of `eval.json`.
+
+    Scores are shares in [0, 1]; `per_class` has null where a class occurs neither in the labels nor in the predictions;
+    `majority_class_mean_iou` is what predicting the commonest class everywhere would score; `evaluations` has a row
+    per evaluation during training.
+    """
+    assert trainer.scores is not None
+    scores, pixels_K = trainer.scores, trainer.confusion_KK.sum(axis=1)
+    names = trainer.model.config.id2label
+    per_class = {
+        names[k]: {
+            "iou": _number(scores["per_category_iou"][k]),
+            "accuracy": _number(scores["per_category_accuracy"][k]),
+            "pixels": int(pixels_K[k]),
+        }
+        for k in range(len(names))
+    }
+    history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
+    return {
+        "schema": 1,
+        "task": "segmentation",
+        "mean_iou": scores["mean_iou"],
+        "mean_accuracy": scores["mean_accuracy"],
+        "overall_accuracy": scores["overall_accuracy"],
+        "loss": metrics["eval_loss"],
+        "majority_class_mean_iou": float(pixels_K.max() / pixels_K.sum() / np.count_nonzero(pixels_K)),
+        "per_class": per_class,
+        "data": {
+            "source": source.name,
+            "train_images": len(trainer.train_dataset),
+            "validation_images": len(trainer.eval_dataset),
+            "validation_pixels": int(pixels_K.sum()),
+        },
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "evaluations": history,
+        "seed": trainer.args.seed,
+        "commit": source_commit(),
+        "versions": versions(),
+        "hardware": hardware() | {"processes": trainer.args.world_size},
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def summary(record: dict[str, Any], folder: Path) -> str:
+    """What came out and where it lies, for the end of a run."""
+    rows = [f"\nUperNet on {record['data']['source']}: {folder}"]
+    rows.append(f"  mean IoU {record['mean_iou']:.4f} (commonest class everywhere: "
+                f"{record['majority_class_mean_iou']:.4f}), loss {record['loss']:.4f}")  # fmt: skip
+    for name, scores in record["per_class"].items():
+        iou = "absent" if scores["iou"] is None else f"{scores['iou']:.4f}"
+        rows.append(f"    {name:<20} IoU {iou}")
+    rows.append("  model (best), image processor, eval.json and predictions.png are in that folder")
+    return "\n".join(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.set_verbosity_warning()
+    try:
+        return run(*parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments))
+    except ValueError as error:
+        if logger.isEnabledFor(logging.DEBUG):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
