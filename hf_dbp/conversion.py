@@ -13,8 +13,8 @@ as `DBPViTMAEAttention` does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -74,7 +74,7 @@ def decorrelated(name: str, layer: nn.Module, naive: bool) -> nn.Module:
         raise ValueError(f"{name}: {error}") from error
 
 
-def replace_submodules(module: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def replace_submodules(module: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
     """Put ``replacements[child]`` in place of each child, under every name that leads to it."""
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if child in replacements:

@@ -31,10 +31,11 @@ from torch import Tensor
 __all__ = [
     "covariance_sums",
     "decorrelated_linear",
-    "decorrelation_direction",
     "decorrelation_metrics",
+    "decorrelation_step_",
     "fused_weight",
     "sample_rows",
+    "second_moment_sums",
 ]
 
 
@@ -96,19 +97,35 @@ def covariance_sums(x_MD: Tensor, R_DD: Tensor) -> tuple[Tensor, Tensor]:
     return zzR_DD, z_MD.square().sum(dim=-2)
 
 
-def decorrelation_direction(SR_DD: Tensor, d_D: Tensor, R_DD: Tensor, kappa: float = 0.0) -> Tensor:
-    """``C R``, the direction of the step ``R <- R - eta * C R`` (paper eq. 4 and 5; kappa from arXiv 2405.02385).
+def second_moment_sums(x_MD: Tensor, R_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums that `decorrelation_metrics` needs: ``sum_m z z^T`` (..., D, D) and ``sum_m z**2`` (..., D)."""
+    z_MD = x_MD.to(R_DD.dtype) @ R_DD.mT
+    return z_MD.mT @ z_MD, z_MD.square().sum(dim=-2)
+
+
+def decorrelation_step_(
+    R_DD: Tensor, zzR_DD: Tensor, zz_D: Tensor, count: Tensor, *, eta: float, kappa: float = 0.0
+) -> Tensor:
+    """``R <- R - eta * C R``, in place (paper eq. 4 and 5; kappa from arXiv 2405.02385).
+
+    C R is linear in S R and R, so the step is a scaling of R's rows and one sum:
+    ``R <- (1 + eta * ((1 - kappa) * d - kappa * (d - 1))) * R - eta * (1 - kappa) * S R``.
 
     Args:
-        SR_DD: second moments of z times R, ``z^T z R / M`` (..., D, D).
-        d_D: mean squares of z (..., D).
         R_DD: decorrelation matrices (..., D, D).
+        zzR_DD: sums of z z^T R over rows (..., D, D); overwritten.
+        zz_D: sums of z**2 over rows (..., D).
+        count: rows in the sums, broadcastable to (...).
+        eta: learning rate of R.
         kappa: 0 decorrelates only, 1 normalises the variances to 1 only.
+
+    Returns:
+        ``R_DD``.
     """
-    direction_DD = torch.addcmul(SR_DD, d_D.unsqueeze(-1), R_DD, value=-1.0)
-    if kappa:
-        direction_DD = (1.0 - kappa) * direction_DD + kappa * (d_D - 1.0).unsqueeze(-1) * R_DD
-    return direction_DD
+    d_D = zz_D / count.unsqueeze(-1)
+    scale_D = 1.0 + eta * ((1.0 - kappa) * d_D - kappa * (d_D - 1.0))
+    zzR_DD.mul_((eta * (1.0 - kappa) / count)[..., None, None])
+    return R_DD.mul_(scale_D.unsqueeze(-1)).sub_(zzR_DD)
 
 
 def decorrelation_metrics(S_DD: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,12 +163,15 @@ def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
     i_M = torch.arange(num_samples, device=key.device)
     first_M = i_M * num_rows // num_samples
     width_M = (i_M + 1) * num_rows // num_samples - first_M
-    shift = hashed(~key) % num_rows
-    return (first_M + hashed(i_M * 0x9E3779B97F4A7C1 + key) % width_M + shift) % num_rows
+    shift = hashed(key - ODD) % num_rows
+    return (first_M + hashed(i_M * ODD + key) % width_M + shift) % num_rows
+
+
+ODD = 0x9E3779B97F4A7C1  # spreads counters over the 64-bit range
 
 
 def hashed(h: Tensor) -> Tensor:
-    """A 64-bit mix in wrapping arithmetic (multiply, xor-shift, multiply), as 47-bit numbers >= 0."""
-    h = (h ^ (h >> 30)) * 0x3F58476D1CE4E5B9
-    h = (h ^ (h >> 27)) * 0x14D049BB133111EB
-    return (h ^ (h >> 31)).bitwise_and(0x7FFFFFFFFFFF)
+    """A 64-bit mix in wrapping arithmetic (xor with the upper half, multiply; twice), as 47-bit numbers >= 0."""
+    h = (h ^ (h >> 32).bitwise_and(0xFFFFFFFF)) * 0x3F58476D1CE4E5B9
+    h = (h ^ (h >> 32).bitwise_and(0xFFFFFFFF)) * 0x14D049BB133111EB
+    return (h ^ (h >> 32)).bitwise_and(0x7FFFFFFFFFFF)

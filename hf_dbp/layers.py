@@ -102,7 +102,7 @@ class Decorrelation(nn.Module):
             nn.init.eye_(self.R)
 
     def wants_rows(self) -> bool:
-        """Whether this forward contributes rows; the second one of gradient checkpointing, inside backward, does not."""
+        """Whether this forward contributes rows; the repeat by gradient checkpointing, inside backward, does not."""
         if not (self.training and self.gathering):
             return False
         # As torch.utils.module_tracker does; under torch.compile the recomputation is not traced by this code.

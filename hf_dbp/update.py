@@ -8,9 +8,13 @@ A hand-written loop needs one line after the optimizer's:
 Processes. Each adds its rows' sums (`covariance_sums`, D x D + D + 1 numbers per layer); the sums are all-reduced, so
 that R follows from all processes' rows and is the same everywhere to the bit.
 
-Speed. Layers whose rows have one shape are updated by batched products, and reduced in one collective, in groups of at
-most `GROUP_NUMBERS` matrix entries: many small matrices are bound by launches, few large ones by memory. Nothing here
-waits for the device.
+Speed. Layers of one width are reduced in one collective and updated by batched products, in groups of at most
+`GROUP_NUMBERS` matrix entries: many small matrices are bound by launches, few large ones by memory. A single process on
+the CPU, where a launch costs nothing, takes one layer at a time and copies nothing. Nothing here waits for the device.
+
+Precision. R, the sums and the step are float32, outside autocast. On a GPU the products take TF32 inputs (10 bits) and
+accumulate in float32, whatever the global setting: strict float32 products alone could double a fast step, and the
+rounding is far below the sampling noise of C.
 
 Shapes: L layers of a group, M rows, D features.
 """
@@ -18,14 +22,15 @@ Shapes: L layers of a group, M rows, D features.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_dbp.conversion import decorrelated_layers
-from hf_dbp.functional import covariance_sums, decorrelation_direction, decorrelation_metrics
+from hf_dbp.functional import covariance_sums, decorrelation_metrics, decorrelation_step_, second_moment_sums
 from hf_dbp.layers import Decorrelation, RowSampling
 
 __all__ = [
@@ -38,6 +43,9 @@ __all__ = [
 ]
 
 GROUP_NUMBERS = 2**24  # matrix entries that one batched update may hold: 64 MiB in float32
+
+Layers = list[tuple[Tensor, Decorrelation]]  # each with the rows gathered for it
+Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows (L, M, D), R (L, D, D) -> sums (L, D, D) and (L, D)
 
 
 def decorrelations(module: nn.Module) -> list[tuple[str, Decorrelation]]:
@@ -93,12 +101,12 @@ def update_decorrelation(module: nn.Module, *, eta: float = 5e-4, kappa: float =
     Raises:
         ValueError: no rows were gathered (no forward in train mode, or gathering is off).
     """
-    for group in gathered_groups(module):
-        R_LDD = torch.stack([decorrelation.R for _, decorrelation in group])
-        x_LMD = torch.stack([rows for rows, _ in group])
-        zzR_LDD, zz_LD, count = reduce_sums(*covariance_sums(x_LMD, R_LDD), x_LMD.shape[1])
-        direction_LDD = decorrelation_direction(zzR_LDD / count, zz_LD / count, R_LDD, kappa)
-        torch._foreach_add_([d.R for _, d in group], list(direction_LDD.unbind()), alpha=-eta)
+    for layers in gathered_groups(module):
+        R_LDD = stacked([decorrelation.R for _, decorrelation in layers])
+        zzR_LDD, zz_LD, count_L = reduced_sums(layers, covariance_sums)
+        decorrelation_step_(R_LDD, zzR_LDD, zz_LD, count_L, eta=eta, kappa=kappa)
+        if len(layers) > 1:
+            torch._foreach_copy_([decorrelation.R for _, decorrelation in layers], list(R_LDD.unbind()))
     discard_rows(module)
     advance_keys(module)
 
@@ -115,39 +123,77 @@ def measure_decorrelation(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]
         ValueError: no rows were gathered.
     """
     measured: dict[int, tuple[Tensor, Tensor]] = {}
-    for group in gathered_groups(module):
-        R_LDD = torch.stack([decorrelation.R for _, decorrelation in group])
-        x_LMD = torch.stack([rows for rows, _ in group])
-        z_LMD = x_LMD.to(R_LDD.dtype) @ R_LDD.mT
-        zz_LDD, _, count = reduce_sums(z_LMD.mT @ z_LMD, z_LMD.new_zeros(len(group), 0), x_LMD.shape[1])
-        metrics = zip(*decorrelation_metrics(zz_LDD / count), strict=True)
-        measured |= {id(d): pair for (_, d), pair in zip(group, metrics, strict=True)}
+    for layers in gathered_groups(module):
+        zz_LDD, _, count_L = reduced_sums(layers, second_moment_sums)
+        metrics = zip(*decorrelation_metrics(zz_LDD / count_L[:, None, None]), strict=True)
+        measured |= {id(d): pair for (_, d), pair in zip(layers, metrics, strict=True)}
     return {name: measured[id(d)] for name, d in decorrelations(module) if id(d) in measured}
 
 
-def gathered_groups(module: nn.Module) -> Iterable[list[tuple[Tensor, Decorrelation]]]:
-    """Layers with gathered rows in groups of one shape, each group small enough for one batched product."""
-    by_shape: dict[object, list[tuple[Tensor, Decorrelation]]] = defaultdict(list)
+def gathered_groups(module: nn.Module) -> Iterator[Layers]:
+    """Layers with gathered rows in groups of one width: the same groups in the same order on every process."""
+    by_width: dict[object, Layers] = defaultdict(list)
     for _, decorrelation in decorrelations(module):
-        rows = decorrelation.rows
-        if rows is not None:
-            by_shape[rows.shape, rows.dtype, rows.device].append((rows, decorrelation))
-    if not by_shape:
+        if decorrelation.rows is not None:
+            by_width[decorrelation.num_features, decorrelation.R.device].append((decorrelation.rows, decorrelation))
+    if not by_width:
         raise ValueError("no rows were gathered: run a forward in train mode before each update of R")
-    for layers in by_shape.values():
-        size = max(1, GROUP_NUMBERS // layers[0][1].R.numel())
+    for layers in by_width.values():
+        R_DD = layers[0][1].R
+        size = 1 if R_DD.is_cpu and not is_distributed() else max(1, GROUP_NUMBERS // R_DD.numel())
         for first in range(0, len(layers), size):
             yield layers[first : first + size]
 
 
-def reduce_sums(matrix_LDD: Tensor, vector_LD: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Add the sums and the row count of all processes in one collective; a single process returns its own."""
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return matrix_LDD, vector_LD, count
-    flat = torch.cat([matrix_LDD.flatten(), vector_LD.flatten(), matrix_LDD.new_full((1,), count)])
+def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """The two sums and the row count (L,) of each layer, over the rows of all processes.
+
+    Layers whose rows have one shape share batched products; a group is reduced in one collective.
+    """
+    by_shape: dict[object, list[int]] = defaultdict(list)
+    for i, (rows, _) in enumerate(layers):
+        by_shape[rows.shape, rows.dtype].append(i)
+    device = layers[0][1].R.device
+    matrices, vectors, counts = ([torch.empty(0)] * len(layers) for _ in range(3))
+    with torch.autocast(device.type, enabled=False), tf32_products(device):
+        for members in by_shape.values():
+            x_LMD = stacked([layers[i][0] for i in members])
+            matrix_LDD, vector_LD = sums(x_LMD, stacked([layers[i][1].R for i in members]))
+            count_L = vector_LD.new_full((len(members),), x_LMD.shape[1])
+            for i, *triple in zip(members, matrix_LDD, vector_LD, count_L, strict=True):
+                matrices[i], vectors[i], counts[i] = triple
+    matrix_LDD, vector_LD, count_L = (
+        (matrix_LDD, vector_LD, count_L) if len(by_shape) == 1 else map(torch.stack, (matrices, vectors, counts))
+    )
+    if not is_distributed():
+        return matrix_LDD, vector_LD, count_L
+    flat = torch.cat([matrix_LDD.flatten(), vector_LD.flatten(), count_L])
     dist.all_reduce(flat)
-    matrix, vector, total = torch.split(flat, [matrix_LDD.numel(), vector_LD.numel(), 1])
-    return matrix.view_as(matrix_LDD), vector.view_as(vector_LD), total
+    matrix, vector, count_L = torch.split(flat, [matrix_LDD.numel(), vector_LD.numel(), count_L.numel()])
+    return matrix.view_as(matrix_LDD), vector.view_as(vector_LD), count_L
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """One batched tensor; of a single tensor a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def is_distributed() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@contextmanager
+def tf32_products(device: torch.device) -> Iterator[None]:
+    """float32 products on a GPU take TF32 inputs inside; elsewhere nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def advance_keys(module: nn.Module) -> None:

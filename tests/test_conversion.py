@@ -143,6 +143,6 @@ def test_refusals_name_the_layer_and_the_remedy() -> None:
 
 def test_a_refused_convolution_leaves_the_tree_as_it_was() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 3, kernel_size=3))
-    with pytest.raises(ValueError, match="^1: .*stride = kernel size"):
+    with pytest.raises(ValueError, match=r"^1: .*stride = kernel size"):
         convert_to_decorrelated(module, lambda *_: True)
     assert not list(decorrelated_layers(module))

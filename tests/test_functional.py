@@ -11,10 +11,11 @@ from torch import Tensor
 from hf_dbp.functional import (
     covariance_sums,
     decorrelated_linear,
-    decorrelation_direction,
     decorrelation_metrics,
+    decorrelation_step_,
     fused_weight,
     sample_rows,
+    second_moment_sums,
 )
 
 
@@ -82,9 +83,9 @@ def hand_step(x: Tensor, R: Tensor, eta: float, kappa: float) -> Tensor:
 @pytest.mark.parametrize("rows", [3, 6, 40])
 def test_step_is_the_formula(rows: int, kappa: float) -> None:
     x, R, eta = double(2, rows, 6), near_identity(2, 6), 0.05
-    zzR, zz = covariance_sums(x, R)
-    stepped = R - eta * decorrelation_direction(zzR / rows, zz / rows, R, kappa)
     by_hand = torch.stack([hand_step(*pair, eta, kappa) for pair in zip(x, R, strict=True)])
+    stepped = decorrelation_step_(R, *covariance_sums(x, R), torch.tensor(rows, dtype=x.dtype), eta=eta, kappa=kappa)
+    assert stepped is R
     torch.testing.assert_close(stepped, by_hand, rtol=1e-12, atol=1e-12)
 
 
@@ -102,10 +103,9 @@ def test_repeated_steps_make_the_covariance_diagonal(kappa: float) -> None:
     x = x / x.square().mean().sqrt()
     before, _ = decorrelation_metrics(x.T @ x / len(x))
     for _ in range(4000):
-        zzR, zz = covariance_sums(x, R)
-        R = R - 0.1 * decorrelation_direction(zzR / len(x), zz / len(x), R, kappa)
-    z = x @ R.T
-    second = z.T @ z / len(z)
+        decorrelation_step_(R, *covariance_sums(x, R), torch.tensor(len(x), dtype=x.dtype), eta=0.1, kappa=kappa)
+    second = second_moment_sums(x, R)[0] / len(x)
+    torch.testing.assert_close(second, (x @ R.T).T @ (x @ R.T) / len(x), rtol=1e-12, atol=1e-12)
     after, correlation = decorrelation_metrics(second)
     assert after < 1e-12 * before
     assert correlation < 1e-12

@@ -1,0 +1,228 @@
+"""One update against the formula by hand, its bookkeeping over micro-batches, steps and processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_dbp.update
+from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
+from hf_dbp.functional import decorrelation_metrics
+from hf_dbp.layers import RowSampling
+from hf_dbp.update import (
+    configure_sampling,
+    discard_rows,
+    measure_decorrelation,
+    seed_sampling,
+    set_gathering,
+    tf32_products,
+    update_decorrelation,
+)
+
+
+def model(fraction: float = 1.0) -> nn.Sequential:
+    """Widths 6, 6, 9, 6 and 5, so that some layers share a batched product; float64."""
+    widths = (6, 6, 9, 6, 5, 3)
+    layers = [nn.Linear(*pair, dtype=torch.float64) for pair in zip(widths, widths[1:], strict=False)]
+    converted = convert_to_decorrelated(nn.Sequential(*layers)).double()
+    for _, layer in decorrelated_layers(converted):
+        layer.decorrelation.R.add_(0.1 * torch.randn_like(layer.decorrelation.R))
+    configure_sampling(converted, RowSampling(fraction=fraction))
+    return converted
+
+
+def inputs(rows: int) -> Tensor:
+    return torch.randn(rows, 6, dtype=torch.float64)
+
+
+def matrices(module: nn.Module) -> list[Tensor]:
+    return [layer.decorrelation.R.detach().clone() for _, layer in decorrelated_layers(module)]
+
+
+def stepped_by_hand(module: nn.Module, eta: float, kappa: float) -> list[Tensor]:
+    """R - eta C R of every layer with C written out, from the gathered rows."""
+    results = []
+    for _, layer in decorrelated_layers(module):
+        R = layer.decorrelation.R
+        z = layer.decorrelation.rows @ R.T
+        second = z.T @ z / len(z)
+        variances = second.diag()
+        C = (1 - kappa) * (second - torch.diag(variances)) + kappa * torch.diag(variances - 1)
+        results.append(R - eta * C @ R)
+    return results
+
+
+@pytest.mark.parametrize("group_numbers", [1, 2**24])
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(("rows", "kappa"), [(3, 0.0), (3, 0.4), (40, 0.0), (40, 0.4)])
+def test_update_is_the_formula_in_groups_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, rows: int, kappa: float, distributed: bool, group_numbers: int
+) -> None:
+    monkeypatch.setattr(hf_dbp.update, "GROUP_NUMBERS", group_numbers)
+    monkeypatch.setattr(hf_dbp.update, "is_distributed", lambda: distributed)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # two processes, equal rows
+    module = model()
+    module(inputs(rows))
+    module[1].decorrelation.rows = module[1].decorrelation.rows[: rows - 1]  # a shape of its own among equal widths
+    expected = stepped_by_hand(module, 0.03, kappa)
+    update_decorrelation(module, eta=0.03, kappa=kappa)
+    torch.testing.assert_close(matrices(module), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_repeated_updates_decorrelate_every_layer() -> None:
+    module, x = model(), inputs(200) @ torch.randn(6, 6, dtype=torch.float64)
+    module(x)
+    before = measure_decorrelation(module)
+    for _ in range(3000):
+        update_decorrelation(module, eta=0.02)
+        module(x)
+    after = measure_decorrelation(module)
+    assert before.keys() == after.keys() == {"0", "1", "2", "3", "4"}
+    for name, (loss, correlation) in after.items():
+        assert loss < 2e-3 * before[name][0], name
+        assert correlation < 0.3 * before[name][1], name
+    assert max(after["0"][1], after["1"][1]) < 1e-12  # the others have inputs of small variance: they take longer
+
+
+def test_eight_micro_batches_of_one_are_one_of_eight() -> None:
+    x, results = inputs(8), []
+    for size in (1, 8):
+        torch.manual_seed(1)
+        module = model()
+        for batch in x.split(size):
+            module(batch)
+        update_decorrelation(module, eta=0.05)
+        results.append(matrices(module))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_measured_metrics_are_those_of_the_gathered_rows_and_keep_them() -> None:
+    module = model()
+    module(inputs(30))
+    measured = measure_decorrelation(module)
+    assert list(measured) == [name for name, _ in decorrelated_layers(module)]
+    for name, layer in decorrelated_layers(module):
+        z = layer.decorrelation.rows @ layer.decorrelation.R.T
+        torch.testing.assert_close(measured[name], decorrelation_metrics(z.T @ z / 30), rtol=1e-10, atol=1e-12)
+
+
+def test_an_update_uses_up_its_rows_and_the_next_draws_others() -> None:
+    module, x, drawn = model(fraction=0.2), inputs(50), []
+    for _ in range(2):
+        module(x)
+        drawn.append(module[0].decorrelation.rows)
+        update_decorrelation(module, eta=0.0)
+        assert all(layer.decorrelation.rows is None for _, layer in decorrelated_layers(module))
+    assert not torch.equal(*drawn)
+
+
+def test_a_draw_depends_on_seed_step_rank_and_layer_alone() -> None:
+    x = inputs(200)
+
+    def drawn(seed: int, step: int, rank: int) -> Tensor:
+        module = model(fraction=0.1)
+        seed_sampling(module, seed=seed, step=step, rank=rank)
+        module(x)
+        return module[0].decorrelation.rows
+
+    assert torch.equal(drawn(1, 2, 3), drawn(1, 2, 3))
+    assert not any(torch.equal(drawn(1, 2, 3), drawn(*other)) for other in ((0, 2, 3), (1, 3, 3), (1, 2, 0), (2, 1, 3)))
+    module = model(fraction=0.1)
+    seed_sampling(module, seed=1, step=2)
+    keys = {layer.decorrelation.key.item() for _, layer in decorrelated_layers(module)}
+    assert len(keys) == 5
+
+
+def test_switching_gathering_off_and_discarding() -> None:
+    module = model()
+    set_gathering(module, False)
+    module(inputs(4))
+    with pytest.raises(ValueError, match="no rows were gathered: run a forward in train mode"):
+        update_decorrelation(module)
+    set_gathering(module, True)
+    module(inputs(4))
+    before = matrices(module)
+    discard_rows(module)
+    with pytest.raises(ValueError, match="no rows were gathered"):
+        measure_decorrelation(module)
+    assert all(map(torch.equal, before, matrices(module)))
+
+
+def test_a_plain_module_is_refused() -> None:
+    plain = nn.Sequential(nn.Linear(2, 2))
+    for call in (update_decorrelation, measure_decorrelation, discard_rows, lambda m: seed_sampling(m, seed=0, step=0)):
+        with pytest.raises(ValueError, match="Sequential has no decorrelated layer; see convert_to_decorrelated"):
+            call(plain)
+
+
+def test_float32_R_is_updated_in_float32_even_from_bf16_rows_inside_autocast() -> None:
+    module = convert_to_decorrelated(nn.Sequential(nn.Linear(6, 6))).to(torch.bfloat16)
+    configure_sampling(module, RowSampling(fraction=1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        module(torch.randn(50, 6, dtype=torch.bfloat16))
+        rows = module[0].decorrelation.rows.double()
+        update_decorrelation(module, eta=0.01)
+    second = rows.T @ rows / 50
+    expected = torch.eye(6, dtype=torch.float64) - 0.01 * (second - torch.diag(second.diag()))
+    torch.testing.assert_close(matrices(module)[0].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_tf32_is_set_for_the_products_alone() -> None:
+    flags = torch.backends.cuda.matmul
+    before = flags.fp32_precision
+    with tf32_products(torch.device("cuda")):
+        assert flags.fp32_precision == "tf32"
+    with tf32_products(torch.device("cpu")):
+        assert flags.fp32_precision == before
+    assert flags.fp32_precision == before
+    assert flags.allow_tf32 is False  # the older switch still answers
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that make a host wait for a device: reads of a value, and shapes that depend on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_reads_a_value_back() -> None:
+    module, x = model(fraction=0.5), inputs(40)
+    with HostReads() as reads:
+        torch.ones(()).item()
+        for step in range(2):
+            seed_sampling(module, seed=0, step=step)
+            module(x).sum().backward()
+            measure_decorrelation(module)
+            update_decorrelation(module, kappa=0.1)
+    assert reads.found == ["aten._local_scalar_dense.default"]  # the one above, which shows that reads are seen
+
+
+TWO_PROCESSES = Path(__file__).with_name("two_processes.py")
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Uneven rows on two gloo processes under DDP: R is equal to the bit, and that of one process on all rows."""
+    command = [sys.executable, str(TWO_PROCESSES), str(tmp_path)]
+    running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        outcomes = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [code for _, code in outcomes] == [0, 0], outcomes
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(map(torch.equal, first["together"], second["together"]))
+    torch.testing.assert_close(first["together"], first["alone"], rtol=1e-6, atol=1e-6)
+    assert all(map(torch.equal, first["sampled"], second["sampled"]))
+    assert torch.equal(first["measured"], second["measured"])
+    assert not torch.equal(first["rows"], second["rows"])
