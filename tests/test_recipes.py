@@ -60,7 +60,7 @@ def test_unknown_recipes_and_flags_are_named(tmp_path):
         parse_arguments([Flags], ["--config", "nowhere.yaml"])
     with pytest.raises(ValueError, match="--config needs a recipe"):
         parse_arguments([Flags], ["--config"])
-    with pytest.raises(ValueError, match="unknown flag --learnin_rate; did you mean --learning_rate?"):
+    with pytest.raises(ValueError, match="unknown flag --learnin_rate; did you mean --learning_rate"):
         parse_arguments([Flags], ["--config", write(tmp_path, "learnin_rate: 1")])
 
 

@@ -1,0 +1,165 @@
+"""When R is updated: schedule, interval, stop, skipped steps, logging, and any Trainer."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
+from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
+from hf_dbp.optimizers import MuonWithAdamW, decay_groups
+from hf_dbp.update import update_decorrelation
+
+STEPS = 8
+
+
+class Regression(nn.Module):
+    """A decorrelated network that a stock Trainer can train."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 1))
+
+    def forward(self, x, labels):
+        return {"loss": (self.layers(x) - labels).square().mean()}
+
+
+def dataset(count=64):
+    x = torch.randn(count, 6) @ torch.randn(6, 6)
+    return [{"x": row, "labels": row.sum()[None]} for row in x]
+
+
+def trained(tmp_path, callback, **arguments):
+    torch.manual_seed(0)
+    model = convert_to_decorrelated(Regression())
+    defaults = {"max_steps": STEPS, "per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True}
+    defaults |= {"use_cpu": True, "save_strategy": "no", "logging_steps": 4, "learning_rate": 1e-2}
+    args = TrainingArguments(tmp_path, **(defaults | arguments))
+    trainer = Trainer(model, args, train_dataset=dataset(), callbacks=[callback])
+    trainer.train()
+    return model, trainer
+
+
+@pytest.fixture
+def etas(monkeypatch):
+    """Records the eta of every update and passes it on."""
+    seen = []
+
+    def record(model, *, eta, kappa):
+        seen.append(eta)
+        update_decorrelation(model, eta=eta, kappa=kappa)
+
+    monkeypatch.setattr("hf_dbp.callbacks.update_decorrelation", record)
+    return seen
+
+
+def test_eta_follows_the_decay_of_the_learning_rate_but_not_its_warm_up(tmp_path, etas):
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.01))
+    trained(tmp_path, callback, lr_scheduler_type="linear", warmup_steps=3)
+    decay = [1 - k / 5 for k in range(5)]  # linear over the 5 steps after the warm-up
+    assert etas == pytest.approx([0.01] * 3 + [0.01 * d for d in decay])
+
+
+def test_the_papers_eta_is_constant_and_can_stop(tmp_path, etas):
+    arguments = DecorrelationArguments(eta=0.01, eta_schedule="constant", eta_stop=0.75)
+    model, _ = trained(tmp_path, DecorrelationCallback(arguments))
+    assert etas == [0.01] * 6
+    assert all(layer.decorrelation.rows is None for _, layer in decorrelated_layers(model))
+
+
+def test_an_interval_takes_larger_steps_less_often(tmp_path, etas):
+    trained(
+        tmp_path, DecorrelationCallback(DecorrelationArguments(eta=0.01, eta_schedule="constant", update_interval=3))
+    )
+    assert etas == pytest.approx([0.03] * 2)
+
+
+def test_a_skipped_optimizer_step_leaves_r_and_drops_its_rows(monkeypatch):
+    model = convert_to_decorrelated(Regression()).train()
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.1, sample_fraction=1.0))
+    args = SimpleNamespace(gradient_accumulation_steps=1, world_size=1, logging_steps=100, process_index=0)
+    state = SimpleNamespace(global_step=3, max_steps=10)
+    callback.on_train_begin(args, state, None, model)
+    for skipped in (True, False):
+        callback.on_step_begin(args, state, None, model)
+        model(torch.randn(16, 6), torch.zeros(16, 1))
+        scheduler = SimpleNamespace(get_last_lr=lambda: [1.0], base_lrs=[1.0])
+        monkeypatch.setattr(callback, "decay", lambda *_: 1.0)
+        optimizer = SimpleNamespace(step_was_skipped=skipped)
+        callback.on_optimizer_step(args, state, None, model, optimizer=optimizer, lr_scheduler=scheduler)
+        R = model.layers[0].decorrelation.R
+        assert torch.equal(R, torch.eye(6)) == skipped
+        assert model.layers[0].decorrelation.rows is None
+
+
+def test_correlations_join_the_logs_and_fall(tmp_path):
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.02, eta_schedule="constant", sample_fraction=1.0))
+    _, trainer = trained(tmp_path, callback, max_steps=40)
+    logged = [row for row in trainer.state.log_history if "loss" in row]
+    losses = [row["decorrelation_loss"] for row in logged]
+    assert losses[-1] < 0.5 * losses[0]
+    assert set(callback.per_layer) == {"layers.0", "layers.2"}
+    assert callback.means()["mean_squared_correlation"] == pytest.approx(logged[-1]["mean_squared_correlation"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizers_leave_r_alone(name):
+    """No gradient, no group, no weight decay reaches R; every trainable parameter is in exactly one group."""
+    model = convert_to_decorrelated(Regression())
+    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+    muon = name == "muon"
+    optimizer = (
+        MuonWithAdamW(model, lr=0.1, weight_decay=0.5) if muon else torch.optim.AdamW(decay_groups(named, 0.5), lr=0.1)
+    )
+    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(in_groups) == sorted(id(p) for _, p in named)
+    for group in optimizer.param_groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+    model(torch.randn(8, 6), torch.zeros(8, 1))["loss"].backward()
+    optimizer.step()
+    for _, layer in decorrelated_layers(model):
+        assert layer.decorrelation.R.grad is None
+        assert torch.equal(layer.decorrelation.R, torch.eye(layer.decorrelation.num_features))
+
+
+def test_muon_is_scheduled_and_restored_as_one_optimizer():
+    models = [convert_to_decorrelated(Regression()) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [MuonWithAdamW(model, lr=0.1) for model in models]
+    batch = torch.randn(8, 6), torch.zeros(8, 1)
+
+    def step(model, optimizer):
+        model(*batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda epoch: 0.5**epoch)
+    step(models[0], optimizers[0])
+    scheduler.step()
+    assert {group["lr"] for group in (*optimizers[0].muon.param_groups, *optimizers[0].adamw.param_groups)} == {0.05}
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # as from a file
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step(model, optimizer)
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"eta": -1.0}, "--eta lies in"),
+        ({"eta_schedule": "cosine"}, "--eta_schedule is decay or constant"),
+        ({"eta_stop": 0.0}, "--eta_stop is a share"),
+        ({"kappa": 1.5}, "--kappa lies in"),
+        ({"update_interval": 0}, "--update_interval is a number of steps"),
+        ({"sample_fraction": 0.0}, r"sample fraction must lie in \(0, 1\], got 0.0"),
+        ({"row_floor": 3.0, "row_cap": 2.0}, "must not exceed the row cap"),
+    ],
+)
+def test_bad_settings_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        DecorrelationArguments(**changed)
