@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm.auto import tqdm
 
 from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.wire_bonding import WireBonding
@@ -169,7 +170,15 @@ def built_in_images(source: ImageSource) -> tuple[ImageList, ImageList]:
     ]
     if source.num_channels not in (None, 2):
         raise ValueError(f"{BUILT_IN} images have 2 channels; leave --num_channels out or pass 2")
-    return ImageList(scenes[0], "image", 2), ImageList(scenes[1], "image", 2)
+    return ImageList(rendered(scenes[0]), "image", 2), ImageList(rendered(scenes[1]), "image", 2)
+
+
+def rendered(scenes: WireBonding) -> WireBonding | list[dict[str, NDArray[Any]]]:
+    """The scenes rendered once and kept in memory, unless they would take more than a quarter of a gigabyte."""
+    first = scenes[0]
+    if len(scenes) * sum(array.nbytes for array in first.values()) > 2**28:
+        return scenes
+    return [scenes[index] for index in tqdm(range(len(scenes)), desc=f"Rendering {BUILT_IN}", leave=False)]
 
 
 def read_splits(source: ImageSource) -> dict[str, datasets.Dataset]:
