@@ -1,0 +1,56 @@
+"""What the README and docs tell users to type is what works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hf_dbp.callbacks import DecorrelationArguments
+from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
+from hf_dbp.recipes import parse_arguments
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_python_runs_as_written(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def commands():
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_exist_and_take_these_flags(command, tmp_path):
+    if command[0] == "make":
+        assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        return
+    script = next(part for part in command if part.endswith(".py"))
+    assert (ROOT / script).is_file()
+    if script.endswith("run_dbp_mae.py"):
+        groups = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
+        parse_arguments(groups, [*command[command.index(script) + 1 :], "--use_cpu"])
+
+
+def test_every_flag_of_the_table_exists():
+    known = {name for group in (ModelArguments, DecorrelationArguments) for name in group.__dataclass_fields__}
+    flags = re.findall(r"`--(\w+)`", README)
+    assert flags
+    assert set(flags) - known <= {"config", "learning_rate", "base_learning_rate"}
+
+
+def test_the_file_listing_is_the_package():
+    listing = README.split("```\nhf_dbp/\n")[1].split("```")[0]
+    named = set(re.findall(r"(\w+)\.py", listing)) | set(re.findall(r"^  (\w+)/", listing, flags=re.MULTILINE))
+    package = ROOT / "hf_dbp"
+    actual = {path.stem for path in package.glob("*.py")} | {p.parent.name for p in package.glob("*/__init__.py")}
+    assert named == actual - {"__init__"}
