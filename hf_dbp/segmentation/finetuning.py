@@ -141,9 +141,8 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (mean IoU)."})
-    lr_scheduler_kwargs: Any = field(default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute the encoder in the backward pass."}
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
     )
 
     def __post_init__(self) -> None:
@@ -156,8 +155,6 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
         super().__post_init__()
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
-        self.checkpoint_backbone = self.gradient_checkpointing  # Trainer would ask UperNet itself, which refuses
-        self.gradient_checkpointing = False
 
 
 def build_model(
@@ -199,9 +196,12 @@ def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tupl
 
 
 def image_processor(data: WholeImages) -> BeitImageProcessorPil:
-    """The stock image processor that scales and normalises as evaluation does (padding to the crop is left to do)."""
+    """The stock image processor that scales and normalises as evaluation does (padding to the crop is left to do).
+
+    For other than 1 or 3 channels it does not scale: it would take two for grey and alpha and blend them.
+    """
     scaling: dict[str, Any] = {"do_resize": False}
-    if data.long_edge is not None:
+    if data.long_edge is not None and len(data.mean) in (1, 3):
         scaling = {"size": {"max_height": data.long_edge, "max_width": data.long_edge}, "resample": 3}
     factor = {} if data.images[0][0].dtype == np.uint8 else {"rescale_factor": 1 / 65535}
     statistics = {"image_mean": list(data.mean), "image_std": list(data.std)}
@@ -221,8 +221,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     train_images, eval_images = load_labelled_images(source)
     set_seed(args.seed)
     model = build_model(model_args, data_args, source.class_names(), train_images[0][0].shape[2])
-    if args.checkpoint_backbone:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     mean, std = pixel_statistics(model_args, train_images)
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)

@@ -53,6 +53,7 @@ class SegmentationTrainer(Trainer):  # type: ignore[misc]
         args = kwargs["args"]
         synchronize_batch_norm(model, args.world_size, args.device)
         model.accepts_loss_kwargs = False
+        model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
         super().__init__(**kwargs)
         self._check(model)
         self.sampler = EpochSampler(len(self.train_dataset), seed=args.data_seed or args.seed)

@@ -1,0 +1,182 @@
+"""From flags to a folder that stock transformers loads and that predicts what evaluation scored."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, UperNetForSemanticSegmentation, get_scheduler
+
+from hf_dbp.data.augmentation import resized
+from hf_dbp.recipes import parse_arguments, recipe_names
+from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, load_labelled_images
+from hf_dbp.segmentation.finetuning import DataArguments, FinetuningArguments, ModelArguments, image_processor, main
+from hf_dbp.segmentation.inference import WholeImages, predict_labels
+
+FLAGS = [
+    *("--dataset_name", "wire_bonding", "--built_in_size", "48", "--max_train_samples", "8", "--max_eval_samples", "3"),
+    *("--crop_size", "32", "--long_edge", "40", "--head_size", "8", "--auxiliary_head_size", "8"),
+    *("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--learning_rate", "1e-3"),
+    *("--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "2", "--save_steps", "2"),
+    *(
+        "--max_steps",
+        "4",
+        "--warmup_steps",
+        "1",
+        "--do_train",
+        "--use_cpu",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "1",
+    ),
+]
+NATIVE = ["--long_edge", "0", "--crop_size", "64"]  # images of 48 pixels: padded to the crop
+
+# the README's ten lines, on a file
+INFERENCE = """
+import sys; sys.modules["hf_dbp"] = None
+folder, file, out, crop = sys.argv[1:4] + [int(sys.argv[4])]
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+model = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
+processor = AutoImageProcessor.from_pretrained(folder)
+image = np.load(file)
+pixels = processor(image.transpose(2, 0, 1), input_data_format="channels_first", return_tensors="pt").pixel_values
+h, w = pixels.shape[2:]
+with torch.no_grad():
+    output = model(torch.nn.functional.pad(pixels, (0, max(0, crop - w), 0, max(0, crop - h))))
+output.logits = output.logits[..., :h, :w]
+ids = processor.post_process_semantic_segmentation(output, target_sizes=[image.shape[:2]])[0]
+np.save(out, ids.numpy())
+"""
+
+
+@pytest.fixture
+def encoder(vit, tmp_path):
+    vit(num_channels=2).save_pretrained(tmp_path / "vit")
+    return ["--model_name_or_path", str(tmp_path / "vit")]
+
+
+def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
+    out = tmp_path / "out"
+    record = main([*FLAGS, *encoder, "--output_dir", str(out), *NATIVE, "--layer_decay", "0.8"])
+    saved = json.loads((out / "eval.json").read_text())
+    assert saved == json.loads(json.dumps(record))
+    assert list(saved["per_class"]) == ["background", "wire", "ball", "wedge", "epoxy"]
+    assert saved["mean_iou"] == max(row["eval_mean_iou"] for row in saved["evaluations"])
+    assert len(saved["evaluations"]) == 3  # steps 2 and 4, and the best one once more
+    assert saved["data"] == {
+        "source": "wire_bonding",
+        "train_images": 8,
+        "validation_images": 3,
+        "validation_pixels": 3 * 48 * 48,
+    }
+    with Image.open(out / "predictions.png") as figure:
+        assert figure.size[0] > 500
+
+    data, model = prepared(out)
+    image_HWC, _ = data.images[0]
+    np.save(tmp_path / "image.npy", image_HWC)
+    command = [sys.executable, "-c", INFERENCE, str(out), str(tmp_path / "image.npy"), str(tmp_path / "ids.npy"), "64"]
+    subprocess.run(command, check=True, capture_output=True)
+    expected = predict_labels(model, data, image_HWC, crop_size=64).numpy()
+    assert (np.load(tmp_path / "ids.npy") == expected).mean() > 0.999
+
+
+@pytest.mark.parametrize(("channels", "scales"), [(1, True), (2, False), (3, True), (4, False)])
+def test_the_image_processor_gives_what_evaluation_sees(channels, scales):
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, channels), dtype=np.uint8)
+    images = LabelledImages([{"image": image, "annotation": image[..., 0]}], ("image", "annotation"), num_labels=256,
+                            ignore_index=999)  # fmt: skip
+    data = WholeImages(images, 40, [0.4] * channels, [0.2] * channels)
+    processor = image_processor(data)
+    assert processor.do_resize == scales  # PIL would blend two or four channels as if the last were transparency
+    view = image if scales else resized(image, (28, 40), (0, 0, 70, 50))
+    pixels = processor(view.transpose(2, 0, 1), input_data_format="channels_first", return_tensors="pt").pixel_values
+    torch.testing.assert_close(pixels[0], data[0][0], rtol=0, atol=1e-5)
+
+
+def prepared(folder):
+    source = SegmentationSource(dataset_name="wire_bonding", max_train_samples=1, max_eval_samples=3, built_in_size=48)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    data = WholeImages(load_labelled_images(source)[1], None, processor.image_mean, processor.image_std)
+    return data, UperNetForSemanticSegmentation.from_pretrained(folder).eval()
+
+
+def test_stopped_and_started_again_it_continues(encoder, tmp_path):
+    flags = [*FLAGS, *encoder, "--lr_scheduler_type", "constant", "--output_dir"]
+    whole = main([*flags, str(tmp_path / "whole")])
+    main([*flags, str(tmp_path / "parts"), "--max_steps", "2"])
+    again = main([*flags, str(tmp_path / "parts")])
+    curves = [{row["step"]: row["eval_loss"] for row in run["evaluations"]} for run in (whole, again)]
+    assert list(curves[0]) == [2, 4]
+    assert curves[0] == curves[1]
+
+
+def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tmp_path):
+    flags = [*FLAGS, *encoder, "--from_scratch", "--gradient_checkpointing", "--output_dir", str(tmp_path / "a")]
+    assert main(flags)["mean_iou"] > 0
+    plain = main([*FLAGS, *encoder, "--from_scratch", "--output_dir", str(tmp_path / "b")])
+    checked = json.loads((tmp_path / "a" / "eval.json").read_text())
+    assert checked["loss"] == pytest.approx(plain["loss"], rel=1e-5)  # recomputing changes nothing
+
+
+def test_a_random_mini_model_needs_no_checkpoint(tmp_path):
+    flags = [*FLAGS, "--model_size", "mini", "--patch_size", "8", "--output_dir", str(tmp_path), "--max_steps", "2"]
+    record = main([*flags, "--eval_strategy", "no", "--save_strategy", "no"])
+    assert record["best_checkpoint"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--crop_size", "30"], "crop_size 30 is no multiple of the patch size 8"),
+        (["--per_device_train_batch_size", "1"], "at least 2 images"),
+        (["--ignore_index", "2"], "ignore_index 2 is the class 'ball'"),
+        (["--model_size", "mini"], "not both"),
+        (["--train_dir", "nowhere"], "not both"),
+        (["--layer_decay", "0"], "layer_decay is 0"),
+    ],
+)
+def test_mistakes_end_with_one_line(encoder, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        main([*FLAGS, *encoder, "--output_dir", str(tmp_path / "out"), *flags])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_vit_of_other_channels_is_refused(vit, tmp_path, capsys):
+    vit(num_channels=3).save_pretrained(tmp_path / "rgb")
+    with pytest.raises(SystemExit):
+        main([*FLAGS, "--model_name_or_path", str(tmp_path / "rgb"), "--output_dir", str(tmp_path / "out")])
+    assert "takes 3 channels, the images have 2" in capsys.readouterr().err
+
+
+def test_the_recipe_holds_the_papers_values():
+    assert {"ade20k10_upernet.yaml", "demo_upernet.yaml"} <= set(recipe_names())
+    parsers = (ModelArguments, DataArguments, FinetuningArguments)
+    override = ["--model_name_or_path", "vit", "--bf16", "false", "--train_dir", "data"]
+    _, data, args = parse_arguments(parsers, ["--config", "ade20k10_upernet.yaml", *override])
+    assert (data.num_labels, data.reduce_labels, data.max_train_samples, data.crop_size) == (150, True, 1021, 512)
+    assert data.scaled_long_edge == 512
+    assert (args.learning_rate, args.weight_decay, args.adam_beta1, args.adam_beta2) == (2.5e-5, 0.05, 0.9, 0.999)
+    assert (args.warmup_steps, args.num_train_epochs, args.per_device_train_batch_size) == (500, 125, 16)
+    assert (str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs["lr_end"]) == ("polynomial", 0.0)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, 500, 1000, args.lr_scheduler_kwargs)
+    rates = []
+    for _ in range(1000):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == rates[500] == pytest.approx(2.5e-5)
+    assert schedule.get_last_lr()[0] == 0.0
