@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.images import ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
+from hf_dbp.measurement import EnergyMeter, check_country, gpus_in_use
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record
@@ -130,7 +132,13 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
 
+    country: str | None = field(
+        default=None,
+        metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
+    )
+
     def __post_init__(self) -> None:
+        check_country(self.country)
         self.remove_unused_columns = False
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
@@ -240,6 +248,14 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
 
 
+def training_meter(args: PretrainingArguments) -> EnergyMeter | None:
+    """The energy meter of this node, in one of its processes."""
+    if not args.do_train or args.local_process_index > 0:
+        return None
+    gpus = max(args.n_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if args.device.type == "cuda" else 0
+    return EnergyMeter(args.country, gpus_in_use(gpus))
+
+
 def run(
     model_args: ModelArguments,
     data_args: DataArguments,
@@ -266,12 +282,15 @@ def run(
     callback = None
     if any(True for _ in decorrelated_layers(model)):
         callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
+    meter = training_meter(args)
+    record.energy = meter.description if meter is not None else {}
     trainer = MAETrainer(
         model=model,
         args=args,
         record=record,
         optimizer_name=model_args.optimizer,
         decorrelation=callback,
+        meter=meter,
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=image_processor(model, train_data.mean.tolist(), train_data.std.tolist()),
@@ -296,6 +315,7 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages) -> N
             eval_data, model.config.patch_size, model.config.mask_ratio
         )
     folder = Path(args.output_dir)
+    record.results["finished"] = True
     record.write(folder / RECORD)
     plot_reconstructions(model, eval_data, folder / "reconstruction.png")
     plot_curves(record.rows, folder / "curves.png", reference=record.results.get("interpolation_loss"))
@@ -309,7 +329,14 @@ def summary(record: RunRecord, folder: Path) -> str:
         lines.append(f"  best validation loss  {record.best['eval_loss']:.4f} at step {record.best['step']}")
     if "interpolation_loss" in record.results:
         lines.append(f"  interpolated means    {record.results['interpolation_loss']:.4f} (the plainest guess)")
-    lines.append(f"  training time         {record.results['train_seconds']:.1f} s")
+    if "train_seconds" in record.results:
+        lines.append(f"  training time         {record.results['train_seconds']:.1f} s")
+    if "kwh" in record.results:
+        lines.append(
+            f"  energy of training    {record.results['kwh']:.6f} kWh, {record.results['co2e_kg']:.6f} kg CO2e "
+            f"({record.energy['carbon_intensity_g_per_kwh']:g} g/kWh, {record.energy['country']}; "
+            f"processor: {record.energy['cpu']})"
+        )
     lines.append("  model (best), image processor, run.json, curves.png, reconstruction.png are in that folder")
     if record.method == "dbp":
         lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
@@ -330,3 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()

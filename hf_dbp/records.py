@@ -11,12 +11,16 @@ Schema (version 1):
     commit            git commit of the working directory, if it is one
     hardware          processor or GPU name, number of processes
     data              source, counts, image size, channel statistics
-    rows              one per evaluation: step, epoch, train_seconds, train_loss, eval_loss, and for DBP
-                      decorrelation_loss, mean_squared_correlation and, per layer, decorrelation {layer: {loss, msc}}
+    energy            how kWh were measured or estimated, country, carbon_intensity_g_per_kwh
+    rows              one per evaluation: step, epoch, eval_loss, train_loss (mean since the last row), train_seconds,
+                      kwh, co2e_kg (all three since the start of training), step_seconds (median since the last row),
+                      load_average (of the machine, over a minute), and, of the inputs of the encoder's layers on a
+                      fixed validation batch, decorrelation_loss, mean_squared_correlation and, per layer,
+                      decorrelation {layer: {decorrelation_loss, mean_squared_correlation}}
     best              the row with the lowest eval_loss
-    results           figures of the whole run by name
+    results           figures of the whole run by name; "finished": true once it has come to its end
 
-Times are seconds of training alone. A figure that was not measured is absent.
+Times, kWh and CO2e are those of training alone. A figure that was not measured is absent.
 """
 
 from __future__ import annotations
@@ -35,7 +39,17 @@ import torch
 __all__ = ["RunRecord", "arguments_record", "hardware", "source_commit", "versions", "write_json"]
 
 SCHEMA = 1
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "huggingface-hub", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "evaluate",
+    "huggingface-hub",
+    "safetensors",
+    "numpy",
+    "codecarbon",
+)
 SECRETS = ("token", "hub_token", "push_to_hub_token")
 
 
@@ -52,6 +66,7 @@ class RunRecord:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     commit: str | None = None
     hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
+    energy: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -4,12 +4,15 @@ It adds what the stock Trainer gets wrong or lacks here:
 - resume and best checkpoint restore every tensor or fail (the stock Trainer loads loosely and only warns);
 - images are drawn by `EpochSampler`, so that views and masks follow from (seed, epoch, image);
 - Muon with AdamW as one optimizer;
-- a run record with one row per evaluation, clocked without evaluation and checkpoints, kept in every checkpoint.
+- a run record with one row per evaluation, kept in every checkpoint: losses, seconds and kWh of training alone, and how
+  correlated the layers' inputs are, measured while the clock stands still.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_dbp.callbacks import DecorrelationCallback
+from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.masked import EpochSampler
-from hf_dbp.measurement import TrainingClock
+from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
 
@@ -29,6 +33,7 @@ __all__ = ["RECORD", "MAETrainer", "restore_weights"]
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
 
 
 def restore_weights(model: PreTrainedModel, folder: str) -> None:
@@ -54,6 +59,21 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
         self.sampler.set_epoch(int(state.epoch))
 
 
+class ClockCallback(TrainerCallback):  # type: ignore[misc]
+    """Times the steps. The clock starts with the first one: start-up, restoring and replaying data are not training."""
+
+    def __init__(self, clock: TrainingClock, timer: StepTimer) -> None:
+        self.clock, self.timer = clock, timer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.clock.start()
+        self.timer.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.timer.end()
+        self.clock.tick()
+
+
 class MAETrainer(Trainer):  # type: ignore[misc]
     """Trainer of masked autoencoders.
 
@@ -61,6 +81,7 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         record: the run record to fill.
         optimizer_name: ``adamw`` or ``muon``.
         decorrelation: updates R; None for plain backprop.
+        meter: measures this node's energy; None in all but one process of a node.
         kwargs: as for `transformers.Trainer`; ``train_dataset`` is a `MaskedImages`.
     """
 
@@ -70,16 +91,19 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         record: RunRecord,
         optimizer_name: str = "adamw",
         decorrelation: DecorrelationCallback | None = None,
+        meter: Meter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
-        self.clock = TrainingClock()
+        self.clock, self.timer = TrainingClock(meter), StepTimer()
         self.sampler = EpochSampler(len(self.train_dataset), seed=self.args.data_seed or self.args.seed)
         self.add_callback(EpochCallback(self.sampler))
         if decorrelation is not None:  # first, so that what it adds to the logs reaches every other callback
             self.callback_handler.callbacks.insert(0, decorrelation)
+        self.callback_handler.callbacks.insert(0, ClockCallback(self.clock, self.timer))
+        self._probe_batch: dict[str, Tensor] | None = None
         self._loss_sum: Tensor | float = 0.0
         self._loss_count = 0
 
@@ -102,6 +126,7 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
             inputs = self._prepare_inputs(batch)
+            self._probe_batch = self._probe_batch or {key: value[:PROBE_IMAGES] for key, value in batch.items()}
             with self.compute_loss_context_manager(), self.accelerator.autocast():
                 loss = model(**inputs).loss
             count = len(inputs["pixel_values"])
@@ -135,11 +160,26 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / RECORD).is_file():
             before = RunRecord.read(Path(resume_from_checkpoint) / RECORD)
             self.record.rows, self.record.results = before.rows, before.results
-        self.clock.start(self.record.results.get("train_seconds", 0.0))
+        spent = self.record.results
+        self.clock.preset(
+            spent.get("train_seconds", 0.0), spent.get("kwh", 0.0) if self.is_world_process_zero() else 0.0
+        )
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.clock.stop()
+        self.record.results |= self.costs()
+        return output
+
+    def costs(self) -> dict[str, float]:
+        """train_seconds, kwh and co2e_kg so far, over all nodes, for the record; the clock must stand still."""
+        kwh = torch.tensor(self.clock.kwh, device=self.args.device)
+        kwh = self.accelerator.reduce(kwh, reduction="sum")
+        costs = {"train_seconds": self.clock.seconds}
+        if self.record.energy:
+            intensity = self.record.energy["carbon_intensity_g_per_kwh"]
+            costs |= {"kwh": float(kwh), "co2e_kg": float(kwh) * intensity / 1000}
+        return costs
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -151,6 +191,8 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         with self.clock.paused():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             self.record.add_row(self.evaluation_row(metrics["eval_loss"]))
+            if self.args.should_save:  # for whoever watches the run
+                self.record.write(Path(self.args.output_dir) / RECORD)
         return metrics
 
     def evaluation_row(self, eval_loss: float) -> dict[str, Any]:
@@ -158,19 +200,27 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         row: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
-            "train_seconds": self.clock.seconds,
+            **self.costs(),
             "eval_loss": eval_loss,
         }
+        step_seconds = self.timer.median()
+        if step_seconds is not None:
+            row["step_seconds"] = step_seconds
+        if sys.platform != "win32":
+            row["load_average"] = os.getloadavg()[0]
         if self._loss_count:
             mean = self.accelerator.reduce(torch.as_tensor(self._loss_sum / self._loss_count), reduction="mean")
             row["train_loss"] = float(mean)
         self._loss_sum, self._loss_count = 0.0, 0
-        if self.decorrelation is not None and self.decorrelation.measured:
-            row |= self.decorrelation.means() | {"decorrelation": self.decorrelation.per_layer}
-        return row
+        assert self._probe_batch is not None
+        layers = measure_correlations(
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self._probe_batch
+        )
+        return row | mean_correlations(layers) | {"decorrelation": layers}
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.clock.paused():
+            self.record.results |= self.costs()
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -182,7 +232,6 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        self.record.results["train_seconds"] = self.clock.seconds
         self.record.write(folder / RECORD)
 
     # ---- resume ----
@@ -193,4 +242,5 @@ class MAETrainer(Trainer):  # type: ignore[misc]
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         logger.info("Loading the best model, %s (eval_loss %s)", best, self.state.best_metric)
-        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
+        with self.clock.paused():
+            restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
