@@ -89,7 +89,7 @@ class Decorrelation(nn.Module):
         self.sampling = RowSampling()
         self.gathering = True
         self.rows: Tensor | None = None
-        self.key: Tensor | None = None
+        self.key = torch.zeros((), dtype=torch.int64, device="cpu")  # real even where R is still on the meta device
         self.reset_parameters()
 
     @property
@@ -113,8 +113,7 @@ class Decorrelation(nn.Module):
         num_samples = self.sampling.num_samples(num_rows, self.num_features)
         if num_samples == num_rows:
             return None
-        key = torch.zeros((), dtype=torch.int64, device=self.R.device) if self.key is None else self.key
-        return sample_rows(num_rows, num_samples, key)
+        return sample_rows(num_rows, num_samples, self.key.to(self.R.device))
 
     def keep(self, x_MD: Tensor) -> None:
         """Add rows to those that the next update uses."""
@@ -135,7 +134,8 @@ class Decorrelation(nn.Module):
             return tensor.to(target.device) if target.dtype.itemsize < 4 else fn(tensor)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        self.rows, self.key = (t if t is None else t.to(self.R.device) for t in (self.rows, self.key))
+        self.key = self.key.to(self.R.device)
+        self.rows = None if self.rows is None else self.rows.to(self.R.device)
         return self
 
     def extra_repr(self) -> str:

@@ -44,7 +44,6 @@ from transformers.models.vit_mae.modeling_vit_mae import (
     ViTMAEAttention,
     ViTMAEDecoder,
     ViTMAEEmbeddings,
-    ViTMAEPatchEmbeddings,
     build_2d_sinusoidal_position_embedding,
     eager_attention_forward,
 )
@@ -89,7 +88,10 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 def initialize_mae_module(module: nn.Module, config: ViTMAEConfig) -> None:
-    """Initialise the parameters that ``module`` itself holds as He et al. do; loaded ones are left alone."""
+    """Initialise the parameters that ``module`` itself holds as He et al. do; loaded ones are left alone.
+
+    Never those of a child: transformers does not call this for a module without parameters of its own.
+    """
     if isinstance(module, nn.Linear):
         init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -97,12 +99,11 @@ def initialize_mae_module(module: nn.Module, config: ViTMAEConfig) -> None:
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)
-    elif isinstance(module, ViTMAEPatchEmbeddings):
-        conv = module.projection
-        fan_in, fan_out = conv.weight[0].numel(), conv.weight.shape[0]
+    elif isinstance(module, nn.Conv2d):  # the patch projection
+        fan_out, fan_in = module.weight.flatten(1).shape
         bound = (6.0 / (fan_in + fan_out)) ** 0.5  # xavier-uniform of the flattened kernel
-        init.uniform_(conv.weight, -bound, bound)
-        init.zeros_(conv.bias)
+        init.uniform_(module.weight, -bound, bound)
+        init.zeros_(module.bias)
     elif isinstance(module, ViTMAEEmbeddings):
         init.copy_(module.position_embeddings, sincos_table(patch_grid(config), module.position_embeddings.shape[-1]))
         init.normal_(module.cls_token, std=config.initializer_range)
@@ -241,9 +242,10 @@ def decorrelate_blocks(blocks: nn.ModuleList, choice: str, naive: bool) -> None:
         convert_to_decorrelated(block, named(leaves), naive=naive)
 
 
-class DBPPreTrainedMixin:
-    """Initialisation, loading and saving that the decorrelated encoder and the whole model share."""
+class DBPPreTrainedMixin(Fusable):
+    """Initialisation, loading, saving and fusion that the decorrelated encoder and the whole model share."""
 
+    stock_class: type[PreTrainedModel]
     config_class = DBPViTMAEConfig
     _keep_in_fp32_modules_strict = ("decorrelation",)
 
@@ -295,6 +297,31 @@ class DBPPreTrainedMixin:
         kwargs = {"variant": UNFUSED, "save_original_format": False} | kwargs
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
+    def fuse(self) -> PreTrainedModel:
+        """The stock model with W R in place of (W, R), as `stock_class` (`RectangularViTMAE` for other images)."""
+        config = ViTMAEConfig(**stock_fields(self.config, ViTMAEConfig))  # type: ignore[attr-defined]
+        config._attn_implementation = self.config._attn_implementation  # type: ignore[attr-defined]
+        rows, columns = patch_grid(config)
+        square_only = issubclass(self.stock_class, ViTMAEForPreTraining)
+        stock_class = RectangularViTMAE if square_only and rows != columns else self.stock_class
+        return load_fused(stock_class(config), self)
+
+
+def stock_fields(config: ViTMAEConfig, stock_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The fields of a ViT-MAE configuration that a stock configuration class has too."""
+    known = stock_class.__dataclass_fields__.keys() & ViTMAEConfig.__dataclass_fields__.keys() - NOT_STOCK
+    return {key: value for key, value in config.to_dict().items() if key in known}
+
+
+NOT_STOCK = {"model_type", "architectures", "dtype", "transformers_version"}
+
+
+def load_fused(stock: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """``stock`` with the fused weights of ``model``, on its device, in its dtype and mode."""
+    stock.to(device=model.device, dtype=model.dtype).load_state_dict(fused_state_dict(model))
+    stock.train(model.training)
+    return stock
+
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -311,6 +338,8 @@ def check_loaded(name: str, missing: list[str], ours: bool) -> None:
 class DBPViTMAEModel(DBPPreTrainedMixin, ViTMAEModel):  # type: ignore[misc]
     """transformers' `ViTMAEModel` (the encoder) with the layers decorrelated that its config chooses."""
 
+    stock_class = ViTMAEModel
+
     def __init__(self, config: DBPViTMAEConfig) -> None:
         super().__init__(config)
         choice, naive = config.decorrelated_layers, config.naive_decorrelation
@@ -319,13 +348,14 @@ class DBPViTMAEModel(DBPPreTrainedMixin, ViTMAEModel):  # type: ignore[misc]
             convert_to_decorrelated(self.embeddings, lambda module, _: isinstance(module, nn.Conv2d), naive=naive)
 
 
-class DBPViTMAEForPreTraining(DBPPreTrainedMixin, RectangularViTMAE, Fusable):
+class DBPViTMAEForPreTraining(DBPPreTrainedMixin, RectangularViTMAE):
     """transformers' `ViTMAEForPreTraining` with a decorrelated encoder (paper section 2.2).
 
     Forward as in transformers: pixel_values (B, C, H, W) and optionally noise (B, T), which fixes the mask, give loss
     (mean squared error on masked patches), logits (B, T, p * p * C), mask (B, T) and ids_restore (B, T).
     """
 
+    stock_class = ViTMAEForPreTraining
     encoder_class = DBPViTMAEModel
 
     def __init__(self, config: DBPViTMAEConfig) -> None:
@@ -334,22 +364,6 @@ class DBPViTMAEForPreTraining(DBPPreTrainedMixin, RectangularViTMAE, Fusable):
             decorrelate_blocks(self.decoder.decoder_layers, "full", config.naive_decorrelation)
             ends = named(("decoder_embed", "decoder_pred"))
             convert_to_decorrelated(self.decoder, ends, naive=config.naive_decorrelation)
-
-    def fuse(self) -> ViTMAEForPreTraining:
-        """The stock model with W R in place of (W, R), decoder kept (`RectangularViTMAE` if images are not square)."""
-        fields = {
-            key: value for key, value in self.config.to_dict().items() if key in ViTMAEConfig.__dataclass_fields__
-        }
-        config = ViTMAEConfig(**{key: value for key, value in fields.items() if key not in NOT_STOCK})
-        config._attn_implementation = self.config._attn_implementation
-        rows, columns = patch_grid(config)
-        stock_class = ViTMAEForPreTraining if rows == columns else RectangularViTMAE
-        stock = stock_class(config).to(device=self.device, dtype=self.dtype)
-        stock.load_state_dict(fused_state_dict(self))
-        return stock.train(self.training)
-
-
-NOT_STOCK = ("model_type", "architectures", "dtype", "transformers_version")
 
 
 def extract_vit(mae: PreTrainedModel) -> ViTModel:
@@ -361,12 +375,9 @@ def extract_vit(mae: PreTrainedModel) -> ViTModel:
     if not isinstance(mae, ViTMAEForPreTraining | ViTMAEModel):
         raise ValueError(f"expected a ViT-MAE model, got {type(mae).__name__}")
     encoder = mae.vit if isinstance(mae, ViTMAEForPreTraining) else mae
-    known = ViTConfig.__dataclass_fields__.keys() & ViTMAEConfig.__dataclass_fields__.keys() - set(NOT_STOCK)
-    config = ViTConfig(**{key: value for key, value in encoder.config.to_dict().items() if key in known})
+    config = ViTConfig(**stock_fields(encoder.config, ViTConfig))
     config._attn_implementation = encoder.config._attn_implementation
-    vit = ViTModel(config, add_pooling_layer=False).to(device=encoder.device, dtype=encoder.dtype)
-    vit.load_state_dict(fused_state_dict(encoder))
-    return vit.train(encoder.training)
+    return load_fused(ViTModel(config, add_pooling_layer=False), encoder)
 
 
 def load_fused_vit(name_or_path: str, **kwargs: Any) -> ViTModel:

@@ -76,11 +76,10 @@ def discard_rows(module: nn.Module) -> None:
 
 def seed_sampling(module: nn.Module, *, seed: int, step: int, rank: int = 0) -> None:
     """Make the next draw of rows a function of (seed, step, rank, layer) alone: a resumed run draws the same."""
-    found = decorrelations(module)
-    for _, decorrelation in found:
-        if decorrelation.key is None or decorrelation.key.device != decorrelation.R.device:
-            decorrelation.key = torch.zeros((), dtype=torch.int64, device=decorrelation.R.device)
-    keys = [d.key for _, d in found if d.key is not None]
+    found = [decorrelation for _, decorrelation in decorrelations(module)]
+    for decorrelation in found:
+        decorrelation.key = decorrelation.key.to(decorrelation.R.device)
+    keys = [decorrelation.key for decorrelation in found]
     # the hash of a tuple of ints is the same in every process
     values = [hash((seed, step, rank, layer)) % 2**62 for layer in range(len(found))]
     torch._foreach_zero_(keys)
@@ -108,7 +107,7 @@ def update_decorrelation(module: nn.Module, *, eta: float = 5e-4, kappa: float =
         if len(layers) > 1:
             torch._foreach_copy_([decorrelation.R for _, decorrelation in layers], list(R_LDD.unbind()))
     discard_rows(module)
-    advance_keys(module)
+    torch._foreach_add_([d.key for _, d in decorrelations(module)], 1)  # other rows next time, also if never seeded
 
 
 @torch.no_grad()
@@ -194,13 +193,3 @@ def tf32_products(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-
-
-def advance_keys(module: nn.Module) -> None:
-    """Draw other rows at the next step, for loops that never call `seed_sampling`."""
-    found = decorrelations(module)
-    keys = [decorrelation.key for _, decorrelation in found if decorrelation.key is not None]
-    if len(keys) < len(found):
-        seed_sampling(module, seed=0, step=0)
-    else:
-        torch._foreach_add_(keys, 1)
