@@ -3,11 +3,14 @@
 `MaskedImages` gives {pixel_values (C, H, W) float32, noise (T,) float32}. Crop, flip and noise are functions of
 (seed, epoch, image), for evaluation of (seed, image) alone: the same in every process layout, after every resume, and
 for every method that is compared. `EpochSampler` carries the epoch to the workers as part of the index.
+
+An image that cannot be read is skipped: in training the next readable one takes its place in the batch, so that batches
+keep their size on every process; in evaluation it is left out (`evaluation_collate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,29 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_dbp.data.augmentation import center_box, image_rng, random_resized_crop, resized, unit_range
+from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList
+from hf_dbp.data.order import EpochSampler
 
-__all__ = ["EpochSampler", "MaskedImages", "interpolation_loss"]
+__all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "evaluation_collate", "interpolation_loss"]
 
 EVALUATION = 0x65766C  # stands in place of the epoch
-
-
-class EpochSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """Yields (epoch, index) over all images, in an order that is a function of (seed, epoch)."""
-
-    def __init__(self, num_images: int, seed: int) -> None:
-        self.num_images, self.seed, self.epoch = num_images, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
-        return ((epoch, int(index)) for index in order)
 
 
 class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -77,7 +64,7 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         epoch, image_index = index if isinstance(index, tuple) else (EVALUATION, index)
         rng = image_rng(self.seed, epoch, image_index)
         noise = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
-        image = self.images[image_index]
+        image = self.images.readable(image_index) if isinstance(index, tuple) else self.images[image_index]
         shape = (image.shape[0], image.shape[1])
         if isinstance(index, tuple):
             view = resized(image, self.size, random_resized_crop(rng, shape, self.size))
@@ -92,6 +79,28 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), 2, 0)))
 
 
+class EvaluationViews(torch.utils.data.Dataset[dict[str, Tensor] | None]):
+    """The evaluation views of some images; None for one that cannot be read."""
+
+    def __init__(self, data: MaskedImages, indices: Sequence[int]) -> None:
+        self.data, self.indices = data, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor] | None:
+        try:
+            return self.data[self.indices[index]]
+        except UnreadableImageError:
+            return None
+
+
+def evaluation_collate(views: list[dict[str, Tensor] | None]) -> dict[str, Tensor]:
+    """A batch of the readable views, possibly of none."""
+    readable = [view for view in views if view is not None]
+    return torch.utils.data.default_collate(readable) if readable else {}
+
+
 def interpolation_loss(data: MaskedImages, patch_size: int, mask_ratio: float) -> float:
     """Loss of the plainest guess, which a trained model must beat: masked patches filled from the visible ones' means.
 
@@ -104,8 +113,10 @@ def interpolation_loss(data: MaskedImages, patch_size: int, mask_ratio: float) -
     rows, columns = data.size[0] // patch_size, data.size[1] // patch_size
     centres = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 2)
     losses = []
-    for index in range(len(data)):
-        sample = data[index]
+    views = EvaluationViews(data, range(len(data)))
+    for index in range(len(views)):
+        if (sample := views[index]) is None:
+            continue
         pixels = sample["pixel_values"].numpy()
         patches = pixels.reshape(len(pixels), rows, patch_size, columns, patch_size)
         patches = patches.transpose(1, 3, 0, 2, 4).reshape(rows * columns, len(pixels), -1)  # (T, C, p * p)

@@ -1,0 +1,81 @@
+"""What went wrong on the way to a data set on the Hub, in one line that says what to do.
+
+The Hub client retries cut connections, timeouts, 429 and 5xx with growing pauses by itself; what arrives here is final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import pyarrow as pa
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,  # of the HTTP library that the client uses, which has changed
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+__all__ = ["explained"]
+
+AGAIN = "run the same command again: what is cached is kept, and training goes on from its last checkpoint"
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what the Hub client, `datasets` and files raise into a ValueError about ``name``, a data set or a file."""
+    try:
+        yield
+    except (OSError, HTTPError, pa.ArrowInvalid, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(_message(name, error)) from error
+
+
+def _message(name: str, error: BaseException) -> str:
+    where, name = name, name.removeprefix("hf://datasets/").partition("@")[0]
+    page = f"{HfApi().endpoint}/datasets/{name}"
+    causes = _chain(error)
+    for cause in causes:
+        if isinstance(cause, GatedRepoError):
+            if cause.response.status_code == 401:
+                return (
+                    f"data set {name} is gated: log in with `hf auth login` (or pass --token), and accept its "
+                    f"conditions at {page}"
+                )
+            return f"data set {name} is gated and this account has no access yet: accept its conditions at {page}"
+        if isinstance(cause, RevisionNotFoundError):
+            return f"data set {name} has no such revision; see {page}/tree/main"
+        if isinstance(cause, RepositoryNotFoundError):
+            return (
+                f"no data set {name} on the Hub, or a private one: check the name at {page}, and log in with "
+                "`hf auth login` if it is private"
+            )
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError):
+            return _status_message(name, page, cause.response.status_code, cause)
+        if isinstance(cause, HTTPError):
+            return f"the connection to the Hub broke while reading {name} ({type(cause).__name__}); {AGAIN}"
+    return f"{where} cannot be read: {' '.join(str(error).split())}"
+
+
+def _status_message(name: str, page: str, status: int, error: Exception) -> str:
+    if status == 401:
+        return f"the Hub refused the token for {name} (401): log in again with `hf auth login`, or pass another --token"
+    if status == 403:
+        return f"the Hub forbids reading {name} (403): the token lacks the right, or access must be asked for at {page}"
+    if status == 404:
+        return f"a file of data set {name} is gone (404): {' '.join(str(error).split())[:200]}; see {page}"
+    if status == 429:
+        return f"the Hub limits the rate of requests for {name} (429): wait some minutes, then {AGAIN}"
+    return f"the Hub fails for {name} ({status}), and did at every repetition; {AGAIN}"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """The error and what it came from."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
