@@ -9,6 +9,7 @@ pretraining, fusing           the mains of the scripts
 """
 
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
+from hf_dbp.checkpoints import load_fused_vit
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig
 from hf_dbp.conversion import all_linears, convert_to_decorrelated, decorrelated_layers, fuse
 from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection, Decorrelation, RowSampling
@@ -17,7 +18,6 @@ from hf_dbp.modeling_dbp_vit_mae import (
     DBPViTMAEModel,
     extract_vit,
     initialize_mae_,
-    load_fused_vit,
 )
 from hf_dbp.update import configure_sampling, measure_decorrelation, seed_sampling, update_decorrelation
 

@@ -62,7 +62,11 @@ def plot_reconstructions(model: Any, data: MaskedImages, path: str | os.PathLike
 
 
 def plot_curves(
-    rows: Sequence[dict[str, Any]], path: str | os.PathLike[str], *, reference: float | None = None
+    rows: Sequence[dict[str, Any]],
+    path: str | os.PathLike[str],
+    *,
+    reference: float | None = None,
+    loss: str = "mean squared error",
 ) -> None:
     """Write a PNG of training and validation loss by step, with a dashed line at ``reference`` if there is one."""
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -74,6 +78,6 @@ def plot_curves(
     if reference is not None:
         axis.axhline(reference, color="grey", linestyle="--", label="interpolated means")
     axis.set_xlabel("optimizer step")
-    axis.set_ylabel("mean squared error")
+    axis.set_ylabel(loss)
     axis.legend()
     figure.savefig(path, dpi=100)

@@ -1,13 +1,13 @@
 """From a pre-training run to a stock ViT: the main of `training_scripts/fuse_checkpoint.py`.
 
 W R takes the place of (W, R) in every layer (paper section 2.2), the decoder is dropped, and the result is compared
-with the unfused encoder on real images before anything is written.
+with the unfused encoder on real images before anything is written. Beside the model come image processor, record,
+curves, reconstructions and card: what is pushed to the Hub.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,103 +15,149 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForPreTraining, PreTrainedModel, ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
+from transformers import AutoConfig, AutoModelForPreTraining, ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
 
+from hf_dbp.checkpoints import model_folder
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.masked import MaskedImages
+from hf_dbp.figures import plot_curves, plot_reconstructions
+from hf_dbp.model_card import write_card
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
-from hf_dbp.pretraining import DataArguments
+from hf_dbp.publishing import Destination
 from hf_dbp.records import RunRecord
 from hf_dbp.trainer import RECORD
 
-__all__ = ["fuse_run", "largest_difference", "main"]
+__all__ = ["check_views", "fuse_run", "largest_difference", "main", "push_run"]
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
 def largest_difference(mae: ViTMAEForPreTraining, vit: ViTModel, pixels_BCHW: Tensor) -> tuple[float, float]:
-    """Compare the unfused encoder, all patches visible, with the fused ViT on images, both in float32.
+    """Compare the unfused encoder, all patches visible, with the fused ViT on images.
 
     Returns:
         The largest absolute difference of their last hidden states (B, 1 + T, D), and the largest absolute state.
     """
-    encoder = mae.vit.float().eval()
+    encoder, vit = mae.vit.eval(), vit.eval()
     ratio, encoder.config.mask_ratio = encoder.config.mask_ratio, 0.0
     in_order = torch.arange(encoder.embeddings.patch_embeddings.num_patches, device=pixels_BCHW.device)
     try:
         unfused = encoder(pixels_BCHW, noise=in_order.expand(len(pixels_BCHW), -1)).last_hidden_state
     finally:
         encoder.config.mask_ratio = ratio
-    fused = vit.float().eval()(pixels_BCHW).last_hidden_state
+    fused = vit(pixels_BCHW).last_hidden_state
     return float((fused - unfused).abs().max()), float(unfused.abs().max())
 
 
-def check_images(run: Path, image_dir: str | None, model: PreTrainedModel, count: int) -> Tensor:
-    """Validation views of the run's own data, or of a folder: (count, C, H, W).
+def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> MaskedImages:
+    """Up to ``count`` validation views of the run's own data, or of a folder of images.
 
     Raises:
         ValueError: neither a folder nor a run record to say which data it was, or the data is gone.
     """
-    record_file = next((folder / RECORD for folder in (run, run.parent) if (folder / RECORD).is_file()), None)
-    if record_file is None:
-        raise ValueError(f"{run} has no {RECORD}, which tells the data of the run; pass --image_dir FOLDER")
-    record = RunRecord.read(record_file)
+    folder = model_folder(run)
+    config, processor = AutoConfig.from_pretrained(folder), ViTImageProcessorPil.from_pretrained(folder)
+    seed = 0
     if image_dir is not None:
-        source = ImageSource(train_dir=image_dir, num_channels=model.config.num_channels)
+        source = ImageSource(train_dir=image_dir, num_channels=config.num_channels, max_eval_samples=count)
+    elif (folder / RECORD).is_file():
+        record = RunRecord.read(folder / RECORD)
+        seed = record.seed
+        names = ImageSource.__dataclass_fields__.keys() & record.arguments.keys() - {"token", "seed"}
+        given = {name: record.arguments[name] for name in names}
+        source = ImageSource(**given | {"max_eval_samples": count}, seed=seed)
     else:
-        names = {field.name for field in dataclasses.fields(DataArguments)} & ImageSource.__dataclass_fields__.keys()
-        given = {name: record.arguments[name] for name in names if name in record.arguments}
-        source = ImageSource(**given | {"max_eval_samples": count}, seed=record.seed)
+        raise ValueError(f"{folder} has no {RECORD}, which tells the data of the run; pass --image_dir FOLDER")
     _, images = load_images(source)
-    views = MaskedImages(
+    return MaskedImages(
         images,
-        size=tuple(record.data["size"]),
-        patch_size=model.config.patch_size,
-        mean=record.data["mean"],
-        std=record.data["std"],
-        seed=record.seed,
+        size=(processor.size["height"], processor.size["width"]),
+        patch_size=config.patch_size,
+        mean=processor.image_mean,
+        std=processor.image_std,
+        seed=seed,
     )
-    return torch.stack([views[index]["pixel_values"] for index in range(min(count, len(views)))])
 
 
-def fuse_run(run: Path, output_dir: Path, image_dir: str | None = None, count: int = 8) -> float:
-    """Fuse, check on ``count`` images, and write stock ViT, image processor and record; returns the largest difference.
+def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, name: str | None = None) -> float:
+    """Fuse a run, check it on images, and write the stock ViT and what goes with it.
+
+    Args:
+        run: output folder of a run, of which the best checkpoint is taken if it is unfinished, or a checkpoint.
+        output_dir: where stock model, image processor, record, curves, reconstructions and card are written.
+        views: evaluation views to check on.
+        count: how many of them.
+        name: Hub id for the card.
+
+    Returns:
+        The largest difference between fused and unfused outputs, both computed in float32.
 
     Raises:
-        ValueError: no checkpoint there, nothing to check on, or fused and unfused outputs disagree.
+        ValueError: no checkpoint there, or fused and unfused outputs disagree; nothing was written then.
     """
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} holds no model; give the output folder of a run or one of its checkpoint-N folders")
-    if output_dir.resolve() == run.resolve():
+    folder = model_folder(run)
+    if output_dir.resolve() in (run.resolve(), folder.resolve()):
         raise ValueError("--output_dir must be another folder than the run's")
-    mae = AutoModelForPreTraining.from_pretrained(run)
+    mae = AutoModelForPreTraining.from_pretrained(folder)
     vit = extract_vit(mae)
-    difference, scale = largest_difference(mae, extract_vit(mae), check_images(run, image_dir, mae, count))
-    print(f"largest difference between fused and unfused outputs on {count} images: {difference:.2e} (of {scale:.1f})")
+    mae = mae.float()  # what is compared: in bfloat16 every product rounds in another place
+    pixels_BCHW = torch.stack([views[index]["pixel_values"] for index in range(min(count, len(views)))])
+    difference, scale = largest_difference(mae, extract_vit(mae), pixels_BCHW)
     if not difference <= 1e-4 * max(scale, 1.0):
         raise ValueError(f"fused and unfused outputs differ by {difference:.2e}; nothing was written")
+    print(
+        f"largest difference between fused and unfused outputs on {len(pixels_BCHW)} images: {difference:.2e} "
+        f"(of {scale:.1f})"
+    )
     vit.save_pretrained(output_dir)
-    ViTImageProcessorPil.from_pretrained(run).save_pretrained(output_dir)
-    record_file = run / RECORD
-    if record_file.is_file():
-        record = RunRecord.read(record_file)
-        record.results |= {"fusion_largest_difference": difference, "fusion_images": count}
+    ViTImageProcessorPil.from_pretrained(folder).save_pretrained(output_dir)
+    plot_reconstructions(mae, views, output_dir / "reconstruction.png")
+    if (folder / RECORD).is_file():
+        record = RunRecord.read(folder / RECORD)
+        record.results |= {"fusion_largest_difference": difference, "fusion_images": len(pixels_BCHW)}
         record.write(output_dir / RECORD)
+        plot_curves(record.rows, output_dir / "curves.png", reference=record.results.get("interpolation_loss"))
+    write_card(output_dir, name)
     return difference
 
 
+def push_run(run: Path, fused: Path, destination: Destination, *, unfused: bool = False) -> None:
+    """Push a fused run and, if asked for, the unfused model to a repository of its own; prints the addresses.
+
+    Raises:
+        ValueError: as `Destination.push`.
+    """
+    print(f"pushed: {destination.push(fused)}")
+    if unfused:
+        destination, folder = destination.unfused.opened(), model_folder(run)
+        write_card(folder, destination.repo_id)
+        print(f"pushed: {destination.push(folder)}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse arguments and fuse. User mistakes end with one line on stderr and exit status 2."""
+    """Parse arguments, fuse, and push if asked to. User mistakes end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description="Fuse a pre-training run to a stock ViTModel.")
     parser.add_argument("run", type=Path, help="output folder of run_dbp_mae.py, or one of its checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the stock model is written")
     parser.add_argument("--image_dir", help="folder of images to check on (default: the run's validation images)")
     parser.add_argument("--num_images", type=int, default=8, help="how many images to check on")
+    parser.add_argument("--push_to_hub", action="store_true", help="push the stock model; the login's token is used")
+    parser.add_argument("--hub_model_id", help="its name on the Hub (default: that of the output folder)")
+    parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
+    parser.add_argument("--push_unfused", action="store_true", help="push the unfused model too, to NAME-unfused")
     args = parser.parse_args(arguments)
     try:
-        fuse_run(args.run, args.output_dir, args.image_dir, args.num_images)
+        destination = None
+        if args.push_to_hub or args.push_unfused:
+            repo_id = args.hub_model_id or args.output_dir.resolve().name
+            destination = Destination(repo_id, private=args.private or None).opened()
+        views = check_views(args.run, args.image_dir, args.num_images)
+        name = None if destination is None else destination.repo_id
+        fuse_run(args.run, args.output_dir, views, args.num_images, name)
+        print(f'stock ViT written; load it with ViTModel.from_pretrained("{args.output_dir}", add_pooling_layer=False)')
+        if destination is not None:
+            push_run(args.run, args.output_dir, destination, unfused=args.push_unfused)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    print(f'stock ViT written; load it with ViTModel.from_pretrained("{args.output_dir}", add_pooling_layer=False)')

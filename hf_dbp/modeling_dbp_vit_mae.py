@@ -60,7 +60,6 @@ __all__ = [
     "RectangularViTMAE",
     "extract_vit",
     "initialize_mae_",
-    "load_fused_vit",
 ]
 
 logger = logging.getLogger(__name__)
@@ -378,20 +377,6 @@ def extract_vit(mae: PreTrainedModel) -> ViTModel:
     config = ViTConfig(**stock_fields(encoder.config, ViTConfig))
     config._attn_implementation = encoder.config._attn_implementation
     return load_fused(ViTModel(config, add_pooling_layer=False), encoder)
-
-
-def load_fused_vit(name_or_path: str, **kwargs: Any) -> ViTModel:
-    """A stock `ViTModel` straight from a pre-training checkpoint, decorrelated or plain; folder or Hub id.
-
-    Args:
-        name_or_path: output folder or ``checkpoint-N`` of a run, or a Hub id.
-        kwargs: as for ``from_pretrained`` (``revision``, ``token``, ``dtype``, ...).
-
-    Raises:
-        ValueError: the checkpoint lacks a tensor, or a fused weight is not finite (the layer is named).
-        OSError: there is no checkpoint.
-    """
-    return extract_vit(AutoModelForPreTraining.from_pretrained(name_or_path, **kwargs))
 
 
 AutoModel.register(DBPViTMAEConfig, DBPViTMAEModel)

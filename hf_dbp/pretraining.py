@@ -33,8 +33,11 @@ from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.images import ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
+from hf_dbp.fusing import fuse_run, push_run
 from hf_dbp.measurement import EnergyMeter, check_country, gpus_in_use
+from hf_dbp.model_card import write_card
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
+from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record
 from hf_dbp.trainer import RECORD, MAETrainer
@@ -135,6 +138,10 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     country: str | None = field(
         default=None,
         metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
+    )
+
+    push_unfused: bool = field(
+        default=False, metadata={"help": "With --push_to_hub: push the unfused model too, to NAME-unfused."}
     )
 
     def __post_init__(self) -> None:
@@ -282,6 +289,7 @@ def run(
     callback = None
     if any(True for _ in decorrelated_layers(model)):
         callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
+    destination = claim_push(args, model_args.token)
     meter = training_meter(args)
     record.energy = meter.description if meter is not None else {}
     trainer = MAETrainer(
@@ -299,12 +307,12 @@ def run(
         trainer.train(resume_from_checkpoint=find_checkpoint(args))
     if args.do_eval and not (record.rows and record.rows[-1]["step"] == trainer.state.global_step):
         trainer.evaluate()
-    finish(trainer, record, eval_data)
+    finish(trainer, record, eval_data, destination)
     return record
 
 
-def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages) -> None:
-    """Save the model, the record and the pictures, and say where they are."""
+def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, destination: Destination | None) -> None:
+    """Save the model, the record, the pictures and the card, say where they are, and push the fused model."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     trainer.save_model()
     if not args.should_save:
@@ -319,7 +327,11 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages) -> N
     record.write(folder / RECORD)
     plot_reconstructions(model, eval_data, folder / "reconstruction.png")
     plot_curves(record.rows, folder / "curves.png", reference=record.results.get("interpolation_loss"))
+    write_card(folder)
     print(summary(record, folder))
+    if destination is not None:
+        fuse_run(folder, folder / "fused", eval_data, name=destination.repo_id)
+        push_run(folder, folder / "fused", destination, unfused=args.push_unfused)
 
 
 def summary(record: RunRecord, folder: Path) -> str:
@@ -337,7 +349,7 @@ def summary(record: RunRecord, folder: Path) -> str:
             f"({record.energy['carbon_intensity_g_per_kwh']:g} g/kWh, {record.energy['country']}; "
             f"processor: {record.energy['cpu']})"
         )
-    lines.append("  model (best), image processor, run.json, curves.png, reconstruction.png are in that folder")
+    lines.append("  model (best), image processor, card, run.json, curves.png, reconstruction.png are in that folder")
     if record.method == "dbp":
         lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
     return "\n".join(lines)

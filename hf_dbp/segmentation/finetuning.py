@@ -1,7 +1,7 @@
 """Fine-tuning UperNet from a ViT, from flags to a folder: the main of `training_scripts/run_upernet.py`.
 
 The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer -> best checkpoint by mean IoU,
-`eval.json`, a picture. What is wrong with flags or data fails before training starts.
+`eval.json`, pictures, card, and the Hub if asked for. What is wrong with flags or data fails before training starts.
 """
 
 import logging
@@ -27,6 +27,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import ImageList, channel_statistics
+from hf_dbp.figures import plot_curves
+from hf_dbp.model_card import write_card
+from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
@@ -224,6 +227,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     mean, std = pixel_statistics(model_args, train_images)
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
+    destination = claim_push(args, model_args.token)
     trainer = SegmentationTrainer(
         model=model,
         args=args,
@@ -245,7 +249,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
         write_json(folder / "eval.json", record)
         best = trainer.accelerator.unwrap_model(trainer.model).eval()
         plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
+        plot_curves(record["evaluations"], folder / "curves.png", loss="cross-entropy")
+        write_card(folder, None if destination is None else destination.repo_id)
         print(summary(record, folder))
+        if destination is not None:
+            print(f"pushed: {destination.push(folder)}")
     return record
 
 
@@ -306,7 +314,7 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     for name, scores in record["per_class"].items():
         iou = "absent" if scores["iou"] is None else f"{scores['iou']:.4f}"
         rows.append(f"    {name:<20} IoU {iou}")
-    rows.append("  model (best), image processor, eval.json and predictions.png are in that folder")
+    rows.append("  model (best), image processor, card, eval.json, curves.png and predictions.png are in that folder")
     return "\n".join(rows)
 
 

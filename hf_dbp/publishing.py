@@ -1,0 +1,148 @@
+"""Models to the Hub: what is pushed, where to, and what is said when that fails.
+
+A push is one commit: a repository holds all of a model or, after an interruption, nothing of it. What goes up are the
+files of a model's folder by name (`PUSHED`), never its checkpoints, optimizer states or whatever else lies there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # the client library's own
+from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+__all__ = ["Destination", "claim_push"]
+
+PUSHED = (
+    "README.md",
+    "config.json",
+    "preprocessor_config.json",
+    "run.json",
+    "eval.json",
+    "*.safetensors",
+    "*.safetensors.index*.json",
+    "*.png",
+)
+TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+@dataclasses.dataclass(frozen=True)
+class Destination:
+    """A model repository on the Hub.
+
+    Args:
+        repo_id: ``user/name``, or ``name`` for the user's own.
+        private: whether it is private if it has to be made; None for the account's default.
+        token: with the right to write; None for that of `hf auth login` or HF_TOKEN.
+        revision: branch to push to.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    token: str | None = dataclasses.field(default=None, repr=False)
+    revision: str | None = None
+
+    def opened(self) -> Destination:
+        """The same repository, made if there was none, with its full name.
+
+        Raises:
+            ValueError: no token, no right to write, a bad name, or no connection.
+        """
+        if self.token is None and get_token() is None:
+            raise ValueError(f"no Hub token, which pushing to {self.repo_id} needs: {LOGIN}")
+        with explained(self.repo_id):
+            url = HfApi(token=self.token).create_repo(self.repo_id, private=self.private, exist_ok=True)
+        return dataclasses.replace(self, repo_id=url.repo_id)
+
+    @property
+    def unfused(self) -> Destination:
+        """The repository of the unfused model: a name that nobody takes for that of the stock one."""
+        return dataclasses.replace(self, repo_id=f"{self.repo_id}-unfused")
+
+    def push(self, folder: Path) -> str:
+        """Commit the model in ``folder``, its card, record and pictures; returns the repository's address.
+
+        Pushing the same files again changes nothing.
+
+        Raises:
+            ValueError: it failed (the message says how to repeat it; the files are as they were), or a file holds a
+                token.
+        """
+        files = sorted({file for pattern in PUSHED for file in folder.glob(pattern)})
+        self.refuse_tokens(files)
+        api = HfApi(token=self.token)
+        private = " --private" if self.private else ""
+        again = f'nothing is lost; push again with: hf upload {self.repo_id} {folder} . --exclude "checkpoint-*/*"'
+        with explained(self.repo_id, remedy=f"; {again}{private}"):
+            api.create_commit(
+                self.repo_id,
+                [CommitOperationAdd(file.name, file) for file in files],
+                commit_message=f"Push {'the unfused ' if self.repo_id.endswith('-unfused') else 'the '}model",
+                revision=self.revision,
+            )
+        return f"{api.endpoint}/{self.repo_id}"
+
+    def refuse_tokens(self, files: list[Path]) -> None:
+        """ValueError if one of the text files holds a Hub token."""
+        own = (self.token or get_token() or "").encode()
+        for file in files:
+            content = file.read_bytes() if file.suffix in (".json", ".md") else b""
+            if (own and own in content) or TOKEN.search(content):
+                raise ValueError(f"{file} holds a Hub token; take it out, and revoke it if others saw it")
+
+
+def claim_push(args: TrainingArguments, token: str | None = None) -> Destination | None:
+    """Take the push out of the Trainer's hands: where to push at the end of the run, or None.
+
+    The Trainer would push its raw folder, unfused weights included, at every save. Called before training, so that a
+    missing token or right is known before any work is done.
+
+    Args:
+        args: with ``push_to_hub``, which is switched off, and ``hub_model_id``, ``hub_private_repo``, ``hub_token``,
+            ``hub_revision``.
+        token: to be used where ``hub_token`` is not given.
+
+    Raises:
+        ValueError: as `Destination.opened`, or a strategy that pushes checkpoints.
+    """
+    if not args.push_to_hub:
+        return None
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"--hub_strategy {args.hub_strategy.value}: checkpoints are not pushed, the model is, at the end of the run"
+        )
+    args.push_to_hub = False
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    destination = Destination(name, args.hub_private_repo, args.hub_token or token, args.hub_revision)
+    return destination.opened() if args.process_index == 0 else destination
+
+
+@contextmanager
+def explained(repo_id: str, remedy: str = "") -> Iterator[None]:
+    """Turn what the Hub client raises into a ValueError of one line that ends with ``remedy``."""
+    try:
+        yield
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # RuntimeError: an upload of large files broke off
+        raise ValueError(f"{message(repo_id, error)}{remedy}") from error
+
+
+def message(repo_id: str, error: Exception) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        return f"the Hub does not accept the token for {repo_id} (401): {LOGIN}"
+    if status == 403:
+        return f"this account may not write to {repo_id} (403): choose a name under your own account, or ask its owner"
+    if status == 404:
+        return f"there is no repository or branch of that name: {repo_id} (404)"
+    if status is not None:
+        return f"the Hub failed on {repo_id} ({status})"
+    if isinstance(error, HTTPError | RuntimeError):
+        return f"the connection to the Hub at {HfApi().endpoint} failed or broke off ({type(error).__name__})"
+    return f"pushing to {repo_id} failed: {' '.join(str(error).split())}"
