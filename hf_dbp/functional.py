@@ -55,13 +55,13 @@ def decorrelated_linear(
         y_NO in the dtype that ``F.linear`` gives for x (autocast included).
     """
     if naive:
-        return F.linear(F.linear(x_ND, R_DD.to(x_ND.dtype)), weight_OD, bias_O)
+        return F.linear(F.linear(x_ND, R_DD.detach().to(x_ND.dtype)), weight_OD, bias_O)
     A_OD = fused_weight(weight_OD, R_DD)
     return F.linear(x_ND, A_OD.to(weight_OD.dtype), bias_O)
 
 
 def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
-    """``A = W R`` (paper eq. 3), differentiable in W.
+    """``A = W R`` (paper eq. 3), differentiable in W alone.
 
     Outside autocast the product is taken in the wider dtype of W and R (float32 on a GPU follows
     ``torch.backends.cuda.matmul.allow_tf32``). Inside autocast it is W + W (R - I), where only the correction is
@@ -71,7 +71,7 @@ def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
     Returns:
         A_OD in the wider dtype of W and R.
     """
-    device = weight_OD.device.type
+    device, R_DD = weight_OD.device.type, R_DD.detach()  # even if someone made R trainable: its rule is another
     dtype = torch.promote_types(weight_OD.dtype, R_DD.dtype)
     if not torch.is_autocast_enabled(device):
         return weight_OD.to(dtype) @ R_DD.to(dtype)

@@ -236,7 +236,7 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
         if self.decorrelation.wants_rows():
             self.gather_patches(pixels_BCHW.detach())
         if self.naive:
-            kernel = R_DD.to(pixels_BCHW.dtype).view(-1, *self.weight.shape[1:])
+            kernel = R_DD.detach().to(pixels_BCHW.dtype).view(-1, *self.weight.shape[1:])
             z_BDhw = F.conv2d(pixels_BCHW, kernel, stride=self.stride)
             return F.conv2d(z_BDhw, self.weight.flatten(1)[:, :, None, None], self.bias)
         A_OD = fused_weight(self.weight.flatten(1), R_DD).to(self.weight.dtype)

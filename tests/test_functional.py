@@ -40,10 +40,13 @@ def test_fused_is_naive_in_outputs_and_gradients(shape: tuple[int, ...], bias: b
 
 
 def test_fused_weight_has_no_gradient_for_R_and_the_right_one_for_W() -> None:
-    R, W = near_identity(6), double(4, 6).requires_grad_()
+    R, W, x = near_identity(6).requires_grad_(), double(4, 6).requires_grad_(), double(3, 6)
     pull = double(4, 6)
     (grad,) = torch.autograd.grad(fused_weight(W, R), W, pull)
     torch.testing.assert_close(grad, pull @ R.T, rtol=1e-12, atol=1e-12)
+    for naive in (False, True):
+        decorrelated_linear(x, W, None, R, naive=naive).sum().backward()
+    assert R.grad is None
 
 
 @pytest.mark.parametrize("autocast", [False, True])

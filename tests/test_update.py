@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from hf_dbp.update import (
 def model(fraction: float = 1.0) -> nn.Sequential:
     """Widths 6, 6, 9, 6 and 5, so that some layers share a batched product; float64."""
     widths = (6, 6, 9, 6, 5, 3)
-    layers = [nn.Linear(*pair, dtype=torch.float64) for pair in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(*pair, dtype=torch.float64) for pair in pairwise(widths)]
     converted = convert_to_decorrelated(nn.Sequential(*layers)).double()
     for _, layer in decorrelated_layers(converted):
         layer.decorrelation.R.add_(0.1 * torch.randn_like(layer.decorrelation.R))
