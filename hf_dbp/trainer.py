@@ -23,7 +23,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.correlations import mean_correlations, measure_correlations
-from hf_dbp.data.masked import EpochSampler
+from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
+from hf_dbp.data.masked import EpochSampler, EvaluationViews, evaluation_collate
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
@@ -98,7 +99,8 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
         self.clock, self.timer = TrainingClock(meter), StepTimer()
-        self.sampler = EpochSampler(len(self.train_dataset), seed=self.args.data_seed or self.args.seed)
+        self.sampler, self.input = make_sampler(self.train_dataset.images, self.args), InputMeter()
+        record.data["feeding"] = feeding(self.sampler, self.args)
         self.add_callback(EpochCallback(self.sampler))
         if decorrelation is not None:  # first, so that what it adds to the logs reaches every other callback
             self.callback_handler.callbacks.insert(0, decorrelation)
@@ -110,11 +112,16 @@ class MAETrainer(Trainer):  # type: ignore[misc]
     # ---- data and optimizer ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
-        """This rank's share of the validation views: every rank-th image, so that each counts exactly once."""
+        """This rank's share of the validation views, a run of neighbours, so that each counts exactly once."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
-        share = torch.utils.data.Subset(data, range(self.args.process_index, len(data), self.args.world_size))
+        first, last = (
+            len(data) * rank // self.args.world_size for rank in (self.args.process_index, self.args.process_index + 1)
+        )
         return torch.utils.data.DataLoader(
-            share, batch_size=self.args.eval_batch_size, num_workers=self.args.dataloader_num_workers
+            EvaluationViews(data, range(first, last)),
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=evaluation_collate,
         )
 
     @torch.no_grad()
@@ -125,6 +132,8 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         model = self.accelerator.unwrap_model(self.model_wrapped).eval()
         total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
+            if not batch:  # nothing in it could be read
+                continue
             inputs = self._prepare_inputs(batch)
             self._probe_batch = self._probe_batch or {key: value[:PROBE_IMAGES] for key, value in batch.items()}
             with self.compute_loss_context_manager(), self.accelerator.autocast():
@@ -136,6 +145,18 @@ class MAETrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.clock.seconds
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        images = sum(len(batch["pixel_values"]) for batch in batches) * self.args.world_size
+        self.input.add(images, self.clock.seconds - before)
+        return batches, count
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self.input.since_last(self.clock.seconds)
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
@@ -159,16 +180,19 @@ class MAETrainer(Trainer):  # type: ignore[misc]
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / RECORD).is_file():
             before = RunRecord.read(Path(resume_from_checkpoint) / RECORD)
+            if "feeding" in before.data:
+                adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
             self.record.rows, self.record.results = before.rows, before.results
         spent = self.record.results
         self.clock.preset(
             spent.get("train_seconds", 0.0), spent.get("kwh", 0.0) if self.is_world_process_zero() else 0.0
         )
+        self.input.preset(spent.get("input", {}), self.clock.seconds)
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.clock.stop()
-        self.record.results |= self.costs()
+        self.record.results |= self.costs() | self.input_results()
         return output
 
     def costs(self) -> dict[str, float]:
@@ -180,6 +204,14 @@ class MAETrainer(Trainer):  # type: ignore[misc]
             intensity = self.record.energy["carbon_intensity_g_per_kwh"]
             costs |= {"kwh": float(kwh), "co2e_kg": float(kwh) * intensity / 1000}
         return costs
+
+    def input_results(self) -> dict[str, Any]:
+        """What the input did so far, over all processes, for the record; the clock must stand still."""
+        lists = [data.images for data in (self.train_dataset, self.eval_dataset)]
+        return {
+            "input": self.input.totals(self.clock.seconds),
+            "unreadable": unreadable_images(self.record.results.get("unreadable", {}), *lists),
+        }
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -220,7 +252,7 @@ class MAETrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.clock.paused():
-            self.record.results |= self.costs()
+            self.record.results |= self.costs() | self.input_results()
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
