@@ -30,6 +30,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_image_size
 from hf_dbp.conversion import decorrelated_layers
+from hf_dbp.data.feeding import step_images, user_message
 from hf_dbp.data.images import ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
@@ -67,6 +68,23 @@ class DataArguments:
         default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
     )
     built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read images in place, on the Hub or on disk (parquet, webdataset, pictures), instead of "
+            "converting all of them first. With --cache_dir each is read once and kept there decoded."
+        },
+    )
+    train_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the training images to use, chosen by a hash of their content."}
+    )
+    subset_seed: int = field(default=0, metadata={"help": "Which share --train_fraction chooses."})
+    cache_short_side: int = field(
+        default=256, metadata={"help": "Side in pixels that larger images are made smaller to in the streamed cache."}
+    )
+    max_unreadable: int = field(
+        default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
+    )
 
 
 @dataclass
@@ -223,9 +241,15 @@ def prepare_data(
         token=model_args.token,
         seed=seed,
     )
+    config = model_config(model_args, data_args.num_channels or 3)  # of which only the sizes are used here
+    size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
+    if data_args.streaming and model_args.cache_dir is not None and data_args.cache_short_side < min(size):
+        raise ValueError(
+            f"--cache_short_side {data_args.cache_short_side} is less than the model's input, {min(size)} pixels; "
+            f"8/7 of it is usual: pass --cache_short_side {min(size) * 8 // 7}"
+        )
     train_images, eval_images = load_images(source)
-    num_channels = train_images[0].shape[2]
-    config = model_config(model_args, num_channels)
+    num_channels = train_images.readable(0).shape[2]
     if model_args.image_processor_name is not None:
         stock = ViTImageProcessorPil.from_pretrained(model_args.image_processor_name, token=model_args.token)
         mean, std = stock.image_mean, stock.image_std
@@ -233,17 +257,16 @@ def prepare_data(
         mean, std = channel_statistics(train_images)
     if len(mean) != num_channels:
         raise ValueError(f"the image processor has statistics of {len(mean)} channels, the images have {num_channels}")
-    size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
     views: dict[str, Any] = {"size": size, "patch_size": config.patch_size, "mean": mean, "std": std, "seed": seed}
     return MaskedImages(train_images, **views), MaskedImages(eval_images, **views), num_channels
 
 
 def check_run(args: PretrainingArguments, train_data: MaskedImages) -> None:
     """Refuse what would fail or do nothing after training has begun."""
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and len(train_data) < batch:
+    step = step_images(args)
+    if args.do_train and args.dataloader_drop_last and len(train_data) < step:
         raise ValueError(
-            f"{len(train_data)} training images do not fill one batch of {batch}; "
+            f"{len(train_data)} training images do not fill one batch of {step} (over all processes and accumulation); "
             "lower --per_device_train_batch_size or pass --dataloader_drop_last false"
         )
 
@@ -286,6 +309,8 @@ def run(
         "mean": train_data.mean.tolist(),
         "std": train_data.std.tolist(),
     }
+    if train_data.images.subset:
+        record.data["subset"] = train_data.images.subset
     callback = None
     if any(True for _ in decorrelated_layers(model)):
         callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
@@ -367,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
     except ValueError as error:
         if logger.isEnabledFor(logging.DEBUG):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {user_message(error)}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
