@@ -282,8 +282,8 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The measured figures of a record by name, those of its best evaluation included."""
-    found = {**record, **record.get("best", {}), **record.get("results", {})}
+    """The measured figures of a record by name: of the whole run, and the loss of its best evaluation."""
+    found = {**record, "eval_loss": record.get("best", {}).get("eval_loss"), **record.get("results", {})}
     return {key: found[key] for key in RESULTS if isinstance(found.get(key), float) and math.isfinite(found[key])}
 
 
