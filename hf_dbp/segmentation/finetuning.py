@@ -150,6 +150,7 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False
+        self.ddp_find_unused_parameters = False  # UperNet uses all of them
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True

@@ -16,6 +16,8 @@ TINY_VIT = {
     "intermediate_size": 48,
     "image_size": 32,
     "patch_size": 8,
+    "hidden_act": "gelu_new",
+    "layer_norm_eps": 1e-2,
 }
 
 

@@ -126,6 +126,8 @@ def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tm
     plain = main([*FLAGS, *encoder, "--from_scratch", "--output_dir", str(tmp_path / "b")])
     checked = json.loads((tmp_path / "a" / "eval.json").read_text())
     assert checked["loss"] == pytest.approx(plain["loss"], rel=1e-5)  # recomputing changes nothing
+    trained = main([*FLAGS, *encoder, "--output_dir", str(tmp_path / "c")])
+    assert abs(trained["loss"] - plain["loss"]) > 1e-4
 
 
 def test_a_random_mini_model_needs_no_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from training import labelled, one_step, trainer
 from transformers import UperNetForSemanticSegmentation
 
@@ -35,6 +36,9 @@ def test_an_all_void_batch_changes_nothing_and_is_no_nan(tmp_path):
     )
     for sample in run.train_dataset.images.samples:
         sample["annotation"] = sample["annotation"] * 0 + 255
+    batch = [run.train_dataset[0, index] for index in range(2)]
+    inputs = {key: torch.stack([sample[key] for sample in batch]) for key in batch[0]}
+    assert run.compute_loss(run.model, inputs) == 0
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     result = run.train()
     assert result.training_loss == 0
@@ -94,6 +98,8 @@ def test_it_learns_and_ends_with_the_best_checkpoint(tmp_path):
     scores = [row["eval_mean_iou"] for row in run.state.log_history if "eval_mean_iou" in row]
     assert max(scores) > 0.4  # three classes in stripes: one of them everywhere scores 0.13
     assert run.evaluate()["eval_mean_iou"] == max(scores)
+    with safe_open(f"{run.state.best_model_checkpoint}/model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(run.model.state_dict())  # the stock Trainer, too, would restore all of them
     best = UperNetForSemanticSegmentation.from_pretrained(run.state.best_model_checkpoint)
     assert_same_weights(run.model.state_dict(), best.state_dict(), rtol=0, atol=0)
 
@@ -117,5 +123,6 @@ def test_two_processes_are_one(tmp_path):
         if name != "eval_runtime":
             assert math.isclose(metrics[0][name], value, rel_tol=1e-6) or name == "epoch", name
             assert metrics[0][name] == metrics[1][name]
+    assert metrics[0]["pixels"] == run.confusion_KK.sum()
     whole = one_step(tmp_path / "one", void=0.7, per_device_train_batch_size=4)
     assert_same_weights(torch.load(tmp_path / "weights.pt"), whole, rtol=1e-4, atol=1e-6)

@@ -94,9 +94,12 @@ def one_step(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     weights = one_step(out / "run", void=0.7, per_device_train_batch_size=2, ddp_find_unused_parameters=False)
-    run = trainer(out / "run", max_steps=3, per_device_train_batch_size=2)
+    run = trainer(
+        out / "run", max_steps=6, per_device_train_batch_size=2, learning_rate=2e-2, ddp_find_unused_parameters=False
+    )
     run.train()
     metrics = run.evaluate()
+    metrics["pixels"] = int(run.confusion_KK.sum())
     if os.environ["RANK"] == "0":
         torch.save(weights, out / "weights.pt")
         run.save_model(str(out / "model"))
