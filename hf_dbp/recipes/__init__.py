@@ -20,11 +20,30 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-__all__ = ["parse_arguments", "recipe_arguments", "recipe_names", "recipe_path"]
+__all__ = [
+    "flag_arguments",
+    "parse_arguments",
+    "plan_names",
+    "read_yaml",
+    "recipe_arguments",
+    "recipe_names",
+    "recipe_path",
+]
+
+PLAN_PREFIXES = ("compare_", "ablation_")
 
 
 def recipe_names() -> list[str]:
-    """File names of the recipes in the package."""
+    """File names of the recipes in the package; plans of comparisons are named by `plan_names`."""
+    return [name for name in yaml_names() if not name.startswith(PLAN_PREFIXES)]
+
+
+def plan_names() -> list[str]:
+    """File names of the plans in the package, see `hf_dbp.plans`."""
+    return [name for name in yaml_names() if name.startswith(PLAN_PREFIXES)]
+
+
+def yaml_names() -> list[str]:
     return sorted(file.name for file in resources.files(__name__).iterdir() if file.name.endswith(".yaml"))
 
 
@@ -43,22 +62,40 @@ def recipe_arguments(name: str) -> list[str]:
         ValueError: no such recipe, not YAML, or not one flat mapping.
     """
     path = recipe_path(name)
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} must be a mapping of flags to values, found {type(content).__name__}")
+    return flag_arguments(content, f"recipe {path}")
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file with every scalar as text. ValueError if it is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
-        as_text, typed = yaml.load(text, Loader=yaml.BaseLoader), yaml.safe_load(text)
+        yaml.safe_load(text)  # refuses what is more than data
+        return yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not readable YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(as_text, dict):
-        raise ValueError(f"recipe {path} must be a mapping of flags to values, found {type(as_text).__name__}")
+
+
+def flag_arguments(flags: dict[str, Any], source: str) -> list[str]:
+    """Flags and their values, as text, in the form of command-line arguments. ValueError for what is no flag name."""
     arguments: list[str] = []
-    for key, value in as_text.items():
+    for key, value in flags.items():
         if not isinstance(key, str) or not key.isidentifier():
-            raise ValueError(f"recipe {path}: {key!r} is no flag name; write e.g. learning_rate: 5e-4")
+            raise ValueError(f"{source}: {key!r} is no flag name; write e.g. learning_rate: 5e-4")
         if value in ("", "null", "~"):
             continue  # the flag's default
-        values = value if isinstance(value, list) else [json.dumps(typed[key]) if isinstance(value, dict) else value]
+        values = value if isinstance(value, list) else [json.dumps(typed(value)) if isinstance(value, dict) else value]
         arguments += [f"--{key}", *map(str, values)]
     return arguments
+
+
+def typed(value: Any) -> Any:
+    """A value read as text, with numbers and booleans as YAML has them."""
+    if isinstance(value, dict):
+        return {key: typed(item) for key, item in value.items()}
+    return yaml.safe_load(value) if isinstance(value, str) else [typed(item) for item in value]
 
 
 def parse_arguments(

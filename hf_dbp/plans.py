@@ -1,0 +1,287 @@
+"""Which runs make a comparison: plans of methods x settings x seeds, and what became of them.
+
+A plan is a YAML file, of the package's or the user's own:
+
+    title: Four methods on photographs
+    recipe: demo.yaml                       # optional: flags that all runs share ...
+    flags: {max_steps: 600, image_size: 32} # ... and more of them
+    axes:                                   # what is compared; the variants are the product of the axes
+      method:
+        adamw: {method: bp, optimizer: adamw}
+        dbp+adamw: {method: dbp, optimizer: adamw}
+    search: {learning_rate: [1e-3, 2e-3]}   # tried for every variant alike, with the first seed
+    seeds: [0, 1, 2]                        # the others run at each variant's best
+    against: {adamw: [dbp+adamw]}           # baseline -> variants held against it (default: the first, all others)
+    segmentation: {recipe: demo_upernet.yaml, flags: {}, random: true}  # optional: mean IoU of each seed's encoder
+
+Seeds are paired: data order, crops and masks are functions of (seed, epoch, image), and weights start from the seed, so
+runs of one seed differ in the method alone. `hf_dbp.comparison` runs a plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_dbp.callbacks import DecorrelationArguments
+from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
+from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path
+from hf_dbp.records import RunRecord
+from hf_dbp.trainer import RECORD
+
+__all__ = [
+    "Plan",
+    "PlannedRun",
+    "Run",
+    "best_settings",
+    "collect_runs",
+    "plan_of",
+    "read_plan",
+    "read_run",
+    "variant_of",
+]
+
+FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
+KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation")
+OWN = ("seed", "output_dir", "config")  # set per run by the tool
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a plan.
+
+    Args:
+        variant: what is compared, such as ``dbp+adamw``.
+        searched: the searched flags' values.
+        seed: of everything random in the run.
+        arguments: the flags of the pre-training script but for the output folder.
+    """
+
+    variant: str
+    searched: tuple[tuple[str, str], ...]
+    seed: int
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> str:
+        """The searched values in words; empty if nothing was searched."""
+        return ", ".join(f"{name} {value}" for name, value in self.searched)
+
+    @property
+    def folder(self) -> Path:
+        """The run's place below the comparison's ``runs``."""
+        return Path(slug(self.variant), *(slug(f"{name}={value}") for name, value in self.searched), f"seed{self.seed}")
+
+
+@dataclass
+class Run:
+    """What became of a planned run: its record, and the evaluation of its encoder on segmentation if there is one."""
+
+    planned: PlannedRun
+    record: RunRecord | None = None
+    error: str | None = None
+    segmentation: dict[str, Any] | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """A loss that is not finite, or a validation loss that ended above where it began."""
+        if self.record is None or not self.record.rows:
+            return False
+        losses = [row[key] for row in self.record.rows for key in ("eval_loss", "train_loss") if key in row]
+        first, last = self.record.rows[0]["eval_loss"], self.record.rows[-1]["eval_loss"]
+        return not all(map(math.isfinite, losses)) or last > first
+
+    @property
+    def best_loss(self) -> float | None:
+        """Lowest validation loss."""
+        best = None if self.record is None else self.record.best
+        return None if best is None else float(best["eval_loss"])
+
+
+@dataclass
+class Plan:
+    """A comparison as its YAML file describes it; see the module's docstring."""
+
+    title: str
+    shared: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]
+    axes: dict[str, list[str]] = field(default_factory=dict)
+    search: dict[str, list[str]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    against: dict[str, list[str]] = field(default_factory=dict)
+    segmentation: dict[str, Any] | None = None
+
+    def run(self, variant: str, searched: tuple[tuple[str, str], ...], seed: int) -> PlannedRun:
+        flags = self.variants[variant] | dict(searched)
+        arguments = (*self.shared, *flag_arguments(flags, variant), "--seed", str(seed))
+        return PlannedRun(variant, searched, seed, arguments)
+
+    def search_runs(self) -> list[PlannedRun]:
+        """Every variant at every searched setting, with the first seed."""
+        settings = list(itertools.product(*([(name, v) for v in values] for name, values in self.search.items())))
+        return [self.run(variant, setting, self.seeds[0]) for setting in settings for variant in self.variants]
+
+    def seed_runs(self, best: dict[str, tuple[tuple[str, str], ...]]) -> list[PlannedRun]:
+        """The other seeds of every variant at its best setting."""
+        return [self.run(variant, best[variant], seed) for seed in self.seeds[1:] for variant in best]
+
+    def check(self) -> None:
+        """Parse the flags of every run. ValueError for one that a run would refuse."""
+        for planned in self.search_runs():
+            parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^\w.+=-]+", "_", text)
+
+
+def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
+    """Read a plan.
+
+    Args:
+        name: YAML file, or the name of a plan in the package.
+        extra: the user's flags for all runs, over the plan's.
+
+    Raises:
+        ValueError: there is no such plan, it is not one, or ``extra`` sets what the plan varies.
+    """
+    if not Path(name).is_file() and name not in plan_names():
+        raise ValueError(f"no plan {name!r}: give a YAML file or one of {', '.join(plan_names())}")
+    content = read_yaml(recipe_path(name))
+    if not isinstance(content, dict) or not content.get("axes"):
+        raise ValueError(f"plan {name} must be a mapping with at least `axes`; see hf_dbp/plans.py")
+    unknown = sorted(content.keys() - set(KEYS))
+    if unknown:
+        raise ValueError(f"plan {name}: unknown key {unknown[0]!r}; a plan has {', '.join(KEYS)}")
+    axes = check_axes(content["axes"], name)
+    search = {flag: v if isinstance(v, list) else [v] for flag, v in (content.get("search") or {}).items()}
+    variants = {}
+    for labels in itertools.product(*axes.values()):
+        overrides = [axes[axis][label] for axis, label in zip(axes, labels, strict=True)]
+        variants[", ".join(labels)] = {flag: value for flags in overrides for flag, value in flags.items()}
+    varied = {flag for flags in variants.values() for flag in flags} | search.keys() | set(OWN)
+    given = {part[2:].partition("=")[0] for part in extra if part.startswith("--")}
+    if given & varied:
+        raise ValueError(f"--{min(given & varied)} is set by the plan for each run; leave it out")
+    shared = [*(recipe_arguments(content["recipe"]) if "recipe" in content else [])]
+    shared += [*flag_arguments(content.get("flags") or {}, f"plan {name}"), *extra]
+    return Plan(
+        title=content.get("title", Path(name).stem),
+        shared=tuple(shared),
+        variants=variants,
+        axes={axis: list(values) for axis, values in axes.items()},
+        search=search,
+        seeds=check_seeds(content.get("seeds", ["0"]), name),
+        against=check_against(content.get("against"), list(variants), name),
+        segmentation=content.get("segmentation"),
+    )
+
+
+def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The axes, each label with its flags. ValueError if they are not mappings of mappings."""
+    is_mapping = isinstance(axes, dict) and all(isinstance(values, dict) and values for values in axes.values())
+    if not is_mapping or not all(isinstance(flags, dict) for values in axes.values() for flags in values.values()):
+        raise ValueError(f"plan {name}: axes are mappings, axis -> label -> flags")
+    return axes  # type: ignore[no-any-return]
+
+
+def check_seeds(seeds: Any, name: str) -> tuple[int, ...]:
+    """The seeds as numbers. ValueError if they are none or not different."""
+    try:
+        numbers = tuple(int(seed) for seed in (seeds if isinstance(seeds, list) else [seeds]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"plan {name}: seeds are whole numbers, got {seeds}") from error
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"plan {name}: seeds must be different and at least one, got {seeds}")
+    return numbers
+
+
+def check_against(against: Any, variants: list[str], name: str) -> dict[str, list[str]]:
+    """Baseline -> variants held against it, by default the first and all others. ValueError for unknown ones."""
+    against = {variants[0]: variants[1:]} if against is None else against
+    named = [*against, *(other for others in against.values() for other in others)]
+    for variant in named:
+        if variant not in variants:
+            raise ValueError(f"plan {name}: against names {variant!r}; the variants are {', '.join(variants)}")
+    return {baseline: list(others) for baseline, others in against.items()}
+
+
+def best_settings(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Each variant's searched values with the lowest best validation loss; runs that diverged only for want of others.
+
+    With several seeds a setting counts by its mean over them. A variant without any finished run is absent.
+    """
+    losses: dict[str, dict[tuple[tuple[str, str], ...], list[tuple[bool, float]]]] = {}
+    for run in runs:
+        if run.best_loss is not None:
+            settings = losses.setdefault(run.planned.variant, {})
+            settings.setdefault(run.planned.searched, []).append((run.diverged, run.best_loss))
+
+    def order(scores: list[tuple[bool, float]]) -> tuple[bool, float]:
+        return any(diverged for diverged, _ in scores), sum(loss for _, loss in scores) / len(scores)
+
+    return {variant: min(settings, key=lambda s: order(settings[s])) for variant, settings in losses.items()}
+
+
+def read_run(planned: PlannedRun, folder: Path) -> Run | None:
+    """The run in that folder if it has finished; None if not."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = RunRecord.read(folder / RECORD)
+    if not record.results.get("finished"):
+        return None
+    evaluation = folder / "segmentation" / "eval.json"
+    segmentation = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None
+    return Run(planned, record, segmentation=segmentation)
+
+
+def variant_of(record: RunRecord) -> str:
+    """The name of a run's method: adamw, muon, dbp+adamw, ..."""
+    return f"dbp+{record.optimizer}" if record.method == "dbp" else record.optimizer
+
+
+def collect_runs(folders: Sequence[str]) -> list[Run]:
+    """Finished runs made by other means, as if they had been planned: variants by method, settings by what differs.
+
+    Raises:
+        ValueError: no finished run in a folder.
+    """
+    records = []
+    for folder in folders:
+        if not (Path(folder) / RECORD).is_file():
+            raise ValueError(f"{folder} holds no {RECORD}; name output folders of run_dbp_mae.py")
+        records.append(RunRecord.read(Path(folder) / RECORD))
+    runs = []
+    for folder, record in zip(folders, records, strict=True):
+        alike = [other.arguments for other in records if variant_of(other) == variant_of(record)]
+        searched = tuple(
+            (flag, str(value))
+            for flag, value in sorted(record.arguments.items())
+            if flag not in (*OWN, "data_seed", "run_name", "resume_from_checkpoint")
+            and any(other.get(flag) != value for other in alike)
+        )
+        run = read_run(PlannedRun(variant_of(record), searched, record.seed), Path(folder))
+        if run is None:
+            raise ValueError(f"the run in {folder} has not finished; start it again to go on")
+        runs.append(run)
+    return runs
+
+
+def plan_of(runs: Sequence[Run]) -> Plan:
+    """The plan that collected runs amount to: plain AdamW, if it is there, is what the others are held against."""
+    variants = sorted({run.planned.variant for run in runs}, key=lambda name: (name != "adamw", name))
+    against = {variants[0]: variants[1:]}
+    if "muon" in variants[1:] and "dbp+muon" in variants:
+        against["muon"] = ["dbp+muon"]
+    search: dict[str, list[str]] = {}
+    for run in runs:
+        for flag, value in run.planned.searched:
+            search[flag] = sorted({*search.get(flag, []), value})
+    seeds = tuple(sorted({run.planned.seed for run in runs}))
+    return Plan("Finished runs", (), {name: {} for name in variants}, {"method": variants}, search, seeds, against)
