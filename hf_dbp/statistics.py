@@ -1,0 +1,124 @@
+"""Statistics of paired runs and of curves: what a saving is, how sure it is, and when a curve met a target.
+
+Runs are paired by seed. For pairs (a_i, b_i) of baseline and other, differences d_i = b_i - a_i:
+
+    p-value        two-sided paired t-test, `scipy.stats.ttest_rel`
+    effect size    Cohen's d_z = mean(d) / sd(d), sd with n - 1
+    interval       95 % of the mean, mean(d) -+ t(0.975, n - 1) * sd(d) / sqrt(n)
+
+With one pair there is a difference but neither p-value, effect size nor interval: they are None, as they are where all
+differences are equal.
+
+Between two evaluations a curve is taken as linear, in seconds, kWh or steps as well as in loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+__all__ = ["Mean", "Paired", "crossing", "mean_interval", "paired_test", "value_at"]
+
+CONFIDENCE = 0.95
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of n values, their standard deviation (n - 1) and the mean's 95 % interval; None where n = 1."""
+
+    mean: float
+    n: int
+    sd: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A paired comparison, as in the module's docstring; ``percent`` is the mean of 100 * d_i / a_i with its interval."""
+
+    n: int
+    baseline: float
+    other: float
+    difference: Mean
+    percent: Mean
+    p_value: float | None = None
+    effect_size: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def mean_interval(values: Sequence[float]) -> Mean:
+    """Mean, standard deviation and the t-based 95 % interval of the mean.
+
+    Raises:
+        ValueError: no values, or one that is not finite.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.size == 0 or not np.isfinite(x).all():
+        raise ValueError(f"a mean needs finite values, got {list(values)}")
+    mean, n = float(x.mean()), int(x.size)
+    if n == 1:
+        return Mean(mean, n)
+    sd = float(x.std(ddof=1))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n)
+    return Mean(mean, n, sd, mean - half, mean + half)
+
+
+def paired_test(baseline: Sequence[float], other: Sequence[float]) -> Paired:
+    """Compare paired values, the same seed at the same place.
+
+    Raises:
+        ValueError: another number of values on either side, none, or one that is not finite.
+    """
+    if len(baseline) != len(other):
+        raise ValueError(f"pairs need as many values on both sides, got {len(baseline)} and {len(other)}")
+    a, b = np.asarray(baseline, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    d = b - a
+    difference, percent = mean_interval(d.tolist()), mean_interval((100 * d / a).tolist())
+    p_value = effect_size = None
+    if difference.sd:  # neither absent nor zero
+        p_value = float(stats.ttest_rel(b, a).pvalue)
+        effect_size = difference.mean / difference.sd
+    return Paired(len(a), float(a.mean()), float(b.mean()), difference, percent, p_value, effect_size)
+
+
+def crossing(points: Sequence[Point], target: float) -> float | None:
+    """Where a falling curve first reaches ``target``: the x at which the line between two evaluations meets it.
+
+    Args:
+        points: (x, loss) by rising x; losses that are not finite are passed over.
+        target: a loss.
+
+    Returns:
+        x; that of the first point if it already lies at or below the target; None if no point does.
+    """
+    before: Point | None = None
+    for x, loss in points:
+        if not math.isfinite(loss):
+            continue
+        if loss <= target:
+            if before is None or before[1] == loss:
+                return x
+            return before[0] + (x - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = (x, loss)
+    return None
+
+
+def value_at(points: Sequence[Point], x: float) -> float | None:
+    """The curve's value at ``x``, on the line between the two evaluations around it.
+
+    Returns:
+        The value; the last one if the curve ends before ``x``; None if it begins after it or has no finite value.
+    """
+    finite = [point for point in points if math.isfinite(point[1])]
+    if not finite or x < finite[0][0]:
+        return None
+    return float(np.interp(x, [point[0] for point in finite], [point[1] for point in finite]))
