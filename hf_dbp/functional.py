@@ -160,18 +160,20 @@ def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
     Returns:
         int64 indices (num_samples,) on ``key``'s device.
     """
-    i_M = torch.arange(num_samples, device=key.device)
+    # taken as a value, not as an index: torch.compile computes indices in 32 bits on a GPU
+    i_M = torch.arange(num_samples, device=key.device) + key.bitwise_and(0)
     first_M = i_M * num_rows // num_samples
     width_M = (i_M + 1) * num_rows // num_samples - first_M
-    shift = hashed(key - ODD) % num_rows
-    return (first_M + hashed(i_M * ODD + key) % width_M + shift) % num_rows
+    seed = hashed(key)
+    return (first_M + hashed(seed ^ i_M) % width_M + hashed(seed ^ LOW_32) % num_rows) % num_rows
 
 
-ODD = 0x9E3779B97F4A7C1  # spreads counters over the 64-bit range
+LOW_32 = 0xFFFFFFFF
 
 
 def hashed(h: Tensor) -> Tensor:
-    """A 64-bit mix in wrapping arithmetic (xor with the upper half, multiply; twice), as 47-bit numbers >= 0."""
-    h = (h ^ (h >> 32).bitwise_and(0xFFFFFFFF)) * 0x3F58476D1CE4E5B9
-    h = (h ^ (h >> 32).bitwise_and(0xFFFFFFFF)) * 0x14D049BB133111EB
-    return (h ^ (h >> 32)).bitwise_and(0x7FFFFFFFFFFF)
+    """A mix of 64-bit integers to 32 bits. No product exceeds 63 bits: signed overflow crashes compiled C++ loops."""
+    h = (h ^ (h >> 32)).bitwise_and(LOW_32)
+    h = ((h ^ (h >> 16)) * 0x7FEB352D).bitwise_and(LOW_32)
+    h = ((h ^ (h >> 15)) * 0x31848BAB).bitwise_and(LOW_32)
+    return h ^ (h >> 16)

@@ -156,8 +156,8 @@ def test_sampled_rows_are_distinct_and_exist(num_rows: int, share: float, key: i
 def test_every_row_has_the_same_chance(num_rows: int, count: int) -> None:
     """Chi-square of the counts over many keys, at four standard deviations above its mean (an upper bound here)."""
     draws = 6000
-    drawn = torch.cat([sample_rows(num_rows, count, torch.tensor(key)) for key in range(draws)])
-    counts, expected = drawn.bincount(minlength=num_rows).double(), draws * count / num_rows
+    drawn = torch.vmap(lambda key: sample_rows(num_rows, count, key))(torch.arange(draws))
+    counts, expected = drawn.flatten().bincount(minlength=num_rows).double(), draws * count / num_rows
     chi_square = ((counts - expected).square() / expected).sum().item()
     assert chi_square < num_rows + 4 * math.sqrt(2 * num_rows)
 
@@ -165,9 +165,8 @@ def test_every_row_has_the_same_chance(num_rows: int, count: int) -> None:
 def test_pairs_of_rows_meet_as_chance_has_it() -> None:
     """No two strata move together: the joint counts of two rows' inclusion stay within five standard deviations."""
     num_rows, count, draws = 24, 6, 6000
-    chosen = torch.zeros(draws, num_rows, dtype=torch.float64)
-    for key in range(draws):
-        chosen[key, sample_rows(num_rows, count, torch.tensor(key * 2**40))] = 1
+    drawn = torch.vmap(lambda key: sample_rows(num_rows, count, key))(torch.arange(draws) * 2**40)
+    chosen = torch.zeros(draws, num_rows, dtype=torch.float64).scatter_(1, drawn, 1.0)
     joint = chosen.T @ chosen / draws
     apart = torch.arange(num_rows)[:, None] - torch.arange(num_rows)
     apart = torch.minimum(apart.abs(), num_rows - apart.abs())
