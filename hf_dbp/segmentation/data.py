@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from hf_dbp.data.augmentation import image_rng
-from hf_dbp.data.images import BUILT_IN, IMAGE_FILES, ImageSource, find_column, read_splits, to_array
+from hf_dbp.data.images import BUILT_IN, IMAGE_FILES, ImageSource, find_column, read_splits, shared_keys, to_array
+from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
 from hf_dbp.segmentation.transforms import Augmentation
 
@@ -42,7 +43,6 @@ class SegmentationSource(ImageSource):
         id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
         ignore_index: label id that is neither learned nor scored.
         reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it.
-        train_fraction: share of the training images to use, drawn with `seed`.
     """
 
     train_mask_dir: str | None = None
@@ -52,12 +52,9 @@ class SegmentationSource(ImageSource):
     id2label: str | None = None
     ignore_index: int = 255
     reduce_labels: bool = False
-    train_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"--train_fraction is a share above 0 and at most 1, got {self.train_fraction}")
         if self.train_mask_dir is not None and self.train_dir is None:
             raise ValueError("--train_mask_dir belongs to --train_dir, which names the images; give both")
         if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
@@ -223,7 +220,6 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
 
 def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
     train, validation = source.max_train_samples or 200, source.max_eval_samples or 50
-    train = max(1, round(train * source.train_fraction))
     size, seed = source.built_in_size, source.seed
     return {
         "train": WireBonding(train, size=size, seed=seed, first=0),
@@ -245,16 +241,18 @@ def _find_columns(data: datasets.Dataset, source: SegmentationSource) -> tuple[s
 
 def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> dict[str, datasets.Dataset]:
     """Split off a validation set where there is none, then draw the part of each that is asked for."""
-    if "validation" not in splits:
-        halves = splits["train"].train_test_split(test_size=source.train_val_split, seed=source.seed)
-        splits = {"train": halves["train"], "validation": halves["test"]}
-    train = max(1, round(len(splits["train"]) * source.train_fraction))
-    limits = {"train": min(train, source.max_train_samples or train), "validation": source.max_eval_samples}
-    for split, limit in limits.items():
-        data = splits[split]
-        if limit is not None and limit < len(data):
-            splits[split] = data.shuffle(seed=source.seed).select(range(limit))
-    return {split: splits[split] for split in limits}
+    train, validation = splits["train"], splits.get("validation")
+    rows = np.arange(len(train))
+    if validation is None:
+        rows, validation_rows = split_rows(len(train), source.train_val_split, source.seed)
+        validation = train.select(validation_rows)
+    validation_rows = draw(np.arange(len(validation)), source.max_eval_samples, source.seed)
+    rows = draw(rows, source.max_train_samples, source.seed)
+    if source.train_fraction < 1.0:  # the same images as pre-training chooses
+        column = find_column(train, source.image_column_name)
+        encoded = train.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        rows = rows[chosen(shared_keys(encoded, column)[rows], source.train_fraction, source.subset_seed)]
+    return {"train": train.select(rows), "validation": validation.select(validation_rows)}
 
 
 def _paired_folders(source: SegmentationSource) -> dict[str, datasets.Dataset]:

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.data.feeding import user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
 from hf_dbp.model_card import write_card
@@ -93,8 +94,9 @@ class DataArguments:
     def source(self, cache_dir: str | None, token: str | None) -> SegmentationSource:
         """The data flags without those of cropping. ValueError for values that cannot be."""
         flags = asdict(self)
-        own = {name: flags.pop(name) for name in ("crop_size", "long_edge", "subset_seed")}
-        return SegmentationSource(**flags, cache_dir=cache_dir, token=token, seed=own["subset_seed"])
+        for name in ("crop_size", "long_edge"):
+            del flags[name]
+        return SegmentationSource(**flags, cache_dir=cache_dir, token=token, seed=self.subset_seed)
 
     @property
     def scaled_long_edge(self) -> int | None:
@@ -328,5 +330,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     except ValueError as error:
         if logger.isEnabledFor(logging.DEBUG):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {user_message(error)}", file=sys.stderr)
         raise SystemExit(2) from error

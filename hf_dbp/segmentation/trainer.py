@@ -21,7 +21,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import Trainer, UperNetForSemanticSegmentation
 
-from hf_dbp.data.masked import EpochSampler
+from hf_dbp.data.feeding import step_images
+from hf_dbp.data.order import EpochSampler
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
@@ -56,7 +57,8 @@ class SegmentationTrainer(Trainer):  # type: ignore[misc]
         model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
         super().__init__(**kwargs)
         self._check(model)
-        self.sampler = EpochSampler(len(self.train_dataset), seed=args.data_seed or args.seed)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.sampler = EpochSampler(len(self.train_dataset), seed, step_images=step_images(args))
         self.add_callback(EpochCallback(self.sampler))
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
@@ -71,11 +73,11 @@ class SegmentationTrainer(Trainer):  # type: ignore[misc]
                 "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
                 "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
             )
-        batch = self.args.train_batch_size * self.args.world_size
-        if len(self.train_dataset) < batch:
+        step = step_images(self.args)
+        if len(self.train_dataset) < step:
             raise ValueError(
-                f"{len(self.train_dataset)} training images do not fill one batch of {batch}; "
-                "lower --per_device_train_batch_size"
+                f"{len(self.train_dataset)} training images do not fill one step of {step}; "
+                "lower --per_device_train_batch_size or --gradient_accumulation_steps"
             )
 
     # ---- data and optimizer ----

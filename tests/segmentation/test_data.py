@@ -58,14 +58,16 @@ def test_image_and_mask_folders_pair_by_name(tmp_path):
 def test_parquet_with_named_columns_and_a_seeded_part(tmp_path):
     flags = write_parquet(tmp_path / "set") | {"num_labels": 3, "train_val_split": 0.2}
 
-    def drawn(**more):
+    def drawn(**more: object):
         train, _ = load_labelled_images(SegmentationSource(**flags, **more))
         return [train[i][1].tobytes() for i in range(len(train))]
 
     assert len(drawn()) == 8
-    assert len(drawn(train_fraction=0.5)) == 4
-    assert drawn(train_fraction=0.5) == drawn(train_fraction=0.5)
-    assert drawn(train_fraction=0.5)[:3] == drawn(max_train_samples=3)  # a smaller draw is part of a larger one
+    assert len(drawn(max_train_samples=3)) == 3
+    assert drawn(max_train_samples=3) == drawn(max_train_samples=3) != drawn(max_train_samples=3, seed=1)
+    few, more = (drawn(train_fraction=share, subset_seed=1) for share in (0.4, 0.7))
+    assert 0 < len(few) < len(more) < 8
+    assert set(few) < set(more)
     with pytest.raises(ValueError, match=r"no column 'annotation' of masks.*ids, .*photo|photo, ids"):
         load_labelled_images(SegmentationSource(**(flags | {"annotation_column_name": None})))
 

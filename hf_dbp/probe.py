@@ -1,0 +1,275 @@
+"""Is the encoder good? k nearest neighbours and a linear probe on its frozen features: the main of `run_probe.py`.
+
+1. Every image's largest central square, scaled to the ViT's size, goes once through the frozen ViT; its feature is the
+   mean of the final patch tokens, or the class token.
+2. k nearest neighbours: cosine similarity s to the training features, votes of the k nearest weighed by exp(s / 0.07)
+   (Wu et al. 2018, as in DINO).
+3. Linear probe: features standardised by the training set's statistics, multinomial logistic regression with an L2
+   penalty, by L-BFGS. The penalty is chosen on a fifth of the training images, then all of them are fitted.
+
+Accuracies come with their 95 % Wilson interval. Nothing is trained in the ViT.
+
+Shapes: N training images, M test images, D features, K classes.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import HfArgumentParser, ViTImageProcessorPil, ViTModel
+
+from hf_dbp.data.augmentation import center_box, resized, unit_range
+from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits
+from hf_dbp.data.sources import pick_splits
+from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
+from hf_dbp.segmentation.data import normalized
+from hf_dbp.segmentation.upernet import load_vit
+
+__all__ = ["ProbeArguments", "extract_features", "knn_accuracy", "linear_accuracy", "main", "run", "wilson_interval"]
+
+logger = logging.getLogger(__name__)
+
+TEMPERATURE = 0.07
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass
+class ProbeArguments:
+    """What to probe with what."""
+
+    model_name_or_path: str = field(metadata={"help": "Stock ViT, folder or Hub id."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a labelled image set."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of parquet files, or with a folder of images per class."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for testing."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    label_column_name: str = field(default="label", metadata={"help": "Column of the classes, numbers or names."})
+    train_val_split: float = field(default=0.2, metadata={"help": "Share to test on where there is no such split."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many test images."})
+    num_channels: int | None = field(default=None, metadata={"help": "Channels of the images."})
+    pooling: str = field(
+        default="mean", metadata={"help": "Feature: mean of the patch tokens, or cls.", "choices": ["mean", "cls"]}
+    )
+    neighbours: int = field(default=20, metadata={"help": "k of the nearest neighbours."})
+    from_scratch: bool = field(default=False, metadata={"help": "Random weights of that shape, to compare with."})
+    batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws, the splits and random weights."})
+    output_file: str = field(default="probe.json", metadata={"help": "JSON file to write."})
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1:
+            raise ValueError(f"--neighbours is at least 1, got {self.neighbours}")
+
+    def source(self) -> ImageSource:
+        names = ImageSource.__dataclass_fields__.keys() & asdict(self).keys()
+        return ImageSource(**{name: getattr(self, name) for name in names})
+
+
+def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share (95 % by default)."""
+    share, spread = hits / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class CentralSquares(torch.utils.data.Dataset[Tensor]):
+    """The largest central square of each image at the ViT's size, normalised: (C, H, W)."""
+
+    def __init__(self, images: ImageList, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+        self.images, self.size = images, size
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.images[index]
+        view = resized(image, self.size, center_box((image.shape[0], image.shape[1]), self.size))
+        return normalized(view.astype(np.float32) * np.float32(unit_range(image.dtype)), self.mean, self.std)
+
+
+@torch.no_grad()
+def extract_features(vit: ViTModel, images: torch.utils.data.Dataset[Tensor], pooling: str, batch_size: int) -> Tensor:
+    """Return the frozen ViT's features (N, D), float32 on the CPU."""
+    vit = vit.eval()
+    features = []
+    for pixels in torch.utils.data.DataLoader(images, batch_size=batch_size):
+        tokens = vit(pixels.to(vit.device)).last_hidden_state
+        features.append((tokens[:, 1:].mean(dim=1) if pooling == "mean" else tokens[:, 0]).float().cpu())
+    return torch.cat(features)
+
+
+def knn_accuracy(train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor, k: int) -> int:
+    """Return how many test images their k nearest training images classify rightly."""
+    classes = int(max(labels_N.max(), truth_M.max())) + 1
+    train_ND, test_MD = nn.functional.normalize(train_ND, dim=1), nn.functional.normalize(test_MD, dim=1)
+    hits = 0
+    for features_BD, truth_B in zip(torch.split(test_MD, 1024), torch.split(truth_M, 1024), strict=True):
+        similarity_Bk, nearest_Bk = (features_BD @ train_ND.T).topk(min(k, len(train_ND)), dim=1)
+        votes_BK = torch.zeros(len(features_BD), classes)
+        votes_BK.scatter_add_(1, labels_N[nearest_Bk], (similarity_Bk / TEMPERATURE).exp())
+        hits += int((votes_BK.argmax(dim=1) == truth_B).sum())
+    return hits
+
+
+def linear_accuracy(
+    train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor, seed: int
+) -> tuple[int, float]:
+    """Return how many test images a linear probe classifies rightly, and the penalty chosen on the training images."""
+    order = torch.randperm(len(train_ND), generator=torch.Generator().manual_seed(seed))
+    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
+    classes = int(max(labels_N.max(), truth_M.max())) + 1
+    right = [
+        _hits(*_fitted(train_ND[kept], labels_N[kept], classes, penalty), train_ND[held], labels_N[held])
+        for penalty in PENALTIES
+    ]
+    penalty = PENALTIES[int(np.argmax(right))]
+    return _hits(*_fitted(train_ND, labels_N, classes, penalty), test_MD, truth_M), penalty
+
+
+def _fitted(features_ND: Tensor, labels_N: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K) that minimise cross-entropy + penalty / 2 * |standardised weight|^2."""
+    mean_D, std_D = features_ND.mean(dim=0), features_ND.std(dim=0, unbiased=False).clamp(min=1e-6)
+    inputs_ND = (features_ND - mean_D) / std_D
+    weight_KD = torch.zeros(classes, features_ND.shape[1], requires_grad=True)
+    bias_K = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_KD, bias_K], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(nn.functional.linear(inputs_ND, weight_KD, bias_K), labels_N)
+        loss = loss + penalty / 2 * weight_KD.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    weight = weight_KD.detach() / std_D
+    return weight, bias_K.detach() - weight @ mean_D
+
+
+def _hits(weight_KD: Tensor, bias_K: Tensor, features_MD: Tensor, truth_M: Tensor) -> int:
+    return int((nn.functional.linear(features_MD, weight_KD, bias_K).argmax(dim=1) == truth_M).sum())
+
+
+def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], list[str]]:
+    """Training and test images, their class numbers, and the class names.
+
+    Raises:
+        ValueError: no such data or columns, one class only, or test classes that training lacks.
+    """
+    source = args.source()
+    folder = Path(args.train_dir) if args.train_dir else None
+    if folder is not None and folder.is_dir() and not any(folder.rglob("*.parquet")):
+        splits = pick_splits(datasets.load_dataset("imagefolder", data_dir=str(folder)), source.name)
+        if args.validation_dir is not None:
+            splits["validation"] = datasets.load_dataset("imagefolder", data_dir=args.validation_dir)["train"]
+    else:
+        splits = read_splits(source)
+    if "validation" not in splits:
+        halves = splits["train"].train_test_split(test_size=args.train_val_split, seed=args.seed)
+        splits = {"train": halves["train"], "validation": halves["test"]}
+    images, raw = [], []
+    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        data = splits[split]
+        if args.label_column_name not in data.column_names:
+            columns = ", ".join(data.column_names)
+            raise ValueError(f"no column {args.label_column_name!r}; pass --label_column_name with one of {columns}")
+        if limit is not None and limit < len(data):
+            data = data.shuffle(seed=args.seed).select(range(limit))
+        images.append(ImageList(data, find_column(data, args.image_column_name), args.num_channels))
+        feature, labels = data.features[args.label_column_name], data[args.label_column_name][:]
+        raw.append(feature.int2str(labels) if isinstance(feature, datasets.ClassLabel) else [str(n) for n in labels])
+    names = sorted(set(raw[0]))
+    if len(names) < 2:
+        raise ValueError(f"{source.name}: the training images have {len(names)} class; a probe needs two")
+    unknown = sorted(set(raw[1]) - set(names))
+    if unknown:
+        raise ValueError(f"{source.name}: {len(unknown)} test classes are not in training, e.g. {unknown[0]!r}")
+    number = {name: index for index, name in enumerate(names)}
+    return images, [torch.tensor([number[name] for name in labels]) for labels in raw], names
+
+
+def run(args: ProbeArguments) -> dict[str, Any]:
+    """Probe; returns what is also written to `output_file`."""
+    images, labels, names = load_labelled(args)
+    vit = load_vit(args.model_name_or_path)
+    if args.from_scratch:
+        torch.manual_seed(args.seed)
+        vit = ViTModel(vit.config, add_pooling_layer=False)
+    channels = images[0][0].shape[2]
+    if channels != vit.config.num_channels:
+        raise ValueError(
+            f"the ViT takes {vit.config.num_channels} channels, the images have {channels}: convert with --num_channels"
+        )
+    try:
+        processor = ViTImageProcessorPil.from_pretrained(args.model_name_or_path)
+        mean, std = processor.image_mean, processor.image_std
+    except OSError:
+        logger.warning("%s has no image processor; taking the images' statistics", args.model_name_or_path)
+        mean, std = channel_statistics(images[0])
+    size = vit.config.image_size
+    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    vit = vit.to("cuda" if torch.cuda.is_available() else "cpu")
+    train_ND, test_MD = (
+        extract_features(vit, CentralSquares(part, size, mean, std), args.pooling, args.batch_size) for part in images
+    )
+    knn = knn_accuracy(train_ND, labels[0], test_MD, labels[1], args.neighbours)
+    linear, penalty = linear_accuracy(train_ND, labels[0], test_MD, labels[1], args.seed)
+    commonest = int((labels[1] == labels[0].bincount().argmax()).sum())
+    total = len(labels[1])
+    record = {
+        "schema": 1,
+        "task": "probe",
+        "knn": _score(knn, total) | {"k": min(args.neighbours, len(train_ND))},
+        "linear": _score(linear, total) | {"penalty": penalty},
+        "commonest_class": _score(commonest, total),
+        "data": {
+            "source": args.source().name,
+            "train_images": len(train_ND),
+            "test_images": total,
+            "classes": len(names),
+        },
+        "arguments": arguments_record(args),
+        "commit": source_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(args.output_file, record)
+    return record
+
+
+def _score(hits: int, trials: int) -> dict[str, Any]:
+    low, high = wilson_interval(hits, trials)
+    return {"accuracy": hits / trials, "interval_95": [low, high]}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse flags and probe. User mistakes end with one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.set_verbosity_warning()
+    try:
+        (args,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses(
+            None if arguments is None else list(arguments)
+        )
+        record = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    for name in ("knn", "linear", "commonest_class"):
+        low, high = record[name]["interval_95"]
+        print(f"{name:>16}  {record[name]['accuracy']:.4f}  (95 %: {low:.4f} to {high:.4f})")
+    print(f"written to {args.output_file}")
+    return record
