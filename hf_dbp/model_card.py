@@ -185,11 +185,16 @@ def usage(config: Mapping[str, Any]) -> str:
             "These weights are for training on. Stock transformers classes refuse the folder, since without its "
             "matrices R the network is another one."
         )
-    channels = (config.get("backbone_config") or config)["num_channels"]
+    encoder = config.get("backbone_config") or config
+    channels, size = encoder["num_channels"], encoder["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
     given = "images" if channels == 3 else 'images, input_data_format="channels_last"'
     result = "logits" if config["model_type"] in ("upernet", "vit_mae") else "last_hidden_state"
     text = f'`model(**processor({given}, return_tensors="pt")).{result}` is its output'
-    return f"{text}." if channels == 3 else f"{text}, for arrays of {channels} channels."
+    if channels == 3:
+        return f"{text}."
+    text += f" for arrays of {height} x {width} pixels and {channels} channels."
+    return text if channels == 1 else f"{text} Bring them to that size first: stock resizing takes channels for alpha."
 
 
 def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:

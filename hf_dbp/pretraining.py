@@ -223,11 +223,18 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
 
 
 def image_processor(model: PreTrainedModel, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """The stock image processor that does to an image what evaluation does, but for its crop (it resizes)."""
+    """The stock image processor that does to an image what evaluation does, but for its crop (it resizes).
+
+    For other than 1 or 3 channels it does not resize: it would take two for grey and alpha and blend them.
+    """
     size = model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return ViTImageProcessorPil(
-        size={"height": height, "width": width}, image_mean=list(mean), image_std=list(std), resample=3
+        do_resize=len(mean) in (1, 3),
+        size={"height": height, "width": width},
+        image_mean=list(mean),
+        image_std=list(std),
+        resample=3,
     )
 
 

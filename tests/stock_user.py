@@ -3,7 +3,9 @@
 import re
 import sys
 import tempfile
+from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainingArguments, ViTForImageClassification, ViTModel, set_seed
@@ -28,8 +30,17 @@ def loaded_as_the_card_says(name: str) -> ViTModel:
     assert len(code.splitlines()) == 3
     names: dict[str, object] = {}
     exec(code, names)
-    assert names["processor"].image_mean is not None
+    assert isinstance(names["model"], ViTModel)
+    assert_channels_stay_apart(names["processor"])
     return names["model"]
+
+
+def assert_channels_stay_apart(processor: Any) -> None:
+    """What the first channel becomes does not depend on the second (Pillow would take it for alpha)."""
+    images = np.random.default_rng(0).integers(0, 255, (2, 48, 48, 2), dtype=np.uint8)
+    images[1, ..., 0] = images[0, ..., 0]
+    pixels = processor(list(images), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels[0, 0], pixels[1, 0])
 
 
 def fine_tuned(name: str, folder: str) -> list[float]:

@@ -114,7 +114,7 @@ def test_pictures_that_are_there_are_shown_and_the_command_copies_all(folder, tm
 
 
 def test_segmentation_scores_with_a_class_that_is_absent(tmp_path):
-    encoder = {"num_hidden_layers": 4, "hidden_size": 8, "patch_size": 8, "num_channels": 3}
+    encoder = {"num_hidden_layers": 4, "hidden_size": 8, "patch_size": 8, "num_channels": 3, "image_size": 16}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "upernet", "backbone_config": encoder}))
     run = {"seed": 0, "versions": {}, "hardware": {"processor": "x", "cores": 2, "processes": 1}}
     record = run | {
