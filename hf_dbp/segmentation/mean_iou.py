@@ -13,6 +13,7 @@ forgotten: memory is O(classes^2).
 Shapes: K classes; H, W height and width of one map; N pixels of a piece of a map.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,7 +31,8 @@ __all__ = ["MeanIoU", "SegmentationScores", "confusion_matrix", "scores_from_con
 IntArray = npt.NDArray[np.integer[Any]]
 LabelMaps = IntArray | torch.Tensor | Sequence[IntArray | torch.Tensor]
 
-_PIECE = 1 << 18  # pixels counted at a time: exact in OpenCV's float32 counts (< 2^24)
+_PIECE = 1 << 16  # pixels checked and narrowed at a time: the second look finds them in the cache
+_GROUP = 1 << 6  # pieces counted together; OpenCV's float32 counts are exact below 2^24 pixels
 
 
 class SegmentationScores(TypedDict):
@@ -79,7 +81,8 @@ def confusion_matrix(
         ValueError: maps differ in number or shape, are not integers, or hold ids outside 0..num_labels-1.
     """
     pieces, threads = list(_pieces(predictions, references)), torch.get_num_threads()
-    groups = [pieces[start::threads] for start in range(min(threads, len(pieces)))]
+    size = min(math.ceil(len(pieces) / threads), _GROUP)
+    groups = [pieces[start : start + size] for start in range(0, len(pieces), size)]
     confusions = _threads().map(lambda group: _count(group, num_labels, ignore_index), groups)
     return sum(confusions, start=np.zeros((num_labels, num_labels), dtype=np.int64))
 
@@ -113,28 +116,30 @@ def _threads() -> ThreadPoolExecutor:
 
 
 def _count(pieces: Sequence[tuple[IntArray, IntArray]], num_labels: int, ignore_index: int) -> npt.NDArray[np.int64]:
-    """Count pieces by a 2-D histogram of bytes; those with an id that is no byte, or no class, go the general way."""
-    confusion_KK = np.zeros((num_labels, num_labels), dtype=np.int64)
-    bytes_count = np.zeros((256, 256))
-    for predicted_N, true_N in pieces:
-        true_bytes_N, predicted_bytes_N = _as_bytes(true_N), _as_bytes(predicted_N)
-        if true_bytes_N is not None and predicted_bytes_N is not None:
-            counts = cv2.calcHist([true_bytes_N, predicted_bytes_N], [0, 1], None, [256, 256], [0, 256, 0, 256])
-            if 0 <= ignore_index < 256:
-                counts[ignore_index] = 0
-            if not (counts[num_labels:].any() or counts[:, num_labels:].any()):
-                bytes_count += counts
-                continue
-        confusion_KK += _count_any_ids(predicted_N, true_N, num_labels, ignore_index)
-    confusion_KK[:256, :256] += bytes_count[:num_labels, :num_labels].astype(np.int64)
-    return confusion_KK
+    """Count pieces by one 2-D histogram of bytes; where an id is no byte, or no class, the general way."""
+    true_N, predicted_N = (_as_bytes([piece[side] for piece in pieces]) for side in (1, 0))
+    if true_N is not None and predicted_N is not None:
+        counts = cv2.calcHist([true_N, predicted_N], [0, 1], None, [256, 256], [0, 256, 0, 256])
+        if 0 <= ignore_index < 256:
+            counts[ignore_index] = 0
+        if not (counts[num_labels:].any() or counts[:, num_labels:].any()):
+            confusion_KK = np.zeros((num_labels, num_labels), dtype=np.int64)
+            confusion_KK[:256, :256] = counts[:num_labels, :num_labels]
+            return confusion_KK
+    general = (_count_any_ids(predicted_N, true_N, num_labels, ignore_index) for predicted_N, true_N in pieces)
+    return sum(general, start=np.zeros((num_labels, num_labels), dtype=np.int64))
 
 
-def _as_bytes(ids_N: IntArray) -> npt.NDArray[np.uint8] | None:
-    """Narrow ids to bytes, or return None if one does not fit (the bitwise or of all tells: a sign bit survives it)."""
-    if ids_N.dtype == np.uint8 or 0 <= np.bitwise_or.reduce(ids_N) < 256:
-        return ids_N.astype(np.uint8, copy=False)
-    return None
+def _as_bytes(pieces: Sequence[IntArray]) -> npt.NDArray[np.uint8] | None:
+    """Join ids as bytes, or return None if one does not fit (the bitwise or of all tells: a sign bit survives it)."""
+    bytes_N = np.empty(sum(ids_N.size for ids_N in pieces), dtype=np.uint8)
+    start = 0
+    for ids_N in pieces:
+        if ids_N.dtype != np.uint8 and not 0 <= np.bitwise_or.reduce(ids_N) < 256:
+            return None
+        bytes_N[start : start + ids_N.size] = ids_N
+        start += ids_N.size
+    return bytes_N
 
 
 def _count_any_ids(
