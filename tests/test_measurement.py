@@ -29,10 +29,10 @@ class Time:
 class Watts:
     """A meter of a machine that takes 3.6 MW, so that a second is a kWh."""
 
-    description = {"country": "nowhere", "carbon_intensity_g_per_kwh": 500.0, "cpu": "made up"}  # noqa: RUF012
-
     def __init__(self, fake):
         self.fake, self.segments = fake, 0
+        self.description = dict.fromkeys(("country", "cpu", "cpu_model", "ram", "gpu", "scope", "codecarbon"), "made up")
+        self.description["carbon_intensity_g_per_kwh"] = 500.0
 
     def start(self):
         self.segments += 1

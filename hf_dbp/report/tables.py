@@ -234,7 +234,7 @@ def method_notes(num_seeds: int) -> list[Block]:
                 "Runs of one seed start from the same weights and see the same images, crops and masks in one order."
                 + choice,
                 "Intervals are 95 % and t-based, of the mean over seeds of each pair's relative difference. p is of "
-                "the two-sided paired t-test (SciPy), d is Cohen's d_z: mean over standard deviation of the differences.",
+                "the two-sided paired t-test (SciPy), d is Cohen's d_z: mean over standard deviation of differences.",
                 "Between two evaluations losses, times and energies are taken as linear; a target met at the first "
                 "evaluation counts there. At equal time, a run that had ended sooner counts with its last loss.",
                 "The training loss is the mean over the steps since the last evaluation.",
