@@ -1,0 +1,55 @@
+"""The benchmark measures what it says: the naive form is the published algorithm, and every step has its parts."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection
+
+ARGUMENTS = argparse.Namespace(image_size=32, patch_size=16, dtype="fp32")
+
+
+@pytest.fixture(scope="module")
+def step_time() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
+    spec = importlib.util.spec_from_file_location("step_time", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["step_time"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["linear", "patches"])
+def test_the_naive_layer_is_the_published_algorithm(step_time: ModuleType, kind: str) -> None:
+    plain = nn.Linear(6, 4) if kind == "linear" else nn.Conv2d(2, 4, 3, 3)
+    ours = (DecorrelatedLinear.from_linear if kind == "linear" else DecorrelatedPatchProjection.from_conv)(plain)
+    x = torch.randn(30, 6) if kind == "linear" else torch.randn(5, 2, 9, 9)
+    naive = step_time.NaiveLayer(plain)
+    for matrix in (ours.decorrelation.R, naive.R):
+        matrix.add_(0.1 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(naive(x), ours(x), rtol=1e-4, atol=1e-5)
+    z, R = naive.z.double(), naive.R.double()
+    C = z.T @ z / len(z)
+    expected = R - 0.05 * (C - torch.diag(C.diag())) @ R
+    naive.update(0.05)
+    assert len(z) == (3 if kind == "linear" else 4)
+    torch.testing.assert_close(naive.R.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_every_method_steps_in_four_parts(step_time: ModuleType) -> None:
+    pixels, flops = torch.randn(2, 3, 32, 32), {}
+    for name in ("bp", "naive", "dbp", "dbp_fast"):
+        method = step_time.Method(name, ARGUMENTS, "mini", "cpu")
+        before = [p.detach().clone() for p in method.model.parameters()]
+        marks: list[int] = []
+        flops[name] = method.warm_up(pixels)
+        method.step(pixels, lambda marks=marks: marks.append(0))
+        assert len(marks) == len(step_time.PARTS) + 1
+        assert any(not torch.equal(*pair) for pair in zip(before, method.model.parameters(), strict=True))
+    assert flops["bp"] < flops["dbp_fast"] < flops["dbp"] < flops["naive"]
