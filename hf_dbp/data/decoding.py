@@ -1,29 +1,41 @@
 """From stored values to arrays (height, width, channels), and what becomes of images that cannot be read.
 
 A value is what a data set stores of an image: {"bytes", "path"} of an encoded picture, a decoded picture, or an array.
+With {"more"}, the paths of further files, each file holds one channel.
 An image that cannot be decoded raises `UnreadableImageError`; `UnreadableImages` counts and lists those of a run, over
 all loader workers, and ends the run when they are too many.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-__all__ = ["UnreadableImageError", "UnreadableImages", "decode", "encoded_bytes", "to_array", "too_many"]
+from hf_dbp.data.readers import read_picture
+
+__all__ = [
+    "DECODING_ERRORS",
+    "UnreadableImageError",
+    "UnreadableImages",
+    "decode",
+    "encoded_bytes",
+    "stored",
+    "to_array",
+    "too_many",
+]
 
 logger = logging.getLogger(__name__)
 
-DECODING_ERRORS = (  # what Pillow raises on damaged pictures
+DECODING_ERRORS = (  # what Pillow, tifffile, OpenCV and NumPy raise on damaged pictures
     OSError,
     ValueError,
     SyntaxError,
@@ -33,6 +45,7 @@ DECODING_ERRORS = (  # what Pillow raises on damaged pictures
     OverflowError,
     struct.error,
     zlib.error,
+    cv2.error,
     Image.DecompressionBombError,
 )
 
@@ -91,7 +104,7 @@ def encoded_bytes(value: Any) -> bytes:
     if isinstance(value, dict):
         if value["bytes"] is not None or value["path"] is None:
             return bytes(value["bytes"] or b"")
-        return Path(value["path"]).read_bytes()
+        return b"".join(Path(file).read_bytes() for file in [value["path"], *(value.get("more") or ())])
     return np.ascontiguousarray(np.asarray(value)).tobytes()
 
 
@@ -102,21 +115,40 @@ def decode(value: Any, num_channels: int | None, name: str) -> NDArray[np.generi
         UnreadableImageError: damaged, empty or not a picture, or of another number of channels; begins with ``name``.
     """
     try:
-        if isinstance(value, dict):
-            with Image.open(io.BytesIO(encoded_bytes(value))) as picture:
-                picture.load()
-                value = ImageOps.exif_transpose(picture)
-        return to_array(value, num_channels)
+        return to_array(stored(value), num_channels)
     except DECODING_ERRORS as error:
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImageError(f"{name}: {reason}") from error
 
 
+def stored(value: Any) -> Any:
+    """A stored value as a picture or an array, its values as they are.
+
+    Raises:
+        What `DECODING_ERRORS` lists; ValueError if the files of its channels do not fit together.
+    """
+    if not isinstance(value, dict):
+        return value
+    if value.get("more"):
+        return joined([value["path"], *value["more"]])
+    given = value["bytes"] is not None or value["path"] is None
+    return read_picture(bytes(value["bytes"] or b"") if given else str(value["path"]))
+
+
+def joined(files: list[str]) -> NDArray[np.generic]:
+    """Files of one channel each as one array (H, W, C)."""
+    channels = [to_array(read_picture(file), 1) for file in files]
+    kinds = [f"{c.shape[0]} x {c.shape[1]} pixels of {c.dtype} in {f}" for c, f in zip(channels, files, strict=True)]
+    if len({(channel.shape, channel.dtype) for channel in channels}) > 1:
+        raise ValueError(f"the channels do not fit together: {', '.join(kinds)}")
+    return np.concatenate(channels, axis=2)
+
+
 def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
     """A picture or array as (height, width, channels) with the wanted number of channels.
 
-    Pictures become RGB for 3 channels (the default) and grey for 1; 16-bit grey pictures keep their depth. Arrays must
-    have the wanted number.
+    Pictures become RGB for 3 channels (the default) and grey for 1; 16-bit grey pictures keep their depth. Arrays keep
+    their channels by default; grey and RGB ones become one another.
 
     Raises:
         ValueError: the image has another number of channels than wanted and cannot be converted.
@@ -132,10 +164,28 @@ def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
             array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
             return array if array.ndim == 3 else array[..., None]
     array = np.asarray(image)
-    array = array[..., None] if array.ndim == 2 else array
-    if num_channels not in (None, array.shape[2]):
-        raise _wrong_channels(array, num_channels)
-    return array
+    array = pixel_values(array[..., None] if array.ndim == 2 else array)
+    if num_channels in (None, array.shape[2]):
+        return array
+    if array.shape[2] == 1 and num_channels == 3:
+        return np.repeat(array, 3, axis=2)
+    if array.shape[2] == 3 and num_channels == 1:
+        array = np.ascontiguousarray(array)
+        return np.asarray(cv2.cvtColor(array, cv2.COLOR_RGB2GRAY))[..., None]
+    raise _wrong_channels(array, num_channels)
+
+
+def pixel_values(array: NDArray[Any]) -> NDArray[Any]:
+    """An array of pixels as uint8, uint16 or float32; 0 and 1 become 0 and 255, wider integers float32.
+
+    Raises:
+        ValueError: it has no three axes, or other values than numbers.
+    """
+    if array.ndim != 3 or array.dtype.kind not in "buif":
+        raise ValueError(f"an array of {array.dtype} and shape {array.shape} is no image")
+    if array.dtype in (np.uint8, np.uint16, np.float32):
+        return array
+    return array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array.astype(np.float32)
 
 
 def _wrong_channels(array: NDArray[np.generic], num_channels: int | None) -> ValueError:

@@ -18,6 +18,7 @@ import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
+from hf_dbp.data.folders import IMAGE_FILES, file_table, folder_splits, list_samples
 from hf_dbp.data.hub_errors import explained
 from hf_dbp.data.shards import ShardedImages, list_shards, open_binary
 
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 BUILT_IN = "wire_bonding"
-IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
 @dataclasses.dataclass
@@ -50,6 +50,7 @@ class ImageSource:
         max_train_samples: use at most so many training images, drawn with ``seed``.
         max_eval_samples: use at most so many validation images, drawn with ``seed``.
         num_channels: channels that images are brought to; default 3 for pictures, an array's own otherwise.
+        channel_files: of a folder with a file per channel, a name pattern for each; see `hf_dbp.data.folders`.
         cache_dir, token, revision: as in `datasets.load_dataset`.
         built_in_size: side in pixels of the built-in images.
         seed: of the split, the draws and the built-in images.
@@ -70,6 +71,7 @@ class ImageSource:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     num_channels: int | None = None
+    channel_files: list[str] | None = None
     cache_dir: str | None = None
     token: str | None = None
     revision: str | None = None
@@ -100,6 +102,8 @@ class ImageSource:
             raise ValueError(
                 f"{BUILT_IN} is rendered: --streaming does nothing there, --max_train_samples sets its size"
             )
+        if self.channel_files and (self.train_dir is None or self.streaming):
+            raise ValueError("--channel_files names the files of --train_dir FOLDER, without --streaming")
         if self.cache_short_side < 1 or self.max_unreadable < 0:
             raise ValueError(
                 f"--cache_short_side is a positive number and --max_unreadable not negative, "
@@ -134,6 +138,8 @@ def streamed_splits(source: ImageSource) -> tuple[dict[str, ShardedImages], str]
         ValueError: files that cannot be read in place.
     """
     options = {"token": source.token}
+    if source.dataset_name is None and holds_pictures(str(source.train_dir), "--train_dir"):
+        return streamed_folders(source)
     if source.dataset_name is not None:
         builder = from_hub(source, datasets.load_dataset_builder, options)
     else:
@@ -146,7 +152,7 @@ def streamed_splits(source: ImageSource) -> tuple[dict[str, ShardedImages], str]
         if files_kind(other) != kind:
             raise ValueError(f"--train_dir holds {kind} files, --validation_dir {files_kind(other)}; stream one kind")
         files["validation"] = any_split(other.config.data_files)
-    if kind == "imagefolder":
+    if kind == "imagefolder":  # on the Hub
         files = {
             split: [file for file in names if Path(file).suffix.lower() in IMAGE_FILES]
             for split, names in files.items()
@@ -155,6 +161,19 @@ def streamed_splits(source: ImageSource) -> tuple[dict[str, ShardedImages], str]
     return {
         split: list_shards(kind, names, column, source.kept_in, source.token) for split, names in files.items()
     }, column
+
+
+def streamed_folders(source: ImageSource) -> tuple[dict[str, ShardedImages], str]:
+    """The picture files of folders; nothing is read yet."""
+    splits = pick_splits(folder_splits(str(source.train_dir)), source.name)
+    if source.validation_dir is not None:
+        if not holds_pictures(source.validation_dir, "--validation_dir"):
+            raise ValueError("--train_dir holds pictures, --validation_dir does not; stream one kind")
+        splits["validation"] = list_samples(source.validation_dir)
+    return {
+        split: list_shards("imagefolder", [file for (file,) in samples.values()], "image", source.kept_in, source.token)
+        for split, samples in splits.items()
+    }, "image"
 
 
 def files_kind(builder: datasets.DatasetBuilder) -> str:
@@ -209,18 +228,33 @@ def read_splits(source: ImageSource) -> dict[str, datasets.Dataset]:
     if source.dataset_name is not None:
         loaded = from_hub(source, datasets.load_dataset, options)
     else:
-        loaded = load_folder(str(source.train_dir), "--train_dir", options)
+        loaded = load_folder(str(source.train_dir), "--train_dir", source.channel_files, options)
     splits = pick_splits(loaded, source.name)
     if source.validation_dir is not None:
-        splits["validation"] = any_split(load_folder(source.validation_dir, "--validation_dir", options))
+        loaded = load_folder(source.validation_dir, "--validation_dir", source.channel_files, options)
+        splits["validation"] = any_split(loaded)
     return splits
 
 
-def load_folder(folder: str, flag: str, options: dict[str, Any]) -> datasets.DatasetDict:
+def load_folder(
+    folder: str, flag: str, channel_files: Sequence[str] | None, options: dict[str, Any]
+) -> Mapping[str, datasets.Dataset]:
     """A folder of pictures or parquet files. ValueError if it is none, or damaged."""
+    if holds_pictures(folder, flag):
+        return {
+            split: file_table({"image": list(samples.values())}, options["cache_dir"])
+            for split, samples in folder_splits(folder, channel_files).items()
+        }
+    if channel_files:
+        raise ValueError(f"--channel_files names pictures, but {flag} {folder} holds parquet or tar files")
     location = folder_location(folder, flag)
     with explained(f"{flag} {folder}"):
-        return datasets.load_dataset(**location, **options)
+        return datasets.load_dataset(**location, **options)  # type: ignore[no-any-return]
+
+
+def holds_pictures(folder: str, flag: str) -> bool:
+    """Whether a folder holds picture files rather than data sets. ValueError if there is nothing to read in it."""
+    return str(folder_location(folder, flag)["path"]) == "imagefolder"
 
 
 def folder_location(folder: str, flag: str) -> dict[str, Any]:
