@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_pretraining import flags
 
-from hf_dbp import measurement, pretraining
+from hf_dbp import measurement, pretraining, trainer
 from hf_dbp.measurement import EnergyMeter, StepTimer, TrainingClock, check_country
 from hf_dbp.pretraining import PretrainingArguments, main
 from hf_dbp.trainer import MAETrainer
@@ -31,8 +31,8 @@ class Watts:
 
     def __init__(self, fake):
         self.fake, self.segments = fake, 0
-        self.description = dict.fromkeys(("country", "cpu", "cpu_model", "ram", "gpu", "scope", "codecarbon"), "made up")
-        self.description["carbon_intensity_g_per_kwh"] = 500.0
+        keys = ("country", "cpu", "cpu_model", "ram", "gpu", "scope", "codecarbon")
+        self.description = dict.fromkeys(keys, "made up") | {"carbon_intensity_g_per_kwh": 500.0}
 
     def start(self):
         self.segments += 1
@@ -132,18 +132,19 @@ def test_an_unknown_country_is_refused_before_anything_runs(tmp_path):
 def timed_training(fake, monkeypatch):
     """A step of training takes a second, everything else that a run does takes a thousand."""
 
-    def lasting(name, seconds):
-        stock = getattr(MAETrainer, name)
+    def lasting(owner, name, seconds):
+        stock = getattr(owner, name)
 
-        def slow(self, *args, **kwargs):
+        def slow(*args, **kwargs):
             fake.sleep(seconds)
-            return stock(self, *args, **kwargs)
+            return stock(*args, **kwargs)
 
-        monkeypatch.setattr(MAETrainer, name, slow)
+        monkeypatch.setattr(owner, name, slow)
 
-    lasting("training_step", 1)
-    for name in ("evaluation_loop", "_save", "create_optimizer", "_load_best_model", "_load_from_checkpoint"):
-        lasting(name, 1000)
+    lasting(MAETrainer, "training_step", 1)
+    for name in ("evaluation_loop", "_save", "create_optimizer"):
+        lasting(MAETrainer, name, 1000)
+    lasting(trainer, "restore_weights", 1000)
     monkeypatch.setattr(pretraining, "EnergyMeter", lambda *_: Watts(fake))
 
 
