@@ -117,7 +117,7 @@ def card_facts(config: Mapping[str, Any], record: Mapping[str, Any], name: str) 
         "title": title,
         "summary": summary(config, record),
         "loading": LOADING[kind].format(name=name),
-        "usage": usage(config),
+        "usage": usage(config, record),
         "results": [
             (label, f"{figures(record)[key]:.4g}") for key, (label, _) in RESULTS.items() if key in figures(record)
         ],
@@ -178,23 +178,31 @@ def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return f"{text} It started from {shown(start)}." if start else text
 
 
-def usage(config: Mapping[str, Any]) -> str:
+def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """What stands under the lines that load the model."""
-    if config["model_type"] == "dbp_vit_mae":
+    kind, encoder = config["model_type"], config.get("backbone_config") or config
+    if kind == "dbp_vit_mae":
         return (
             "These weights are for training on. Stock transformers classes refuse the folder, since without its "
             "matrices R the network is another one."
         )
-    encoder = config.get("backbone_config") or config
-    channels, size = encoder["num_channels"], encoder["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    given = "images" if channels == 3 else 'images, input_data_format="channels_last"'
-    result = "logits" if config["model_type"] in ("upernet", "vit_mae") else "last_hidden_state"
+    given = "images" if encoder["num_channels"] == 3 else 'images, input_data_format="channels_last"'
+    result = "logits" if kind in ("upernet", "vit_mae") else "last_hidden_state"
     text = f'`model(**processor({given}, return_tensors="pt")).{result}` is its output'
-    if channels == 3:
+    if encoder["num_channels"] in (1, 3):
         return f"{text}."
-    text += f" for arrays of {height} x {width} pixels and {channels} channels."
-    return text if channels == 1 else f"{text} Bring them to that size first: stock resizing takes channels for alpha."
+    text += f" for arrays of {encoder['num_channels']} channels. Stock resizing would take one of them for alpha"
+    arguments = record.get("arguments", {})
+    long_edge = arguments.get("crop_size") if arguments.get("long_edge") is None else arguments["long_edge"]
+    if kind == "upernet":
+        return (
+            f"{text}: scale them before, as in training to a long edge of {long_edge} pixels."
+            if long_edge
+            else f"{text}."
+        )
+    size = encoder["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{text}: bring them to {height} x {width} pixels before."
 
 
 def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -207,7 +215,8 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * hardware["processes"]
     rows += [("images per optimizer step", batch), ("seed", record["seed"]), ("hardware", hardware_used(record))]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    rows += [("energy and CO2e", energy_source(record))] if record.get("energy") else []
+    if record.get("energy"):
+        rows.append(("energy and CO2e", f"{energy_source(record)}; {record['energy']['scope']}"))
     return [*rows, ("versions", versions), ("commit of hf_dbp", record.get("commit") or "unknown")]
 
 

@@ -252,7 +252,7 @@ class Ended:
 
 
 DRIVER = """
-import contextlib, importlib, io, json, os, sys
+import contextlib, importlib, io, json, os, sys, traceback
 for module, arguments, token in json.load(sys.stdin):
     out, error, status = io.StringIO(), io.StringIO(), 0
     os.environ["HF_TOKEN"] = token
@@ -261,6 +261,9 @@ for module, arguments, token in json.load(sys.stdin):
             importlib.import_module(module).main(arguments)
         except SystemExit as stop:
             status = stop.code
+        except Exception:
+            status = 1
+            traceback.print_exc()
     print(json.dumps([status, out.getvalue(), error.getvalue()]), file=sys.__stdout__, flush=True)
 """
 

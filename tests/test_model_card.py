@@ -32,6 +32,7 @@ ENERGY = {
     "ram": "estimated from size",
     "gpu": "none in use",
     "codecarbon": "3.3.2",
+    "scope": "the whole machine",
 }
 
 
@@ -78,6 +79,7 @@ def test_emissions_once_measured(folder):
     assert emissions["emissions"] == pytest.approx(112.77)  # grams
     assert (emissions["training_type"], emissions["geographical_location"]) == ("pre-training", "NLD")
     assert "268.5 g/kWh" in emissions["source"]
+    assert "the whole machine" in card.text
     assert emissions["hardware_used"]
     assert "| energy of training in kWh | 0.42 |" in card.text  # of the whole run, not of its best evaluation
 
@@ -114,7 +116,7 @@ def test_pictures_that_are_there_are_shown_and_the_command_copies_all(folder, tm
 
 
 def test_segmentation_scores_with_a_class_that_is_absent(tmp_path):
-    encoder = {"num_hidden_layers": 4, "hidden_size": 8, "patch_size": 8, "num_channels": 3, "image_size": 16}
+    encoder = {"num_hidden_layers": 4, "hidden_size": 8, "patch_size": 8, "num_channels": 2, "image_size": 16}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "upernet", "backbone_config": encoder}))
     run = {"seed": 0, "versions": {}, "hardware": {"processor": "x", "cores": 2, "processes": 1}}
     record = run | {
@@ -127,7 +129,7 @@ def test_segmentation_scores_with_a_class_that_is_absent(tmp_path):
             "wire": {"iou": 0.4321, "accuracy": 0.6, "pixels": 9},
             "ball": {"iou": None, "accuracy": None, "pixels": 0},
         },
-        "arguments": ARGUMENTS | {"model_name_or_path": "me/vit"},
+        "arguments": ARGUMENTS | {"model_name_or_path": "me/vit", "crop_size": 16, "long_edge": 24},
         "data": {"source": "me/labels", "train_images": 4, "validation_images": 2},
     }
     (tmp_path / "eval.json").write_text(json.dumps(record))
@@ -137,6 +139,7 @@ def test_segmentation_scores_with_a_class_that_is_absent(tmp_path):
     assert card.data.base_model == "me/vit"
     assert "| wire | 0.4321 | 0.6000 | 9 |" in card.text
     assert "| ball | - | - | 0 |" in card.text
+    assert "to a long edge of 24 pixels" in card.text
 
 
 def test_a_model_without_record_has_a_card_without_figures(folder):
