@@ -58,6 +58,10 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder of images or parquet files."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    channel_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}

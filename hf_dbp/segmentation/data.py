@@ -1,14 +1,16 @@
 """Labelled images for semantic segmentation: Hub sets, parquet folders, image and mask folders, `wire_bonding`.
 
 `load_labelled_images` makes the training and the validation list; `TrainingCrops` serves augmented crops of one. Masks
-hold one class id a pixel (index images; a palette is fine). With label reduction id 0 becomes `ignore_index` and the
-others move down by one (ADE20K). Ids that are neither a class nor `ignore_index` are refused where they are met.
+hold one class id a pixel (index images; a palette is fine), or colours that a palette file explains. With label
+reduction id 0 becomes `ignore_index` and the others move down by one (ADE20K). Ids that are neither a class nor
+`ignore_index` are refused where they are met; the masks of folders are all looked at before training.
 
 Shapes: H, W height and width; C channels.
 """
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_dbp.data.augmentation import image_rng
-from hf_dbp.data.images import BUILT_IN, IMAGE_FILES, ImageSource, find_column, read_splits, shared_keys, to_array
+from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, decode, stored
+from hf_dbp.data.images import BUILT_IN, ImageSource, find_column, read_splits, shared_keys
+from hf_dbp.data.masks import Palette, count_classes, index_mask, pair_folders
+from hf_dbp.data.shards import in_threads
 from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
 from hf_dbp.segmentation.transforms import Augmentation
 
 __all__ = ["LabelledImages", "SegmentationSource", "TrainingCrops", "load_labelled_images", "normalized"]
+
+logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 ANNOTATION_COLUMNS = ("annotation", "mask", "label", "segmentation")
@@ -38,6 +46,8 @@ class SegmentationSource(ImageSource):
     Args:
         train_mask_dir: folder of masks for the images of `train_dir`, paired by relative path without the suffix.
         validation_mask_dir: the same for `validation_dir`.
+        mask_suffix: what the names of masks end in beyond those of their images.
+        palette: palette file of colour masks, or ``binary`` for masks of 0 and 255; see `hf_dbp.data.masks`.
         annotation_column_name: column of the masks; default the first of annotation, mask, label, segmentation.
         num_labels: number of classes, without an ignored one; not needed with `id2label`.
         id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
@@ -47,6 +57,8 @@ class SegmentationSource(ImageSource):
 
     train_mask_dir: str | None = None
     validation_mask_dir: str | None = None
+    mask_suffix: str = ""
+    palette: str | None = None
     annotation_column_name: str | None = None
     num_labels: int | None = None
     id2label: str | None = None
@@ -66,12 +78,16 @@ class SegmentationSource(ImageSource):
         Raises:
             ValueError: neither names nor a number of classes, or a file of names that is none.
         """
+        if self.palette is not None:
+            return Palette(self.palette, self.ignore_index).names
         if self.id2label is not None:
             return _read_names(self.id2label)
         if self.dataset_name == BUILT_IN:
             return dict(enumerate(CLASS_NAMES))
         if self.num_labels is None:
-            raise ValueError("the number of classes is not known: pass --num_labels K or --id2label NAMES.json")
+            raise ValueError(
+                "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"
+            )
         return {number: f"class {number}" for number in range(self.num_labels)}
 
 
@@ -93,6 +109,7 @@ class LabelledImages:
         columns: the columns of the image and of the mask.
         num_channels: channels that images are brought to; None keeps 3 for pictures and an array's own.
         num_labels, ignore_index, reduce_labels: as in `SegmentationSource`.
+        palette: what colours mean; None for masks of ids.
         name: what error messages call it.
     """
 
@@ -105,10 +122,12 @@ class LabelledImages:
         ignore_index: int,
         reduce_labels: bool = False,
         num_channels: int | None = None,
+        palette: Palette | None = None,
         name: str = "the data",
     ) -> None:
         self.samples, self.columns, self.num_channels, self.name = samples, columns, num_channels, name
         self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
+        self.palette = palette
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -120,20 +139,35 @@ class LabelledImages:
             ValueError: the mask has colours, another size than the image or ids outside the classes.
         """
         sample = self.samples[int(index)]
-        image_HWC = to_array(sample[self.columns[0]], self.num_channels)
-        mask_HW = np.asarray(sample[self.columns[1]])
-        where = f"{self.name}, image {index}"
-        if mask_HW.ndim != 2 or mask_HW.dtype.kind not in "biu":
-            raise ValueError(
-                f"{where}: the mask is {mask_HW.dtype} of shape {mask_HW.shape}, not one class id a pixel; "
-                "write masks as grey or palette PNG that hold the ids"
-            )
+        try:
+            image_HWC = decode(sample[self.columns[0]], self.num_channels, path_of(sample[self.columns[0]]))
+        except UnreadableImageError as error:
+            raise ValueError(f"{self.name}, image {index}: {error}; repair it, or move it and its mask away") from error
+        mask_HW = self._ids(sample[self.columns[1]], index)
         if mask_HW.shape != image_HWC.shape[:2]:
             raise ValueError(
-                f"{where}: the mask has {mask_HW.shape[0]} x {mask_HW.shape[1]} pixels (height x width) but the image "
-                f"{image_HWC.shape[0]} x {image_HWC.shape[1]}; a mask must label every pixel of its image"
+                f"{self._where(sample[self.columns[1]], index)}: the mask has {mask_HW.shape[0]} x {mask_HW.shape[1]} "
+                f"pixels (height x width) but the image {image_HWC.shape[0]} x {image_HWC.shape[1]}; a mask must label "
+                "every pixel of its image: make it again at that size, or scale it without interpolation"
             )
-        return image_HWC, self.checked(mask_HW.astype(np.int32), where)
+        return image_HWC, mask_HW
+
+    def mask(self, index: int) -> npt.NDArray[np.int32]:
+        """Return the mask alone. ValueError as for the pair."""
+        return self._ids(self.samples[int(index)][self.columns[1]], index)
+
+    def _ids(self, value: Any, index: int) -> npt.NDArray[np.int32]:
+        where = self._where(value, index)
+        try:
+            mask = stored(value)
+            mask_HW = index_mask(mask) if self.palette is None else self.palette(mask)
+        except DECODING_ERRORS as error:
+            raise ValueError(f"{where}: {error}") from error
+        return self.checked(mask_HW.astype(np.int32), where)
+
+    def _where(self, value: Any, index: int) -> str:
+        path = path_of(value)
+        return f"{self.name}, image {index}" + (f" ({path})" if path else "")
 
     def checked(self, mask_HW: npt.NDArray[np.int32], where: str) -> npt.NDArray[np.int32]:
         ignored = mask_HW == self.ignore_index
@@ -150,6 +184,11 @@ class LabelledImages:
                 "correct --num_labels, --ignore_index or --reduce_labels, or the masks"
             )
         return mask_HW
+
+
+def path_of(value: Any) -> str:
+    """The file of a stored value; empty if it is none."""
+    return str(value["path"] or "") if isinstance(value, dict) else ""
 
 
 class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -204,6 +243,7 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
             ignore_index=source.ignore_index,
             reduce_labels=source.reduce_labels,
             num_channels=source.num_channels,
+            palette=None if source.palette is None else Palette(source.palette, source.ignore_index),
             name=f"{source.name} ({split})",
         )
         if len(images) == 0:
@@ -215,7 +255,37 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
             f"{source.name}: training images have {lists[0].num_channels} channels, validation images "
             f"{lists[1].num_channels}; pass --num_channels"
         )
+    if source.train_mask_dir is not None:
+        check_classes(lists[0], lists[1], source.class_names())
     return lists[0], lists[1]
+
+
+def check_classes(train: LabelledImages, validation: LabelledImages, names: dict[int, str]) -> None:
+    """Read all masks and say what training would suffer from: a class that is missing, 0/255 taken for ids.
+
+    Raises:
+        ValueError: a wrong mask, or masks that hold nothing but one class and ignored pixels.
+    """
+    found = []
+    for images in (train, validation):
+        progress = tqdm(in_threads(images.mask, range(len(images))), "Masks", len(images), leave=False)
+        found.append(count_classes(progress, max(train.num_labels, train.ignore_index + 1))[1])
+    missing = [[name for k, name in names.items() if not masks_K[k]] for masks_K in found]
+    if len(missing[0]) >= len(names) - 1:
+        hint = ""
+        if train.ignore_index == 255 and found[0][255]:
+            hint = "; if they are masks of 0 and 255, pass --palette binary"
+        raise ValueError(
+            f"the masks of {train.name} hold no class but {', '.join(set(names.values()) - set(missing[0])) or 'none'}"
+            f"{', and ' + str(train.ignore_index) + ', which is ignored' if hint else ''}: nothing to learn{hint}"
+        )
+    for images, absent in zip((train, validation), missing, strict=True):
+        if absent:
+            effect = "it cannot be learned" if images is train else "its IoU is not part of the mean, or 0"
+            logger.warning(
+                "%s: %s in none of the %d masks, so %s; choose another --subset_seed or give --validation_dir",
+                images.name, ", ".join(absent), len(images), effect,
+            )  # fmt: skip
 
 
 def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
@@ -250,35 +320,17 @@ def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> d
     rows = draw(rows, source.max_train_samples, source.seed)
     if source.train_fraction < 1.0:  # the same images as pre-training chooses
         column = find_column(train, source.image_column_name)
-        encoded = train.select_columns(column).cast_column(column, datasets.Image(decode=False))
+        encoded = train.select_columns(column)
+        if isinstance(encoded.features[column], datasets.Image):
+            encoded = encoded.cast_column(column, datasets.Image(decode=False))
         rows = rows[chosen(shared_keys(encoded, column)[rows], source.train_fraction, source.subset_seed)]
     return {"train": train.select(rows), "validation": validation.select(validation_rows)}
 
 
 def _paired_folders(source: SegmentationSource) -> dict[str, datasets.Dataset]:
-    splits = {"train": _pairs(str(source.train_dir), str(source.train_mask_dir))}
+    suffix, channels = source.mask_suffix, source.channel_files
+    splits = {"train": pair_folders(str(source.train_dir), str(source.train_mask_dir), suffix, channels)}
     if source.validation_dir is not None:
-        splits["validation"] = _pairs(source.validation_dir, str(source.validation_mask_dir))
+        masks = str(source.validation_mask_dir)
+        splits["validation"] = pair_folders(source.validation_dir, masks, suffix, channels)
     return splits
-
-
-def _pairs(image_dir: str, mask_dir: str) -> datasets.Dataset:
-    images, masks = _files_by_stem(image_dir), _files_by_stem(mask_dir)
-    unpaired = sorted(images.keys() ^ masks.keys())
-    if unpaired:
-        raise ValueError(
-            f"{len(unpaired)} of the {len(images)} images in {image_dir} and {len(masks)} masks in {mask_dir} do not "
-            f"pair by name, e.g. {unpaired[0]!r}; name each mask as its image, or move unlabelled images away"
-        )
-    stems = sorted(images)
-    table = {"image": [images[stem] for stem in stems], "annotation": [masks[stem] for stem in stems]}
-    picture = datasets.Image()
-    return datasets.Dataset.from_dict(table, datasets.Features({"image": picture, "annotation": picture}))
-
-
-def _files_by_stem(folder: str) -> dict[str, str]:
-    path = Path(folder)
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_FILES)
-    if not files:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_FILES))})")
-    return {str(file.relative_to(path).with_suffix("")): str(file) for file in files}

@@ -61,6 +61,17 @@ class DataArguments:
     )
     validation_dir: str | None = field(default=None, metadata={"help": "As train_dir, for validation."})
     validation_mask_dir: str | None = field(default=None, metadata={"help": "As train_mask_dir, for validation."})
+    mask_suffix: str = field(
+        default="", metadata={"help": "What the names of masks end in beyond those of their images, e.g. _mask."}
+    )
+    palette: str | None = field(
+        default=None,
+        metadata={"help": "Colour masks: YAML file of class names and colours. 0/255 masks: binary."},
+    )
+    channel_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
     annotation_column_name: str | None = field(
         default=None, metadata={"help": "Column of the masks (default: annotation, mask, label or segmentation)."}

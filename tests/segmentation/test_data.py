@@ -133,8 +133,8 @@ def test_wrong_flags_are_refused(flags, message):
 
 def test_files_that_do_not_pair_are_named(tmp_path):
     flags = write_folders(tmp_path)
-    (tmp_path / "masks" / "deep" / "3.png").unlink()
-    with pytest.raises(ValueError, match=r"1 of the 6 images .* 5 masks .* 'deep/3'"):
+    (tmp_path / "images" / "deep" / "3.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 6 masks .* 5 in .* 'deep/3' .*name each mask as its image"):
         load_labelled_images(SegmentationSource(**flags, num_labels=3))
 
 
