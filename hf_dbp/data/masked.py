@@ -5,7 +5,7 @@
 for every method that is compared. `EpochSampler` carries the epoch to the workers as part of the index.
 
 An image that cannot be read is skipped: in training the next readable one takes its place in the batch, so that batches
-keep their size on every process; in evaluation it is left out (`evaluation_collate`).
+keep their size on every process; evaluation leaves it out (`EvaluationViews`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_dbp.data.augmentation import center_box, image_rng, random_resized_crop, resized, unit_range
+from hf_dbp.data.augmentation import center_box, image_rng, native_tile, random_resized_crop, resized, unit_range
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.order import EpochSampler
@@ -40,6 +40,7 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         mean, std: per channel, in [0, 1].
         seed: of crops, flips and masks.
         flip: chance of a horizontal flip in training views.
+        native: views are tiles at native resolution instead of parts of any scale, made smaller.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         std: Sequence[float],
         seed: int,
         flip: float = 0.5,
+        native: bool = False,
     ) -> None:
-        self.images, self.size, self.seed, self.flip = images, size, seed, flip
+        self.images, self.size, self.seed, self.flip, self.native = images, size, seed, flip, native
         self.num_patches = (size[0] // patch_size) * (size[1] // patch_size)
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
@@ -61,16 +63,22 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        """The view; where the image cannot be read, one of the next image that can."""
+        return self.view(index, self.images.readable(index[1] if isinstance(index, tuple) else index))
+
+    def view(self, index: int | tuple[int, int], image: NDArray[np.generic]) -> dict[str, Tensor]:
+        """The view of ``image`` that has this index."""
         epoch, image_index = index if isinstance(index, tuple) else (EVALUATION, index)
         rng = image_rng(self.seed, epoch, image_index)
         noise = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
-        image = self.images.readable(image_index) if isinstance(index, tuple) else self.images[image_index]
         shape = (image.shape[0], image.shape[1])
         if isinstance(index, tuple):
-            view = resized(image, self.size, random_resized_crop(rng, shape, self.size))
+            part = native_tile if self.native else random_resized_crop
+            view = resized(image, self.size, part(rng, shape, self.size))
             view = view[:, ::-1] if rng.random() < self.flip else view
         else:
-            view = resized(image, self.size, center_box(shape, self.size))
+            box = native_tile(None, shape, self.size) if self.native else center_box(shape, self.size)
+            view = resized(image, self.size, box)
         return {"pixel_values": self.normalized(view, unit_range(image.dtype)), "noise": noise}
 
     def normalized(self, view_HWC: NDArray[Any], factor: float) -> Tensor:
@@ -90,7 +98,7 @@ class EvaluationViews(torch.utils.data.Dataset[dict[str, Tensor] | None]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor] | None:
         try:
-            return self.data[self.indices[index]]
+            return self.data.view(self.indices[index], self.data.images[self.indices[index]])
         except UnreadableImageError:
             return None
 

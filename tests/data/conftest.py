@@ -21,37 +21,22 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_samples"
-FLAGS = [
-    "--model_size",
-    "mini",
-    "--image_size",
-    "32",
-    "--patch_size",
-    "8",
-    "--max_eval_samples",
-    "8",
-    "--per_device_eval_batch_size",
-    "8",
-    "--seed",
-    "3",
-    "--report_to",
-    "none",
-    "--do_train",
-    "--disable_tqdm",
-    "true",
-    "--use_cpu",
-    "true",
-    "--eval_strategy",
-    "no",
-    "--save_strategy",
-    "no",
-    "--logging_steps",
-    "1",
-    "--learning_rate",
-    "1e-3",
-    "--dataloader_num_workers",
-    "0",
-]
+FLAGS = {
+    "model_size": "mini",
+    "image_size": "32",
+    "patch_size": "8",
+    "max_eval_samples": "8",
+    "per_device_eval_batch_size": "8",
+    "seed": "3",
+    "report_to": "none",
+    "do_train": "true",
+    "disable_tqdm": "true",
+    "use_cpu": "true",
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_steps": "1",
+    "learning_rate": "1e-3",
+}
 
 
 def encoded_photographs(count: int) -> list[bytes]:
@@ -158,16 +143,10 @@ def train(tmp_path: Path) -> Callable[..., Run]:
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         source = ["--train_dir", str(data)] if data is not None else []
+        common = [part for flag, value in FLAGS.items() for part in (f"--{flag}", value)]
+        common += ["--output_dir", str(folder)]
         done = subprocess.run(
-            [
-                *launcher,
-                str(Path(__file__).with_name("traced_run.py")),
-                *FLAGS,
-                *source,
-                *flags,
-                "--output_dir",
-                folder,
-            ],
+            [*launcher, str(Path(__file__).with_name("traced_run.py")), *common, *source, *flags],
             env={
                 **os.environ,
                 "PYTHONPATH": str(ROOT),

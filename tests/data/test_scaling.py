@@ -16,7 +16,16 @@ def means(run) -> list[float]:
 def test_two_processes_are_one(train, write, photographs, tmp_path):
     """The same images a step: the same losses; R the same to the bit on both; each image once, by one of them."""
     folder = write(tmp_path / "data", "parquet", photographs)
-    flags = ("--sample_fraction", "1", "--num_train_epochs", "2", "--eval_strategy", "epoch")
+    flags = (
+        "--sample_fraction",
+        "1",
+        "--num_train_epochs",
+        "2",
+        "--eval_strategy",
+        "epoch",
+        "--save_strategy",
+        "epoch",
+    )
     one = train("one", folder, "--per_device_train_batch_size", "16", *flags)
     two = train("two", folder, "--per_device_train_batch_size", "8", *flags, processes=2)
     assert one.status == two.status == 0, two.stderr[-2000:]
@@ -94,9 +103,19 @@ def test_a_streamed_run_goes_on_with_other_processes(train, write, photographs, 
 def test_unreadable_images_are_counted_over_workers(train, write, photographs, tmp_path):
     broken = list(photographs)
     for index in (3, 50, 120):
-        broken[index] = b"text"
+        broken[index] = b"text"  # the first is one of the images for validation
     folder = write(tmp_path / "data", "imagefolder", broken)
-    flags = (*EPOCHS, "--dataloader_num_workers", "2", "--eval_strategy", "epoch", "--max_eval_samples", "20")
+    flags = (
+        *EPOCHS,
+        "--dataloader_num_workers",
+        "2",
+        "--eval_strategy",
+        "epoch",
+        "--save_strategy",
+        "epoch",
+        "--max_eval_samples",
+        "20",
+    )
     run = train("run", folder, *flags)
     assert run.status == 0, run.stderr[-2000:]
     unreadable = run.record["results"]["unreadable"]
