@@ -10,12 +10,13 @@ three, so that a resumed run, another process count and another method see the s
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Box", "center_box", "image_rng", "random_resized_crop", "resized", "unit_range"]
+__all__ = ["Box", "center_box", "image_rng", "native_tile", "random_resized_crop", "resized", "unit_range"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -63,6 +64,15 @@ def center_box(size: tuple[int, int], view: tuple[int, int]) -> Box:
     return _centered(size, view[1] / view[0])
 
 
+def native_tile(rng: np.random.Generator | None, size: tuple[int, int], view: tuple[int, int]) -> Box:
+    """A random box of the view's size, or without ``rng`` the central one; of a smaller image, `center_box`."""
+    spare = size[0] - view[0], size[1] - view[1]
+    if min(spare) < 0:
+        return center_box(size, view)
+    top, left = (side // 2 if rng is None else int(rng.integers(side + 1)) for side in spare)
+    return float(left), float(top), float(left + view[1]), float(top + view[0])
+
+
 def _centered(size: tuple[int, int], aspect: float) -> Box:
     height, width = size
     w, h = min(width, height * aspect), min(height, width / aspect)
@@ -76,9 +86,20 @@ def resized(image_HWC: NDArray[np.generic], view: tuple[int, int], box: Box) -> 
         picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC)
         return np.asarray(picture.resize(size, Image.Resampling.BICUBIC, box=box)).reshape(*view, -1)
     if image_HWC.dtype != np.uint8:
+        image_HWC, box = _surroundings(image_HWC, view, box)
         image_HWC = image_HWC.astype(np.float32)
     channels = (Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(image_HWC, 2, 0))
     return np.stack([np.asarray(c.resize(size, Image.Resampling.BICUBIC, box=box)) for c in channels], axis=-1)
+
+
+def _surroundings(image_HWC: NDArray[Any], view: tuple[int, int], box: Box) -> tuple[NDArray[Any], Box]:
+    """The part of the image that a bicubic kernel reaches from the box, and the box in it."""
+    left, top, right, bottom = box
+    reach_x, reach_y = (2 * max(1.0, side / pixels) + 1 for side, pixels in
+                        ((right - left, view[1]), (bottom - top, view[0])))  # fmt: skip
+    x, y = max(0, int(left - reach_x)), max(0, int(top - reach_y))
+    part = image_HWC[y : math.ceil(bottom + reach_y), x : math.ceil(right + reach_x)]
+    return part, (left - x, top - y, right - x, bottom - y)
 
 
 def unit_range(dtype: np.dtype[np.generic]) -> float:

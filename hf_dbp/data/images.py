@@ -9,7 +9,10 @@ training and the validation list that the flags ask for, and fails before traini
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +36,7 @@ from hf_dbp.data.sources import (
     read_splits,
     streamed_splits,
 )
-from hf_dbp.data.subset import Keys, chosen, content_keys, draw, keys_digest, split_rows
+from hf_dbp.data.subset import Keys, chosen, content_keys, draw, keys_digest, readable_bytes, split_rows
 from hf_dbp.data.wire_bonding import WireBonding
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+MEASURED = 500  # images that mean and standard deviation are measured on, at even steps
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -211,22 +215,61 @@ def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> int
     return counts[0]
 
 
-def channel_statistics(images: ImageList, num_images: int = 256) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel in [0, 1]: ImageNet's for 3 channels, else measured.
+def channel_statistics(
+    images: ImageList, source: str = "auto", folder: Path | None = None
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, of values in [0, 1] (of float images, as they are).
 
-    Measured over at most ``num_images`` images at even steps, each at 64 x 64 pixels with its detail kept by a
-    nearest-pixel grid.
+    Args:
+        images: the training images.
+        source: ``imagenet``, ``measured``, or ``auto``: ImageNet's for 8-bit RGB, else measured.
+        folder: where measured ones are kept for the next run.
+
+    Raises:
+        ValueError: ImageNet's for other than 3 channels, or an image with values that are no numbers.
     """
-    channels = images.readable(0).shape[2]
-    if channels == 3:
+    first = images.readable(0)
+    if source == "imagenet" and first.shape[2] != 3:
+        raise ValueError(f"--image_statistics imagenet is for 3 channels, the images have {first.shape[2]}")
+    if source == "imagenet" or (source == "auto" and first.shape[2] == 3 and first.dtype == np.uint8):
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
-    picks = np.linspace(0, len(images) - 1, min(num_images, len(images)), dtype=int)
-    samples = []
+    picks = [int(index) for index in np.linspace(0, len(images) - 1, min(MEASURED, len(images)))]
+    if folder is None:
+        return measured_statistics(images, picks)
+    file = folder / f"statistics-{images_digest(images, picks)}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        if not file.is_file():
+            file.write_text(json.dumps(measured_statistics(images, picks)), encoding="utf-8")
+    mean, std = json.loads(file.read_text(encoding="utf-8"))
+    return mean, std
+
+
+def measured_statistics(images: ImageList, picks: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Over the picked images, each at a grid of 128 x 128 of its pixels: detail is kept, memory does not grow."""
+    count, total, squares = 0, np.zeros(images.readable(0).shape[2]), np.zeros(images.readable(0).shape[2])
+    for index in tqdm(picks, desc="Mean and standard deviation of the channels", leave=False):
+        image = images.readable(index)
+        rows, columns = (np.linspace(0, side - 1, 128, dtype=int) for side in image.shape[:2])
+        pixels = image[np.ix_(rows, columns)].reshape(-1, image.shape[2]).astype(np.float64) * unit_range(image.dtype)
+        if not np.isfinite(pixels).all():
+            raise ValueError(f"image {index} holds values that are no numbers (NaN or infinite); replace them")
+        count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + np.square(pixels).sum(axis=0)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    floor = 1e-3 if image.dtype.kind == "u" else 1e-12  # a constant channel stays finite
+    return [float(f"{m:.6g}") for m in mean], [float(f"{max(d, floor):.6g}") for d in deviation]
+
+
+def images_digest(images: ImageList, picks: Sequence[int]) -> str:
+    """A name for the contents of the picked images: files by path, size and time, others by their bytes."""
+    digest = hashlib.blake2b(f"{len(images)} {images.num_channels}".encode(), digest_size=12)
     for index in picks:
-        image = images.readable(int(index))
-        rows = np.linspace(0, image.shape[0] - 1, 64, dtype=int)
-        columns = np.linspace(0, image.shape[1] - 1, 64, dtype=int)
-        samples.append(image[np.ix_(rows, columns)].reshape(-1, channels) * np.float64(unit_range(image.dtype)))
-    pixels = np.concatenate(samples)
-    deviation = np.maximum(pixels.std(axis=0), 1e-3)  # a constant channel stays finite
-    return pixels.mean(axis=0).round(6).tolist(), deviation.round(6).tolist()
+        value = images.samples[index][images.column]
+        if isinstance(value, dict) and value["bytes"] is None and value["path"]:
+            with contextlib.suppress(OSError):  # a lost file is counted where it is decoded
+                status = Path(value["path"]).stat()
+                digest.update(f"{value['path']} {value.get('more')} {status.st_size} {status.st_mtime_ns}".encode())
+        else:
+            digest.update(readable_bytes(value))
+    return digest.hexdigest()

@@ -32,7 +32,8 @@ __all__ = ["BINARY", "Palette", "colour_names", "count_classes", "index_mask", "
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
-BINARY, IGNORE = "binary", "ignore"
+BINARY = "binary"
+IGNORE = "ignore"
 
 
 class Palette:
@@ -125,7 +126,7 @@ def rgb_codes(mask: Any) -> Array:
         raise ValueError(f"the mask is {array.dtype} of shape {array.shape}: a palette is of values 0 to 255")
     array = array.astype(np.int32)
     if array.ndim == 2:
-        return np.multiply(array, 0x010101)
+        array = np.stack([array] * 3, axis=-1)
     codes: Array = array[..., 0] << 16 | array[..., 1] << 8 | array[..., 2]
     return codes
 

@@ -1,0 +1,118 @@
+"""Flags of pre-training: which images, which model, how it sees the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_dbp.configuration_dbp_vit_mae import SIZES
+
+__all__ = ["DataArguments", "ModelArguments"]
+
+
+@dataclass
+class DataArguments:
+    """Which images; flags as in transformers' run_mae.py, and what goes beyond it."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of images or parquet files."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    channel_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many validation images."})
+    num_channels: int | None = field(
+        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
+    )
+    built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read images in place, on the Hub or on disk (parquet, webdataset, pictures), instead of "
+            "converting all of them first. With --cache_dir each is read once and kept there decoded."
+        },
+    )
+    train_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the training images to use, chosen by a hash of their content."}
+    )
+    subset_seed: int = field(default=0, metadata={"help": "Which share --train_fraction chooses."})
+    cache_short_side: int = field(
+        default=256, metadata={"help": "Side in pixels that larger images are made smaller to in the streamed cache."}
+    )
+    max_unreadable: int = field(
+        default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model; flags as in transformers' run_mae.py, and what goes beyond it."""
+
+    method: str = field(
+        default="dbp",
+        metadata={
+            "help": "dbp: decorrelated backprop. bp: the same model, nothing decorrelated. stock: transformers' class.",
+            "choices": ["dbp", "bp", "stock"],
+        },
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata={"help": "adamw, or muon on hidden matrices with AdamW on the rest.", "choices": ["adamw", "muon"]},
+    )
+    model_size: str = field(default="base", metadata={"help": "Named size of a fresh model.", "choices": list(SIZES)})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to start from: any ViT-MAE, folder or Hub id; default: from scratch."},
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a fresh model, folder or Hub id."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Settings of a fresh model, e.g. hidden_size=192,decoder_num_hidden_layers=4."}
+    )
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "Input size in pixels, one number or height and width (default: 224)."}
+    )
+    patch_size: int | None = field(default=None, metadata={"help": "Side of a patch in pixels (default: 16)."})
+    mask_ratio: float = field(default=0.75, metadata={"help": "Share of the patches that is masked."})
+    norm_pix_loss: bool = field(default=False, metadata={"help": "Normalise each target patch."})
+    decorrelated_layers: str = field(
+        default="encoder",
+        metadata={"help": "Layers that dbp decorrelates.", "choices": ["encoder", "block_inputs", "full", "none"]},
+    )
+    naive_decorrelation: bool = field(default=False, metadata={"help": "Decorrelate every token, not the weights."})
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor to take mean and std from."}
+    )
+    image_statistics: str = field(
+        default="auto",
+        metadata={
+            "help": "Mean and std per channel: imagenet's, measured once on the training images, or auto: imagenet's "
+            "for 8-bit RGB, else measured.",
+            "choices": ["auto", "imagenet", "measured"],
+        },
+    )
+    native_tiles: bool = field(
+        default=False,
+        metadata={
+            "help": "See random tiles of --image_size pixels at native resolution, for large images with fine detail. "
+            "Default: random parts of 20 to 100 % of an image, made smaller to --image_size."
+        },
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
+        if self.image_size is not None and len(self.image_size) > 2:
+            raise ValueError(f"--image_size takes one number or height and width, got {self.image_size}")
