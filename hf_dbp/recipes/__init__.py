@@ -131,7 +131,8 @@ def parse_arguments(
         [*recipes, *own], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
+        flag = unknown[0].partition("=")[0]  # its value may be a token
         known = [flag for action in hf_parser._actions for flag in action.option_strings]
-        similar = difflib.get_close_matches(unknown[0], known, n=1)
-        raise ValueError(f"unknown flag {unknown[0]}" + (f"; did you mean {similar[0]}?" if similar else "; see --help"))
+        similar = difflib.get_close_matches(flag, known, n=1)
+        raise ValueError(f"unknown flag {flag}" + (f"; did you mean {similar[0]}?" if similar else "; see --help"))
     return tuple(parsed[: len(dataclasses)])
