@@ -80,8 +80,8 @@ def test_workers_share_the_count():
     assert data.images.unreadable.indices() == list(range(1, 16, 2))
 
 
-def test_counted_once_however_often_met():
+def test_counted_and_told_once_however_often_met(caplog):
     unreadable = UnreadableImages(5, limit=1)
     for _ in range(3):
         unreadable.add(2, UnreadableImageError("x"))
-    assert len(unreadable) == 1
+    assert len(unreadable) == len(caplog.records) == 1
