@@ -31,6 +31,7 @@ from hf_dbp.arguments import DataArguments, ModelArguments
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_image_size
 from hf_dbp.conversion import decorrelated_layers
+from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.feeding import step_images, user_message
 from hf_dbp.data.images import ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
@@ -43,6 +44,7 @@ from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record
 from hf_dbp.trainer import RECORD, MAETrainer
+from hf_dbp.warm_start import fits, warm_start_
 
 __all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "build_model", "main"]
 
@@ -104,6 +106,8 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
         fields, _ = ViTMAEConfig.get_config_dict(source, **hub)
         known = ViTMAEConfig.__dataclass_fields__.keys() - {"model_type", "architectures", "dtype"}
         fields = {key: value for key, value in fields.items() if key in known}
+        if not any(key.startswith("decoder_") for key in fields):  # a ViT; its decoder is that of --model_size
+            fields |= {key: value for key, value in SIZES[model_args.model_size].items() if key.startswith("decoder_")}
     else:
         fields = {**SIZES[model_args.model_size]}
     config = config_class(**(fields | {"num_channels": num_channels} | given))
@@ -126,22 +130,30 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
         model_class = ViTMAEForPreTraining if square else RectangularViTMAE
     if model_args.model_name_or_path is not None:
         hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-        return model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=torch.float32, **hub)
+        if fits(model_args.model_name_or_path, config, **hub):
+            return model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=torch.float32, **hub)
     model = model_class(config)
     set_seed(seed)
     initialize_mae_(model)
+    if model_args.model_name_or_path is not None:
+        warm_start_(model, model_args.model_name_or_path, **hub)
     return model
 
 
-def image_processor(model: PreTrainedModel, mean: Sequence[float], std: Sequence[float]) -> Any:
+def image_processor(
+    model: PreTrainedModel, mean: Sequence[float], std: Sequence[float], factor: float = 1 / 255
+) -> Any:
     """The stock image processor that does to an image what evaluation does, but for its crop (it resizes).
 
-    For other than 1 or 3 channels it does not resize: it would take two for grey and alpha and blend them.
+    It resizes 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
+    refuses. ``factor`` takes stored values to [0, 1].
     """
     size = model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return ViTImageProcessorPil(
-        do_resize=len(mean) in (1, 3),
+        do_resize=len(mean) in (1, 3) and factor == 1 / 255,
+        do_rescale=factor != 1,
+        rescale_factor=factor,
         size={"height": height, "width": width},
         image_mean=list(mean),
         image_std=list(std),
@@ -233,6 +245,7 @@ def run(
     callback = None
     if any(True for _ in decorrelated_layers(model)):
         callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
+    factor = unit_range(train_data.images.readable(0).dtype)
     destination = claim_push(args, model_args.token)
     meter = training_meter(args)
     record.energy = meter.description if meter is not None else {}
@@ -245,7 +258,7 @@ def run(
         meter=meter,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        processing_class=image_processor(model, train_data.mean.tolist(), train_data.std.tolist()),
+        processing_class=image_processor(model, train_data.mean.tolist(), train_data.std.tolist(), factor),
     )
     if args.do_train:
         trainer.train(resume_from_checkpoint=find_checkpoint(args))

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.feeding import user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
@@ -215,14 +216,16 @@ def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tupl
 def image_processor(data: WholeImages) -> BeitImageProcessorPil:
     """The stock image processor that scales and normalises as evaluation does (padding to the crop is left to do).
 
-    For other than 1 or 3 channels it does not scale: it would take two for grey and alpha and blend them.
+    It scales 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
+    refuses.
     """
-    scaling: dict[str, Any] = {"do_resize": False}
-    if data.long_edge is not None and len(data.mean) in (1, 3):
-        scaling = {"size": {"max_height": data.long_edge, "max_width": data.long_edge}, "resample": 3}
-    factor = {} if data.images[0][0].dtype == np.uint8 else {"rescale_factor": 1 / 65535}
+    factor = unit_range(data.images[0][0].dtype)
+    scaling: dict[str, Any] = {"do_resize": False, "do_rescale": factor != 1, "rescale_factor": factor}
+    if data.long_edge is not None and len(data.mean) in (1, 3) and factor == 1 / 255:
+        size = {"max_height": data.long_edge, "max_width": data.long_edge}
+        scaling |= {"do_resize": True, "size": size, "resample": 3}
     statistics = {"image_mean": list(data.mean), "image_std": list(data.std)}
-    return BeitImageProcessorPil(do_center_crop=False, **scaling, **factor, **statistics)
+    return BeitImageProcessorPil(do_center_crop=False, **scaling, **statistics)
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
