@@ -6,8 +6,8 @@ Runs are paired by seed. For pairs (a_i, b_i) of baseline and other, differences
     effect size    Cohen's d_z = mean(d) / sd(d), sd with n - 1
     interval       95 % of the mean, mean(d) -+ t(0.975, n - 1) * sd(d) / sqrt(n)
 
-With one pair there is a difference but neither p-value, effect size nor interval: they are None, as they are where all
-differences are equal.
+With one pair there is a difference but neither p-value, effect size nor interval: they are None. Where all differences
+are equal there is neither p-value nor effect size.
 
 Between two evaluations a curve is taken as linear, in seconds, kWh or steps as well as in loss.
 """
@@ -25,6 +25,7 @@ from scipy import stats
 __all__ = ["Mean", "Paired", "crossing", "mean_interval", "paired_test", "value_at"]
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-10  # differences that vary by less, relative to the values, are equal
 Point = tuple[float, float]
 
 
@@ -41,7 +42,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired comparison, as in the module's docstring; ``percent`` is the mean of 100 * d_i / a_i with its interval."""
+    """A paired comparison as in the module's docstring; ``percent`` is the mean of 100 * d_i / a_i, with interval."""
 
     n: int
     baseline: float
@@ -84,7 +85,7 @@ def paired_test(baseline: Sequence[float], other: Sequence[float]) -> Paired:
     d = b - a
     difference, percent = mean_interval(d.tolist()), mean_interval((100 * d / a).tolist())
     p_value = effect_size = None
-    if difference.sd:  # neither absent nor zero
+    if difference.sd is not None and difference.sd > ROUNDING * np.abs([a, b]).max():
         p_value = float(stats.ttest_rel(b, a).pvalue)
         effect_size = difference.mean / difference.sd
     return Paired(len(a), float(a.mean()), float(b.mean()), difference, percent, p_value, effect_size)

@@ -32,8 +32,9 @@ def color(index: int) -> str:
 def draw_mean(axis: Axes, curves: Sequence[Curve], label: str, index: int) -> None:
     """Draw the mean of curves over the range that they share, on straight lines between their points."""
     finite = [[point for point in curve if math.isfinite(point[1])] for curve in curves]
-    finite = [curve for curve in finite if len(curve) > 1]
+    finite = [curve for curve in finite if curve]
     if not finite:
+        axis.plot([], [], color=color(index), label=f"{label} (nothing finite)")
         return
     first, last = max(curve[0][0] for curve in finite), min(curve[-1][0] for curve in finite)
     x = np.unique(np.clip([point[0] for point in finite[0]] if len(finite) == 1 else [], first, last))

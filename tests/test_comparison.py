@@ -1,0 +1,201 @@
+"""Plans become runs, each once, on its own; what fails, is interrupted or differs is told apart."""
+
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from runs import QUICK, SLOW, made_run
+from test_pretraining import flags
+from test_pretraining import main as pretrain
+
+from hf_dbp.comparison import Runner, main, run_plan
+from hf_dbp.plans import best_settings, collect_runs, plan_of, read_plan
+from hf_dbp.recipes import plan_names
+
+PLAN = """
+title: Made up
+flags: {method: bp, max_steps: 40, learning_rate: 1e-3}
+axes:
+  method:
+    adamw: {optimizer: adamw}
+    muon: {optimizer: muon}
+search: {weight_decay: [0.0, 0.1]}
+seeds: [0, 1]
+"""
+
+# Stands in for `python -m hf_dbp.pretraining`: notes that it was called, and leaves a record or fails.
+FAKE = """
+import json, pathlib, sys
+arguments = dict(zip(sys.argv[3::2], sys.argv[4::2], strict=True))
+folder = pathlib.Path(arguments["--output_dir"])
+with open(CALLS, "a") as calls:
+    calls.write(folder.relative_to(RUNS).as_posix() + "\\n")
+if "muon" in folder.parts and arguments["--seed"] == "1":
+    raise SystemExit("out of memory")
+loss = 0.5 if arguments["--weight_decay"] == "0.1" else 0.6
+record = json.loads(pathlib.Path(RECORD).read_text())
+record["rows"][-1]["eval_loss"] = loss
+record["seed"] = int(arguments["--seed"])
+(folder / "run.json").write_text(json.dumps(record))
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    return str(tmp_path / "plan.yaml")
+
+
+@pytest.fixture
+def launcher(tmp_path):
+    made_run().record.write(tmp_path / "record.json")
+    names = {"CALLS": tmp_path / "calls", "RUNS": tmp_path / "out" / "runs", "RECORD": tmp_path / "record.json"}
+    head = "".join(f"{name} = {str(path)!r}\n" for name, path in names.items())
+    (tmp_path / "fake.py").write_text(head + textwrap.dedent(FAKE))
+    return f"{sys.executable} {tmp_path / 'fake.py'}"
+
+
+def calls(tmp_path):
+    return (tmp_path / "calls").read_text().split()
+
+
+def test_a_plan_is_read_with_the_users_flags_over_it(plan):
+    made = read_plan(plan, ["--max_steps", "7"])
+    assert list(made.variants) == ["adamw", "muon"]
+    assert made.against == {"adamw": ["muon"]}
+    runs = made.search_runs()
+    assert [(r.variant, r.setting, r.seed) for r in runs] == [
+        (variant, f"weight_decay {value}", 0) for value in ("0.0", "0.1") for variant in ("adamw", "muon")
+    ]
+    arguments = list(runs[0].arguments)
+    assert arguments[-2:] == ["--seed", "0"]
+    assert arguments[arguments.index("--learning_rate") + 1] == "1e-3"
+    last = len(arguments) - arguments[::-1].index("--max_steps")
+    assert arguments[last] == "7"
+    assert len({run.folder for run in runs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "extra", "message"),
+    [
+        (("axes:", "axis:"), [], "mapping with at least `axes`"),
+        (("title:", "name:"), [], "unknown key 'name'; a plan has title, recipe"),
+        (("{optimizer: adamw}", "adamw"), [], "axes are mappings, axis -> label -> flags"),
+        (("[0, 1]", "[0, 0]"), [], "seeds must be different"),
+        (("[0, 1]", "[zero]"), [], "seeds are whole numbers"),
+        (("seeds: [0, 1]", "against: {sgd: [muon]}"), [], "against names 'sgd'; the variants are adamw, muon"),
+        (("", ""), ["--weight_decay", "1"], "--weight_decay is set by the plan"),
+        (("", ""), ["--optimizer=muon"], "--optimizer is set by the plan"),
+        (("", ""), ["--seed", "1"], "--seed is set by the plan"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path, changed, extra, message):
+    (tmp_path / "plan.yaml").write_text(PLAN.replace(*changed))
+    with pytest.raises(ValueError, match=message):
+        read_plan(str(tmp_path / "plan.yaml"), extra)
+
+
+def test_an_unknown_plan_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no plan 'demo.yaml'.*compare_methods.yaml"):
+        read_plan("demo.yaml")
+
+
+@pytest.mark.parametrize("name", plan_names())
+def test_shipped_plans_are_ones_that_runs_accept(name, tmp_path):
+    plan = read_plan(name, ["--train_dir", "images", "--use_cpu", "true"])
+    plan.check()
+    assert len(plan.variants) > 1
+
+
+def test_every_run_runs_once_and_failures_stop_nothing(plan, launcher, tmp_path, capsys):
+    runs = run_plan(read_plan(plan, ["--use_cpu", "true"]), tmp_path / "out", jobs=2, launcher=launcher)
+    best = "weight_decay=0.1"
+    assert sorted(calls(tmp_path)) == sorted(
+        [f"{variant}/weight_decay={value}/seed0" for variant in ("adamw", "muon") for value in ("0.0", "0.1")]
+        + [f"{variant}/{best}/seed1" for variant in ("adamw", "muon")]
+    )
+    assert [run.error for run in runs] == [None] * 5 + ["exit status 1: out of memory"]
+    assert best_settings(runs)["muon"] == (("weight_decay", "0.1"),)
+    # once more: only what failed runs again
+    (tmp_path / "calls").unlink()
+    run_plan(read_plan(plan, ["--use_cpu", "true"]), tmp_path / "out", launcher=launcher)
+    assert calls(tmp_path) == [f"muon/{best}/seed1"]
+
+
+def test_a_run_that_was_interrupted_is_started_again(plan, launcher, tmp_path):
+    planned = read_plan(plan).search_runs()[:1]
+    runner = Runner(tmp_path / "out", 1, launcher=launcher)
+    (run,) = runner.run(planned)
+    run.record.results.pop("finished")
+    run.record.write(runner.path(planned[0]) / "run.json")
+    assert runner.progress(planned[0]) == 1.0
+    runner.run(planned)
+    assert len(calls(tmp_path)) == 2
+
+
+def test_runs_with_other_flags_are_not_taken_for_these(plan, launcher, tmp_path):
+    Runner(tmp_path / "out", 1, launcher=launcher).run(read_plan(plan).search_runs()[:1])
+    with pytest.raises(ValueError, match="holds a run with other flags; choose another --output_dir"):
+        Runner(tmp_path / "out", 1).run(read_plan(plan, ["--max_steps", "7"]).search_runs()[:1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --plan PLAN or --runs FOLDER"),
+        (["--plan", "nowhere.yaml"], "no plan 'nowhere.yaml'"),
+        (["--runs", "nowhere"], "nowhere holds no run.json"),
+        (["--runs", "nowhere", "--eta", "1"], "finished runs take no flags"),
+        (["--plan", "compare_methods.yaml", "--jobs", "0"], "--jobs is a positive number"),
+        (["--plan", "compare_methods.yaml", "--et", "1"], "unknown flag --et"),
+        (["--plan", "compare_methods.yaml", "--eta", "3"], r"--eta lies in \[0, 1\)"),
+    ],
+)
+def test_mistakes_end_in_one_line_before_anything_runs(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def written(folder, run):
+    folder.mkdir()
+    run.record.write(folder / "run.json")
+    return str(folder)
+
+
+def test_finished_runs_are_taken_as_they_are(tmp_path):
+    runs = [
+        made_run("adamw", 0, SLOW),
+        made_run("dbp+adamw", 0, SLOW),
+        made_run("dbp+adamw", 0, QUICK),
+        made_run("dbp+adamw", 1, QUICK),
+    ]
+    runs[1].record.arguments["learning_rate"] = 5e-3
+    folders = [written(tmp_path / str(k), run) for k, run in enumerate(runs)]
+    collected = collect_runs(folders)
+    assert [run.planned.setting for run in collected] == [
+        "", "learning_rate 0.005", "learning_rate 0.001", "learning_rate 0.001"
+    ]  # fmt: skip
+    assert best_settings(collected)["dbp+adamw"] == (("learning_rate", "0.001"),)
+    assert plan_of(collected).against == {"adamw": ["dbp+adamw"]}
+    main(["--runs", *folders, "--output_dir", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    assert content["comparisons"][0]["seeds"] == [0]
+    runs[0].record.results.pop("finished")
+    runs[0].record.write(Path(folders[0]) / "run.json")
+    with pytest.raises(ValueError, match="has not finished; start it again"):
+        collect_runs(folders)
+
+
+def test_methods_see_the_same_images_crops_masks_and_weights(tmp_path):
+    """Paired seeds: DBP with eta = 0 is BP, so that any difference there is comes from the method."""
+    curves = [
+        [row["eval_loss"] for row in pretrain(flags(tmp_path / name, num_train_epochs=2, **changed)).rows]
+        for name, changed in {"bp": {"method": "bp"}, "dbp": {"method": "dbp", "eta": 0.0}}.items()
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-5)
