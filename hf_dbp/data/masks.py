@@ -27,7 +27,17 @@ from PIL import Image, ImageColor
 
 from hf_dbp.data.folders import Samples, file_table, list_samples
 
-__all__ = ["BINARY", "Palette", "colour_names", "count_classes", "index_mask", "pair_folders", "rgb_codes"]
+__all__ = [
+    "BINARY",
+    "IGNORE",
+    "Palette",
+    "colour_names",
+    "count_classes",
+    "index_mask",
+    "pair_folders",
+    "pair_names",
+    "rgb_codes",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -162,20 +172,25 @@ def pair_folders(
     Raises:
         ValueError: a mask without an image.
     """
-    images, found = list_samples(image_dir, channel_files), list_samples(mask_dir)
-    masks = {name.removesuffix(mask_suffix): files for name, files in found.items()}
+    images, masks = list_samples(image_dir, channel_files), list_samples(mask_dir)
+    pairs = pair_names(image_dir, images, mask_dir, masks, mask_suffix)
+    if len(pairs) < len(images):
+        logger.warning("%d of %d images in %s have a mask; the others are left out", len(pairs), len(images), image_dir)
+    return file_table(dict(zip(("image", "annotation"), zip(*pairs.values(), strict=True), strict=True)))
+
+
+def pair_names(
+    image_dir: str, images: Samples, mask_dir: str, masks: Samples, mask_suffix: str
+) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The files of image and mask by name, in order; arguments and errors as of `pair_folders`."""
+    masks = {name.removesuffix(mask_suffix): files for name, files in masks.items()}
     lost = sorted(masks.keys() - images.keys())
     if lost:
         raise ValueError(
             f"{len(lost)} of the {len(masks)} masks in {mask_dir} have no image of that name among the {len(images)} "
             f"in {image_dir}, e.g. {lost[0]!r} (images are called {next(iter(images))!r} ...); {_remedy(images, masks)}"
         )
-    if len(masks) < len(images):
-        logger.warning(
-            "%d of the %d images in %s have a mask; the others are left out", len(masks), len(images), image_dir
-        )
-    names = sorted(masks)
-    return file_table({"image": [images[name] for name in names], "annotation": [masks[name] for name in names]})
+    return {name: (images[name], masks[name]) for name in sorted(masks)}
 
 
 def _remedy(images: Samples, masks: Samples) -> str:

@@ -1,0 +1,57 @@
+"""`hf-dbp`: the installed front door to the mains that `training_scripts/` runs.
+
+hf-dbp inspect FOLDER        what is there, what the tool will do with it, the recipe to start from
+hf-dbp pretrain ...          masked autoencoding            = training_scripts/run_dbp_mae.py
+hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
+hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
+hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
+hf-dbp compare ...           methods side by side           = training_scripts/run_comparison.py
+hf-dbp demo                  pretrain, fuse and finetune on the built-in images
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["COMMANDS", "demo", "main"]
+
+#: command -> module whose ``main(arguments)`` it runs
+COMMANDS = {
+    "inspect": "hf_dbp.inspection",
+    "pretrain": "hf_dbp.pretraining",
+    "fuse": "hf_dbp.fusing",
+    "finetune": "hf_dbp.segmentation.finetuning",
+    "probe": "hf_dbp.probe",
+    "compare": "hf_dbp.comparison",
+}
+
+
+def run_command(command: str, arguments: Sequence[str]) -> None:
+    importlib.import_module(COMMANDS[command]).main(list(arguments))
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """Pre-train, fuse and fine-tune on the built-in images, under ``outputs`` or the folder given."""
+    folder = Path(arguments[0] if arguments else "outputs")
+    encoder, fused, segmenter = (str(folder / name) for name in ("demo", "demo-fused", "demo-upernet"))
+    run_command("pretrain", ["--config", "demo.yaml", "--output_dir", encoder])
+    run_command("fuse", [encoder, "--output_dir", fused])
+    run_command("finetune", ["--config", "demo_upernet.yaml", "--model_name_or_path", fused, "--output_dir", segmenter])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. An unknown one ends with the list of commands and exit status 2."""
+    command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
+    rest = rest[:-1]
+    if command in COMMANDS:
+        run_command(command, rest)
+    elif command == "demo" and not {"-h", "--help"} & set(rest):
+        demo(rest)
+    else:
+        print(__doc__)
+        if command not in ("", "-h", "--help", "demo"):
+            print(f"error: unknown command {command!r}", file=sys.stderr)
+            raise SystemExit(2)
