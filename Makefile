@@ -17,13 +17,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python training_scripts/run_dbp_mae.py --config demo.yaml --output_dir $(OUT)/demo
-	$(BIN)/python training_scripts/fuse_checkpoint.py $(OUT)/demo --output_dir $(OUT)/demo-fused
+	$(BIN)/hf-dbp demo $(OUT)
 	$(BIN)/python -c "from transformers import ViTModel; \
-	  print(ViTModel.from_pretrained('$(OUT)/demo-fused', add_pooling_layer=False).config)"
+	  print('stock:', type(ViTModel.from_pretrained('$(OUT)/demo-fused', add_pooling_layer=False)))"
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 style: install
 	$(BIN)/ruff format .

@@ -66,7 +66,9 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
         seed = record.seed
         names = ImageSource.__dataclass_fields__.keys() & record.arguments.keys() - {"token", "seed"}
         given = {name: record.arguments[name] for name in names}
-        source = ImageSource(**given | {"max_eval_samples": count}, seed=seed)
+        given |= {"max_eval_samples": count, "train_fraction": 1.0}  # no training image is read
+        given |= {"cache_dir": None} if given.get("streaming") else {}
+        source = ImageSource(**given, seed=seed)
     else:
         raise ValueError(f"{folder} has no {RECORD}, which tells the data of the run; pass --image_dir FOLDER")
     _, images = load_images(source)

@@ -78,6 +78,7 @@ PAPER = {  # section 2.3 of the paper
     "model_size": "base",
     "image_size": [224],
     "patch_size": 16,
+    "train_fraction": 0.1,
 }
 PAPER_DBP = {"eta": 5e-4, "eta_schedule": "constant", "sample_fraction": 0.1, "kappa": 0.0, "update_interval": 1}
 
