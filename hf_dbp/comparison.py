@@ -228,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs = run_plan(plan, args.output_dir, jobs=args.jobs, launcher=args.launcher)
         if not any(run.record for run in runs):
             raise ValueError(f"no run has finished; the first says: {runs[0].error}")
-        command = shlex.join(["python", "training_scripts/run_comparison.py", *(arguments or sys.argv[1:])])
+        own = sys.argv[1:] if arguments is None else arguments
+        here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
+        command = shlex.join(["python", "training_scripts/run_comparison.py", *(one.replace(here, "") for one in own)])
         report = write_report(
             args.report_dir or args.output_dir / "report",
             plan,

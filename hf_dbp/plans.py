@@ -247,7 +247,8 @@ def variant_of(record: RunRecord) -> str:
 
 
 def collect_runs(folders: Sequence[str]) -> list[Run]:
-    """Finished runs made by other means, as if they had been planned: variants by method, settings by what differs.
+    """Finished runs made by other means, as if they had been planned: variants by method, settings by what
+    differs between runs of one variant.
 
     Raises:
         ValueError: no finished run in a folder.
@@ -257,15 +258,18 @@ def collect_runs(folders: Sequence[str]) -> list[Run]:
         if not (Path(folder) / RECORD).is_file():
             raise ValueError(f"{folder} holds no {RECORD}; name output folders of run_dbp_mae.py")
         records.append(RunRecord.read(Path(folder) / RECORD))
+    varied = sorted(
+        {
+            flag
+            for one, other in itertools.combinations(records, 2)
+            for flag, value in one.arguments.items()
+            if variant_of(one) == variant_of(other) and other.arguments.get(flag) != value
+        }
+        - {*OWN, "data_seed", "run_name", "resume_from_checkpoint"}
+    )
     runs = []
     for folder, record in zip(folders, records, strict=True):
-        alike = [other.arguments for other in records if variant_of(other) == variant_of(record)]
-        searched = tuple(
-            (flag, str(value))
-            for flag, value in sorted(record.arguments.items())
-            if flag not in (*OWN, "data_seed", "run_name", "resume_from_checkpoint")
-            and any(other.get(flag) != value for other in alike)
-        )
+        searched = tuple((flag, str(record.arguments.get(flag))) for flag in varied)
         run = read_run(PlannedRun(variant_of(record), searched, record.seed), Path(folder))
         if run is None:
             raise ValueError(f"the run in {folder} has not finished; start it again to go on")

@@ -5,6 +5,9 @@ import math
 from hf_dbp.plans import Plan, PlannedRun, Run
 from hf_dbp.records import RunRecord
 
+NAN = math.nan
+SLOW, QUICK = (1.0, 0.8, 0.6, 0.5), (0.9, 0.6, 0.5, 0.4)
+
 
 def made_run(variant="adamw", seed=0, losses=(1.0, 0.8, 0.6, 0.5), *, step=10, second=1.0, searched=(), **fields):
     """A finished run with an evaluation every ``step`` steps; a step takes ``second`` seconds and a kWh."""
@@ -49,6 +52,3 @@ def made_plan(variants=("adamw", "dbp+adamw"), seeds=(0, 1, 2), **fields):
     against = {variants[0]: list(variants[1:])}
     flags = {name: {} for name in variants}
     return Plan("Made up", (), flags, {"method": list(variants)}, {}, tuple(seeds), against, **fields)
-
-
-NAN = math.nan

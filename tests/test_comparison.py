@@ -179,8 +179,8 @@ def test_finished_runs_are_taken_as_they_are(tmp_path):
     folders = [written(tmp_path / str(k), run) for k, run in enumerate(runs)]
     collected = collect_runs(folders)
     assert [run.planned.setting for run in collected] == [
-        "", "learning_rate 0.005", "learning_rate 0.001", "learning_rate 0.001"
-    ]  # fmt: skip
+        f"learning_rate {rate}" for rate in (0.001, 0.005, 0.001, 0.001)
+    ]
     assert best_settings(collected)["dbp+adamw"] == (("learning_rate", "0.001"),)
     assert plan_of(collected).against == {"adamw": ["dbp+adamw"]}
     main(["--runs", *folders, "--output_dir", str(tmp_path / "out")])

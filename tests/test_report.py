@@ -4,15 +4,13 @@ import json
 import re
 
 import pytest
-from runs import NAN, made_plan, made_run
+from runs import NAN, QUICK, SLOW, made_plan, made_run
 
 from hf_dbp.plans import Run
 from hf_dbp.report import write_report
 from hf_dbp.report.analysis import analyse
 from hf_dbp.report.tables import headline
 from hf_dbp.statistics import paired_test
-
-SLOW, QUICK = (1.0, 0.8, 0.6, 0.5), (0.9, 0.6, 0.5, 0.4)
 
 
 def three_seeds(variant, losses, **fields):

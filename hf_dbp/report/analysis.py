@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hf_dbp.plans import Plan, Run, best_settings
@@ -302,8 +303,10 @@ def setting_of(chosen: dict[str, RunsBySeed]) -> dict[str, Any]:
     arguments = {
         key: record.arguments.get(key) for key in ("max_steps", "num_train_epochs", "per_device_train_batch_size")
     }
-    fields = {key: getattr(record, key) for key in ("hardware", "data", "versions", "energy", "commit")}
-    return {"arguments": arguments, **fields}
+    fields = {key: getattr(record, key) for key in ("hardware", "versions", "energy", "commit")}
+    source = str(record.data.get("source"))
+    data = record.data | {"source": Path(source).name if Path(source).is_absolute() else source}
+    return {"arguments": arguments, "data": data, **fields}
 
 
 def plain(figures: dict[str, Any]) -> dict[str, Any]:
