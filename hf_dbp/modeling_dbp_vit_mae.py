@@ -81,8 +81,8 @@ class JoinedAttention(ViTMAEAttention):  # type: ignore[misc]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         weight = torch.cat([p.weight for p in projections])
         bias = None if self.q_proj.bias is None else torch.cat([p.bias for p in projections])
-        qkv = self.project(hidden_states, weight, bias).view(batch, tokens, 3, -1, self.head_dim)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, heads, V, head_dim)
+        parts = self.project(hidden_states, weight, bias).chunk(3, dim=-1)
+        q, k, v = (part.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for part in parts)  # (B, heads, V, ...)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
