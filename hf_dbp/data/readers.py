@@ -76,13 +76,13 @@ def read_tiff(file: str | bytes) -> Image.Image | Array:
                 array = tifffile.memmap(file, series=0, mode="r")
             else:
                 array = series.asarray()
+            array = channels_last(array, series.axes)
+            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u":
+                array = np.iinfo(array.dtype).max - array
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
-            return read_with_opencv(file)
-        array = channels_last(array, series.axes)
-        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u":
-            array = np.iinfo(array.dtype).max - array
+            array = read_with_opencv(file)
         alpha = any(kind in (1, 2) for kind in page.extrasamples)
         picture = {1: page.photometric in (0, 1), 3: page.photometric == 2, 4: page.photometric == 2 and alpha}
     if array.dtype in (np.uint8, np.bool_) and picture.get(array.shape[2], False):
