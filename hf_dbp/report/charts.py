@@ -67,7 +67,11 @@ def loss_chart(chosen: dict[str, RunsBySeed], x: str, unit: str, scale: float, n
         axes[0, column].set_title(label)
         zoom(axes[1, column], begin)
     axes[0, 0].legend()
-    return Picture(name, f"Losses by {unit}: the whole run, and its first {100 * begin / end:.0f} % enlarged.", figure)
+    return Picture(
+        name,
+        f"Losses by {unit}: the whole run, and its first {100 * begin / end:.0f} % enlarged; means over the range that all seeds share.",
+        figure,
+    )
 
 
 def zoom(axis: Axes, end: float) -> None:

@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 __all__ = ["Block", "Code", "Heading", "Items", "Paragraph", "Picture", "Table", "write_html", "write_markdown"]
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-size: .9rem; display: block; overflow-x: auto; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; font-size: .85rem; display: block; overflow-x: auto; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0 2rem; }
 figure img { max-width: 100%; }
 figcaption, .caption { color: #444; font-size: .9rem; }
-pre { background: #f4f4f4; padding: .7rem; overflow-x: auto; }
+pre { background: #f4f4f4; padding: .7rem; white-space: pre-wrap; }
 """
 
 
