@@ -104,7 +104,7 @@ class ModelArguments:
         default=False,
         metadata={
             "help": "See random tiles of --image_size pixels at native resolution, for large images with fine detail. "
-            "Default: random parts of 20 to 100 % of an image, made smaller to --image_size."
+            "Default: random parts, from a fifth to all of an image, made smaller to --image_size."
         },
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})

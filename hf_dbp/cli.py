@@ -11,6 +11,7 @@ hf-dbp demo                  pretrain, fuse and finetune on the built-in images
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -44,8 +45,8 @@ def demo(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An unknown one ends with the list of commands and exit status 2."""
-    command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    rest = rest[:-1]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (given[0], given[1:]) if given else ("", [])
     if command in COMMANDS:
         run_command(command, rest)
     elif command == "demo" and not {"-h", "--help"} & set(rest):
@@ -53,5 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         print(__doc__)
         if command not in ("", "-h", "--help", "demo"):
-            print(f"error: unknown command {command!r}", file=sys.stderr)
+            similar = difflib.get_close_matches(command, [*COMMANDS, "demo"], n=1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            print(f"error: unknown command {command!r}{hint}", file=sys.stderr)
             raise SystemExit(2)

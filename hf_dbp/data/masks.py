@@ -14,6 +14,7 @@ Shapes: H, W height and width; K classes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,12 +111,10 @@ def is_list_of_colours(value: Any) -> bool:
 
 def colour_code(colour: Any, source: str) -> int:
     """0xRRGGBB of "#rrggbb" or a colour name, [r, g, b] or a grey value."""
-    if isinstance(colour, str):
-        try:
-            colour = ImageColor.getcolor(colour, "RGB")
-        except ValueError:
-            colour = None
     values = [colour] * 3 if isinstance(colour, int) else colour
+    if isinstance(colour, str):
+        with contextlib.suppress(ValueError):
+            values = ImageColor.getcolor(colour, "RGB")
     if not isinstance(values, list | tuple) or len(values) != 3 or not all(v in range(256) for v in values):
         raise ValueError(f'--palette {source}: {colour!r} is no colour; write "#rrggbb", [r, g, b] or a grey value')
     red, green, blue = values
