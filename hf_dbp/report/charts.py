@@ -69,7 +69,8 @@ def loss_chart(chosen: dict[str, RunsBySeed], x: str, unit: str, scale: float, n
     axes[0, 0].legend()
     return Picture(
         name,
-        f"Losses by {unit}: the whole run, and its first {100 * begin / end:.0f} % enlarged; means over the range that all seeds share.",
+    caption = f"Losses by {unit}: the whole run, and its first {100 * begin / end:.0f} % enlarged."
+    return Picture(name, f"{caption} Means over the range that all seeds share.", figure)
         figure,
     )
 
