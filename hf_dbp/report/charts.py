@@ -67,12 +67,8 @@ def loss_chart(chosen: dict[str, RunsBySeed], x: str, unit: str, scale: float, n
         axes[0, column].set_title(label)
         zoom(axes[1, column], begin)
     axes[0, 0].legend()
-    return Picture(
-        name,
     caption = f"Losses by {unit}: the whole run, and its first {100 * begin / end:.0f} % enlarged."
     return Picture(name, f"{caption} Means over the range that all seeds share.", figure)
-        figure,
-    )
 
 
 def zoom(axis: Axes, end: float) -> None:
