@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ __all__ = [
     "IGNORE",
     "Palette",
     "colour_names",
-    "count_classes",
     "index_mask",
     "pair_folders",
     "pair_names",
@@ -200,12 +198,3 @@ def _remedy(images: Samples, masks: Samples) -> str:
         if all(mask.endswith(ending) and mask.removesuffix(ending) in images for mask in masks):
             return f"pass --mask_suffix {ending}"
     return "name each mask as its image"
-
-
-def count_classes(masks: Iterable[Array], num_ids: int) -> NDArray[np.int64]:
-    """Over masks of ids (H, W): pixels of each id below ``num_ids``, and masks that hold it; (2, num_ids)."""
-    counts = np.zeros((2, num_ids), np.int64)
-    for mask_HW in masks:
-        pixels = np.bincount(mask_HW.reshape(-1), minlength=num_ids)[:num_ids]
-        counts += pixels, pixels > 0
-    return counts

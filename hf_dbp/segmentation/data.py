@@ -9,6 +9,7 @@ Shapes: H, W height and width; C channels.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from hf_dbp.data.augmentation import image_rng
 from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, decode, stored
 from hf_dbp.data.images import BUILT_IN, ImageSource, find_column, read_splits, shared_keys
-from hf_dbp.data.masks import Palette, count_classes, index_mask, pair_folders
+from hf_dbp.data.masks import Palette, index_mask, pair_folders
 from hf_dbp.data.shards import in_threads
 from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
@@ -266,10 +267,12 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
     Raises:
         ValueError: a wrong mask, or masks that hold nothing but one class and ignored pixels.
     """
+    ids = max(train.num_labels, train.ignore_index + 1)
     found = []
     for images in (train, validation):
-        progress = tqdm(in_threads(images.mask, range(len(images))), "Masks", len(images), leave=False)
-        found.append(count_classes(progress, max(train.num_labels, train.ignore_index + 1))[1])
+        look = functools.partial(_ids_in, images, ids)  # in the threads, so that no mask waits to be counted
+        progress = tqdm(in_threads(look, range(len(images))), "Masks", len(images), leave=False)
+        found.append(np.sum(list(progress), axis=0))
     missing = [[name for k, name in names.items() if not masks_K[k]] for masks_K in found]
     if len(missing[0]) >= len(names) - 1:
         hint = ""
@@ -286,6 +289,11 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
                 "%s: %s in none of the %d masks, so %s; choose another --subset_seed or give --validation_dir",
                 images.name, ", ".join(absent), len(images), effect,
             )  # fmt: skip
+
+
+def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool_]:
+    """Which ids below ``ids`` a mask holds."""
+    return np.bincount(images.mask(index).reshape(-1), minlength=ids)[:ids] > 0
 
 
 def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
