@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from runs import NAN, QUICK, SLOW, made_plan, made_run
@@ -157,6 +158,23 @@ def test_pages_hold_every_table_and_figure_and_nothing_from_elsewhere(tmp_path):
         assert "500 g CO2e/kWh" in text
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["comparisons"][0]["target"]["reached"] == [0, 1, 2]
+
+
+def test_the_readme_says_what_the_report_says():
+    root = Path(__file__).parents[1]
+    figures = json.loads((root / "docs" / "results" / "methods" / "report.json").read_text())
+    readme = " ".join((root / "README.md").read_text().split())
+    for name, variant in figures["variants"].items():
+        loss = variant["validation"]["best"]["loss"]
+        label = name.replace("dbp+", "DBP + ").replace("adamw", "AdamW").replace("muon", "Muon")
+        assert f"| {label} | {loss['mean']:.3f} ± {loss['sd']:.3f} |" in readme
+    for row in figures["comparisons"]:
+        steps = row["target"]["costs"]["steps"]["percent"]
+        assert f"{-steps['mean']:.0f} % [{-steps['high']:.0f}, {-steps['low']:.0f}]" in readme
+    dbp = figures["comparisons"][0]
+    seconds = dbp["target"]["costs"]["seconds"]["percent"]
+    assert f"took {dbp['tests']['step time']['percent']['mean']:.0f} % longer" in readme
+    assert f"{-seconds['mean']:.0f} % [{-seconds['high']:.0f}, {-seconds['low']:.0f}] of the training time" in readme
 
 
 def test_the_report_is_the_same_at_every_call(tmp_path):
