@@ -78,8 +78,8 @@ def test_repeated_updates_decorrelate_every_layer() -> None:
     module, x = model(), inputs(200) @ torch.randn(6, 6, dtype=torch.float64)
     module(x)
     before = measure_decorrelation(module)
-    for _ in range(3000):
-        update_decorrelation(module, eta=0.02)
+    for _ in range(1500):
+        update_decorrelation(module, eta=0.04)
         module(x)
     after = measure_decorrelation(module)
     assert before.keys() == after.keys() == {"0", "1", "2", "3", "4"}
@@ -216,7 +216,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     command = [sys.executable, str(TWO_PROCESSES), str(tmp_path)]
     running = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
     try:
-        outcomes = [(process.communicate(timeout=60)[1], process.returncode) for process in running]
+        outcomes = [(process.communicate(timeout=180)[1], process.returncode) for process in running]
     finally:
         for process in running:
             process.kill()
