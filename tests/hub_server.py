@@ -224,7 +224,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault is not None:  # cut
+        if self.fault is not None and self.fault.status is None:  # cut
             self.wfile.write(content[: len(content) // 2])
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
