@@ -43,6 +43,7 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTM
 from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record
+from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.trainer import RECORD, MAETrainer
 from hf_dbp.warm_start import fits, warm_start_
 
@@ -131,7 +132,11 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
     if model_args.model_name_or_path is not None:
         hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
         if fits(model_args.model_name_or_path, config, **hub):
-            return model_class.from_pretrained(model_args.model_name_or_path, config=config, dtype=torch.float32, **hub)
+            model = model_class.from_pretrained(
+                model_args.model_name_or_path, config=config, dtype=torch.float32, **hub
+            )
+            freeze_fixed_(model)
+            return model
     model = model_class(config)
     set_seed(seed)
     initialize_mae_(model)

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from transformers import ViTMAEForPreTraining, ViTModel
 
+from hf_dbp.arguments import ModelArguments
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.fusing import main as fuse_main
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE
-from hf_dbp.pretraining import main
+from hf_dbp.pretraining import build_model, main
 from hf_dbp.records import RunRecord
 from hf_dbp.trainer import restore_weights
 
@@ -151,6 +152,17 @@ def test_a_public_checkpoint_is_a_start(tmp_path, mae_config):
     assert isinstance(model.config, DBPViTMAEConfig)
     key = "vit.layers.1.mlp.fc2.weight"
     assert torch.equal(model.state_dict()[key], stock.state_dict()[key])
+
+
+@pytest.mark.parametrize("method", ["stock", "bp", "dbp"])
+def test_loading_leaves_position_tables_fixed(tmp_path, mae_config, method):
+    """transformers' from_pretrained makes every tensor trainable; tables and R must not be."""
+    DBPViTMAEForPreTraining(mae_config(decorrelated_layers="none")).fuse().save_pretrained(tmp_path)
+    model = build_model(ModelArguments(method=method, model_name_or_path=str(tmp_path)), 3, seed=0)
+    fixed = {
+        name for name, p in model.named_parameters() if not p.requires_grad and not name.endswith("decorrelation.R")
+    }
+    assert fixed == {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
 
 
 def picture_folder(folder, count, mode="RGB"):

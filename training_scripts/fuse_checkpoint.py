@@ -1,6 +1,6 @@
 """Fuse a pre-training run to a stock ViT that transformers loads with no trace of this library.
 
-    python training_scripts/fuse_checkpoint.py outputs/demo --output_dir outputs/demo-fused
+python training_scripts/fuse_checkpoint.py outputs/demo --output_dir outputs/demo-fused
 """
 
 from hf_dbp.fusing import main
