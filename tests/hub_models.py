@@ -1,6 +1,6 @@
 """A Hub for models on this machine's loopback, and the project's commands run against it as a user's process would.
 
-`LoopbackServer` is any HTTP server of a test; `ModelHub` speaks what `huggingface_hub` asks when models are pushed and
+`ModelHub` speaks what `huggingface_hub` asks when models are pushed and
 pulled: repositories, validation of cards, uploads of plain and of large files (git LFS), commits, downloads. Commits
 are atomic, as the Hub's. `ModelHub.cut` names uploads that break off in the middle.
 """
@@ -13,33 +13,17 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import yaml
+from loopback import LoopbackServer
 
 TOKEN = "hf_" + "Tt0kenOfTheLoopbackHub" * 2  # in the form of a real one
 ROOT = Path(__file__).parents[1]
-
-
-class LoopbackServer:
-    """An HTTP server on a free port of 127.0.0.1, alive inside `with`; ``handler`` answers with the server as `hub`."""
-
-    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @dataclass
@@ -252,7 +236,7 @@ class Ended:
 
 
 DRIVER = """
-import contextlib, importlib, io, json, os, sys, traceback
+import contextlib, importlib, io, json, os, sys
 for module, arguments, token in json.load(sys.stdin):
     out, error, status = io.StringIO(), io.StringIO(), 0
     os.environ["HF_TOKEN"] = token
@@ -261,17 +245,8 @@ for module, arguments, token in json.load(sys.stdin):
             importlib.import_module(module).main(arguments)
         except SystemExit as stop:
             status = stop.code
-        except Exception:
-            status = 1
-            traceback.print_exc()
     print(json.dumps([status, out.getvalue(), error.getvalue()]), file=sys.__stdout__, flush=True)
 """
-
-
-def environment(endpoint: str, home: Path) -> dict[str, str]:
-    """The variables of a process for which ``endpoint`` is the Hub, with a cache of its own below ``home``."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run_commands(commands: list[tuple[str, list[Any], str]], variables: dict[str, str]) -> list[Ended]:

@@ -4,7 +4,7 @@
         hub.add("me/photos", {"README.md": b"...", "data/train-0.parquet": path}, gated=True)
         hub.tokens["secret"] = {"me/photos"}         # a token, and the gated repositories it may read
         hub.fail("/resolve/.*parquet", status=503, times=2)
-        subprocess.run([...], env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": ...})
+        subprocess.run([...], env=hub_environment(hub.url, home))
         hub.requests                                 # [(method, path), ...]
 
 It speaks what reading needs: repository information, trees, files with ranges, access checks. As on the Hub, everyone
@@ -20,10 +20,12 @@ import json
 import re
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import LoopbackServer
 
 __all__ = ["Fault", "HubServer", "Repo"]
 
@@ -60,7 +62,7 @@ class Fault:
     times: int
 
 
-class HubServer:
+class HubServer(LoopbackServer):
     """The server; a context manager.
 
     Attributes:
@@ -70,27 +72,12 @@ class HubServer:
     """
 
     def __init__(self) -> None:
+        super().__init__(RequestHandler)
         self.repos: dict[tuple[str, str], Repo] = {}
         self.tokens: dict[str, set[str]] = {}
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self._lock = threading.Lock()
-        hub = self
-
-        class Handler(RequestHandler):
-            server_hub = hub
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
-
-    def __enter__(self) -> HubServer:
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
 
     def add(self, repo_id: str, files: dict[str, bytes | Path], *, kind: str = "dataset", gated: bool = False) -> Repo:
         """Host a repository."""
@@ -113,7 +100,7 @@ class HubServer:
 class RequestHandler(BaseHTTPRequestHandler):
     """One request; `ROUTES` says which method answers which path."""
 
-    server_hub: HubServer
+    hub: HubServer
     protocol_version = "HTTP/1.1"
 
     ROUTES = (
@@ -129,7 +116,7 @@ class RequestHandler(BaseHTTPRequestHandler):
     )
 
     def handle_request(self) -> None:
-        hub, parts = self.server_hub, urlsplit(self.path)
+        hub, parts = self.hub, urlsplit(self.path)
         path = unquote(parts.path)
         hub.requests.append((self.command, path))
         self.query = {key: values[0] for key, values in parse_qs(parts.query).items()}
@@ -146,15 +133,15 @@ class RequestHandler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = handle_request
 
     def answer(self, name: str, id: str, kind: str | None = None, revision: str | None = None, **rest: Any) -> None:
-        repo = self.server_hub.repos.get((kind or "model", id))
+        repo = self.hub.repos.get((kind or "model", id))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and token not in self.server_hub.tokens:
+        if token and token not in self.hub.tokens:
             return self.refuse(401, "", "Invalid credentials in Authorization header")
         if repo is None:
             return self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
         if revision not in (None, "main", repo.sha):
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        if repo.gated and name in ("auth_check", "file") and id not in self.server_hub.tokens.get(token, ()):
+        if repo.gated and name in ("auth_check", "file") and id not in self.hub.tokens.get(token, ()):
             if not token:
                 return self.refuse(401, "GatedRepo", f"Access to {id} is restricted. You must be authenticated.")
             return self.refuse(

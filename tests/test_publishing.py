@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_models import TOKEN, Ended, ModelHub, environment, run_commands
+from hub_models import TOKEN, Ended, ModelHub, run_commands
 from huggingface_hub import ModelCard
+from loopback import hub_environment
 from test_pretraining import flags
 from transformers import TrainingArguments, ViTModel
 
@@ -67,7 +68,7 @@ def pushed(tmp_path_factory):
     }
     with ModelHub() as hub:
         hub.cut = {("commit", "me/cut"), ("large", "me/large")}
-        ended = run_commands(list(commands.values()), environment(hub.url, folder / "home"))
+        ended = run_commands(list(commands.values()), hub_environment(hub.url, folder / "home"))
         yield Pushed(folder, hub, dict(zip(commands, ended, strict=True)))
 
 
@@ -77,7 +78,7 @@ def pulled(pushed):
     output = pushed.folder / "stock.pt"
     process = subprocess.run(
         [sys.executable, Path(__file__).with_name("stock_user.py"), "me/vit", output],
-        env=environment(pushed.hub.url, pushed.folder / "stock"),
+        env=hub_environment(pushed.hub.url, pushed.folder / "stock"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -199,7 +200,7 @@ def test_no_network(tmp_path):
     with ModelHub() as hub:
         closed = hub.url
     fuse = [tmp_path, "--output_dir", tmp_path / "out", "--push_to_hub"]
-    ended = run_commands([("hf_dbp.fusing", fuse, TOKEN)], environment(closed, tmp_path))[0]
+    ended = run_commands([("hf_dbp.fusing", fuse, TOKEN)], hub_environment(closed, tmp_path))[0]
     assert ended.status == 2
     assert ended.error.startswith(f"error: the connection to the Hub at {closed} failed")
 

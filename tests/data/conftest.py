@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import random
 import subprocess
 import sys
@@ -17,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from loopback import hub_environment
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
+NO_HUB = "http://127.0.0.1:9"
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "imagenet_samples"
 FLAGS = {
     "model_size": "mini",
@@ -136,7 +137,9 @@ class Run:
 def train(tmp_path: Path) -> Callable[..., Run]:
     """Run `traced_run.py` with these flags, with torchrun for more than one process."""
 
-    def start(name: str, data: Path | None, *flags: str, processes: int = 1, **environment: str) -> Run:
+    def start(
+        name: str, data: Path | None, *flags: str, processes: int = 1, endpoint: str = NO_HUB, **environment: str
+    ) -> Run:
         folder, trace = tmp_path / name, tmp_path / f"{name}-trace"
         trace.mkdir(exist_ok=True)
         launcher = [sys.executable]
@@ -148,11 +151,9 @@ def train(tmp_path: Path) -> Callable[..., Run]:
         done = subprocess.run(
             [*launcher, str(Path(__file__).with_name("traced_run.py")), *common, *source, *flags],
             env={
-                **os.environ,
+                **hub_environment(endpoint, tmp_path / "home"),
                 "PYTHONPATH": str(ROOT),
                 "CUDA_VISIBLE_DEVICES": "",
-                "OMP_NUM_THREADS": "1",
-                "HF_HOME": str(tmp_path / "home"),
                 "TRACE": str(trace),
                 **environment,
             },

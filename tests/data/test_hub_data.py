@@ -1,7 +1,6 @@
 """Data sets of a Hub over real HTTP: open and gated, whole and in part, and what is said when something goes wrong."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from hub_server import HubServer
+from loopback import hub_environment
 
 ROOT = Path(__file__).parents[2]
 STREAMED = {"streaming": True, "dataset_name": "me/open"}
@@ -36,13 +36,7 @@ def ask(hub, tmp_path):
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("hub_client.py"))],
             input=json.dumps(sources),
-            env={
-                **os.environ,
-                "HF_ENDPOINT": hub.url,
-                "HF_HOME": str(tmp_path / home),
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-            },
+            env=hub_environment(hub.url, tmp_path / home) | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=120,

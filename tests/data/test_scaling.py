@@ -66,7 +66,7 @@ def test_a_killed_streamed_run_goes_on_as_if_nothing_had_happened(train, write, 
     as_if_undisturbed(undisturbed, resumed)
     with HubServer() as hub:
         hub.add("me/open", {f"data/{file.name}": file for file in folder.iterdir()})
-        environment = {"HF_ENDPOINT": hub.url, "SLEEP": "0"}
+        environment = {"endpoint": hub.url, "SLEEP": "0"}
         hub.fail(r"resolve/.*\.parquet", status=429, times=1)
         hub.fail(r"resolve/.*\.parquet", times=1)  # cut
         flags = ("--dataset_name", "me/open", *SAVED)
