@@ -237,3 +237,15 @@ def test_photographs_in_parquet(tmp_path):
     )
     assert record.data["channels"] == 3
     assert record.data["validation_images"] == 6
+
+
+def test_tensorboard_shows_what_is_decorrelated(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    record = main(flags(tmp_path / "run", report_to="tensorboard", logging_steps=3, num_train_epochs=2))
+    (folder,) = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents.*")}
+    board = events.EventAccumulator(str(folder)).Reload()
+    logged = {name: [(event.step, event.value) for event in board.Scalars(name)] for name in board.Tags()["scalars"]}
+    for name in ("decorrelation_loss", "mean_squared_correlation", "images_per_second", "data_wait_share"):
+        assert [step for step, _ in logged[f"train/{name}"]] == [3, 6], name
+        assert all(value >= 0 for _, value in logged[f"train/{name}"])
+    assert [value for _, value in logged["eval/loss"]] == pytest.approx(losses(record))
