@@ -131,11 +131,11 @@ def _count(pieces: Sequence[tuple[IntArray, IntArray]], num_labels: int, ignore_
 
 
 def _as_bytes(pieces: Sequence[IntArray]) -> npt.NDArray[np.uint8] | None:
-    """Join ids as bytes, or return None if one does not fit (the bitwise or of all tells: a sign bit survives it)."""
+    """Join ids as bytes, or return None if one does not fit (read as unsigned, a negative id is a huge one)."""
     bytes_N = np.empty(sum(ids_N.size for ids_N in pieces), dtype=np.uint8)
     start = 0
     for ids_N in pieces:
-        if ids_N.dtype != np.uint8 and not 0 <= np.bitwise_or.reduce(ids_N) < 256:
+        if ids_N.dtype != np.uint8 and ids_N.size and ids_N.view(f"u{ids_N.itemsize}").max() > 255:
             return None
         bytes_N[start : start + ids_N.size] = ids_N
         start += ids_N.size
