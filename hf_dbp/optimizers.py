@@ -13,8 +13,10 @@ from typing import Any, overload
 import torch
 from torch import nn
 from torch.nn.parameter import Parameter
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import SchedulerType, TrainingArguments
 
-__all__ = ["MuonWithAdamW", "decay_groups", "hidden_matrices"]
+__all__ = ["MuonWithAdamW", "checked_schedule", "decay_groups", "hidden_matrices"]
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
@@ -98,3 +100,22 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self._share_groups()
+
+
+def checked_schedule(create: Callable[[int], LRScheduler], args: TrainingArguments, steps: int) -> LRScheduler:
+    """The schedule that ``create`` makes for so many steps, tried at the last of them: some fail only there.
+
+    Raises:
+        ValueError: it cannot be computed, as polynomial decay that the warm-up leaves no step.
+    """
+    try:
+        schedule = create(steps)
+        for factor in schedule.lr_lambdas if isinstance(schedule, LambdaLR) else ():
+            factor(steps)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value} cannot go over {steps} steps, "
+            f"{args.get_warmup_steps(steps)} of them warm-up, with --lr_scheduler_kwargs {args.lr_scheduler_kwargs} ({error}): leave it steps after "
+            "--warmup_steps, a --learning_rate above 0 and arguments that it takes"
+        ) from error
+    return schedule

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -26,7 +27,7 @@ from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
 from hf_dbp.data.masked import EpochSampler, EvaluationViews, evaluation_collate
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
-from hf_dbp.optimizers import MuonWithAdamW, decay_groups
+from hf_dbp.optimizers import MuonWithAdamW, checked_schedule, decay_groups
 from hf_dbp.records import RunRecord
 
 __all__ = ["RECORD", "MAETrainer", "restore_weights"]
@@ -175,6 +176,11 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         self.optimizer = optimizer
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        return checked_schedule(
+            lambda steps: super(MAETrainer, self).create_scheduler(steps, optimizer), self.args, num_training_steps
+        )
+
     # ---- clock and record ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -223,6 +229,7 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         with self.clock.paused():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             self.record.add_row(self.evaluation_row(metrics["eval_loss"]))
+            self.record.results |= self.input_results()
             if self.args.should_save:  # for whoever watches the run
                 self.record.write(Path(self.args.output_dir) / RECORD)
         return metrics

@@ -208,6 +208,22 @@ def test_mistakes_end_in_one_line_before_training(tmp_path, changed, message, ca
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr_scheduler_type": "polynomial", "warmup_steps": 12}, "over 12 steps, 12 of them warm-up.*--warmup_steps"),
+        ({"lr_scheduler_type": "polynomial", "learning_rate": 0}, "a --learning_rate above 0"),
+        ({"lr_scheduler_kwargs": '{"decay": 2}'}, "unexpected keyword argument 'decay'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_ends_in_one_line_before_its_first_step(tmp_path, changed, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(flags(tmp_path / "run", **changed))
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_a_folder_of_pictures_and_rectangles(tmp_path):
     picture_folder(tmp_path / "pictures", 20)
     for method in ("dbp", "stock"):

@@ -42,6 +42,7 @@ class Materialization:
 
     Args:
         num_channels: channels of every image.
+        depth: the type of every image's values, such as ``uint8``; images of 8 and 16 bits become one another.
         short_side: side in pixels that larger images are made smaller to, bicubic and antialiased.
         fraction, seed: the subset, see `hf_dbp.data.subset.chosen`.
         limit: how many unreadable images are tolerated.
@@ -49,6 +50,7 @@ class Materialization:
 
     num_channels: int
     short_side: int
+    depth: str
     fraction: float = 1.0
     seed: int = 0
     limit: int = 0
@@ -62,7 +64,7 @@ def materialized(images: ShardedImages, folder: Path, how: Materialization) -> C
     """
     listing = images.listing
     digest = hashlib.blake2b(images.rows.tobytes(), digest_size=8).hexdigest()
-    settings = (listing.column, how.num_channels, how.short_side, how.fraction, how.seed)
+    settings = (listing.column, how.num_channels, how.depth, how.short_side, how.fraction, how.seed)
     target = folder / fingerprint(listing.files, digest, *settings)
     target.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -81,21 +83,20 @@ def _make(images: ShardedImages, target: Path, how: Materialization) -> None:
             rows = 0
         parts[-1].append(piece)
         rows += int(images.listing.first[piece + 1] - images.listing.first[piece])
-    kinds: set[str] = set()
+    count = 0
     unreadable: list[str] = []
 
     def make(number: int) -> dict[str, NDArray[Any]]:
         return _make_part(images, parts[number], target / _name(number), how)
 
     for part in in_threads(make, range(len(parts)), THREADS):
-        kinds |= set(part["dtype"].tolist())
-        unreadable += part["unreadable"].tolist()
+        count += len(part["keys"])
+        unreadable += [": ".join(entry) for entry in part["unreadable"]]
         if len(unreadable) > how.limit:
             raise too_many(how.limit, unreadable[-1])
-    if len(kinds) != 1:
-        found = f"images of {' and '.join(sorted(kinds))}" if kinds else "no readable image"
-        raise ValueError(f"{images.listing.files[0]} and its like hold {found}; a cache needs images of one kind")
-    content = {"parts": len(parts), "channels": how.num_channels, "dtype": kinds.pop()}
+    if count == 0:
+        raise ValueError(f"{images.listing.files[0]} and its like hold no readable image")
+    content = {"parts": len(parts), "channels": how.num_channels, "dtype": how.depth}
     part_file = target / ".images.json"
     part_file.write_text(json.dumps(content), encoding="utf-8")
     part_file.replace(target / "images.json")
@@ -113,8 +114,7 @@ def _make_part(images: ShardedImages, pieces: list[int], path: Path, how: Materi
             return dict(saved)
     shapes: list[tuple[int, int]] = []
     keys: list[int] = []
-    unreadable: list[str] = []
-    kinds: set[str] = set()
+    unreadable: list[tuple[str, str]] = []
     with path.with_suffix(".part").open("wb") as file:
         for piece in pieces:
             values = [value for _, value in images.read(piece)]
@@ -123,19 +123,18 @@ def _make_part(images: ShardedImages, pieces: list[int], path: Path, how: Materi
             for value, key in ((values[i], piece_keys[i]) for i in np.flatnonzero(wanted)):
                 try:
                     image = _smaller(decode(value, how.num_channels, value["path"]), how.short_side)
+                    image = _in_depth(image, how.depth, value["path"])
                 except UnreadableImageError as error:
-                    unreadable.append(str(error))
+                    unreadable.append((value["path"], str(error).removeprefix(f"{value['path']}: ")))
                     continue
                 file.write(np.ascontiguousarray(image).tobytes())
                 shapes.append((image.shape[0], image.shape[1]))
                 keys.append(key)
-                kinds.add(image.dtype.name)
     path.with_suffix(".part").replace(path.with_suffix(".bin"))
     made = {
         "shapes": np.array(shapes, np.int64).reshape(-1, 2),
         "keys": np.array(keys, np.uint64),
-        "unreadable": np.array(unreadable, str),
-        "dtype": np.array(sorted(kinds), str),
+        "unreadable": np.array(unreadable, str).reshape(-1, 2),
     }
     part = path.with_suffix(".part.npz")
     np.savez(part, **made)  # type: ignore[arg-type]
@@ -155,12 +154,23 @@ def _smaller(image_HWC: NDArray[Any], short_side: int) -> NDArray[Any]:
     return small
 
 
+def _in_depth(image_HWC: NDArray[Any], depth: str, name: str) -> NDArray[Any]:
+    """The image with values of that type: 8 and 16 bits become one another. UnreadableImageError for floats."""
+    wanted = np.dtype(depth)
+    if image_HWC.dtype == wanted:
+        return image_HWC
+    if {image_HWC.dtype.kind, wanted.kind} != {"u"}:
+        raise UnreadableImageError(f"{name}: its values are {image_HWC.dtype.name}, the others' {depth}")
+    factor = np.iinfo(wanted).max / np.iinfo(image_HWC.dtype).max
+    return np.rint(image_HWC * factor).astype(wanted)
+
+
 class CachedImages:
     """The images of a cache, as {"image": array (height, width, channels)} by index.
 
     Attributes:
         keys: content keys.
-        unreadable: path and reason of each image that was left out.
+        unreadable: why each image was left out, by path.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,7 +182,7 @@ class CachedImages:
                 parts.append(dict(saved))
         self.shapes = np.concatenate([part["shapes"] for part in parts])
         self.keys: Keys = np.concatenate([part["keys"] for part in parts])
-        self.unreadable: list[str] = [str(entry) for part in parts for entry in part["unreadable"]]
+        self.unreadable = {str(path): str(reason) for part in parts for path, reason in part["unreadable"]}
         counts = [len(part["shapes"]) for part in parts]
         self.part = np.repeat(np.arange(len(parts)), counts)
         sizes = self.shapes.prod(axis=1) * self.channels

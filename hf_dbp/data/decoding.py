@@ -160,6 +160,8 @@ def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
             if num_channels not in (None, 1, 3):
                 raise _wrong_channels(grey, num_channels)
             return np.repeat(grey, num_channels or 1, axis=2)
+        if image.mode == "P" and "transparency" in image.info:  # Pillow warns of dropping it, unless in two steps
+            image = image.convert("RGBA")
         if num_channels in (None, 1, 3):
             array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))
             return array if array.ndim == 3 else array[..., None]

@@ -74,10 +74,11 @@ def adopt_order(sampler: EpochSampler, before: dict[str, Any], now: dict[str, An
 
 
 def unreadable_images(before: dict[str, Any], *lists: ImageList) -> dict[str, Any]:
-    """Count and paths of the unreadable images that all processes have met, with those of an earlier record."""
-    found = gather_object([path for images in lists for path in images.unreadable_paths()])
-    paths = sorted({*before.get("paths", ()), *found})
-    return {"count": len(paths), "paths": paths}
+    """How many images all processes have found unreadable, each counted once, and why, by path; with those of an
+    earlier record."""
+    found = gather_object([entry for images in lists for entry in images.unreadable_images().items()])
+    reasons = {**before.get("images", {}), **dict(sorted(found))}
+    return {"count": len(reasons), "images": reasons}
 
 
 def user_message(error: ValueError) -> str:

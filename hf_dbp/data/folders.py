@@ -18,7 +18,7 @@ from typing import Any
 
 import datasets
 
-__all__ = ["IMAGE_FILES", "SPLITS", "file_table", "folder_splits", "list_samples", "picture_files"]
+__all__ = ["IMAGE_FILES", "SPLITS", "file_stamp", "file_table", "folder_splits", "list_samples", "picture_files"]
 
 IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".npy"}
 SPLITS = ("train", "validation", "val", "test")  # folders of these names below the given one, if there is `train`
@@ -43,6 +43,9 @@ def list_samples(folder: str, channel_files: Sequence[str] | None = None) -> Sam
     if not root.is_dir():
         raise ValueError(f"{folder}: there is no such folder")
     files = picture_files(root)
+    for file in files:
+        if file.encode(errors="replace").decode() != file:  # Arrow keeps UTF-8 alone
+            raise ValueError(f"{folder} holds a picture whose name is not UTF-8, {file!a}; rename it")
     if not files:
         raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_FILES))})")
     if channel_files:
@@ -90,11 +93,20 @@ def file_table(columns: Mapping[str, Sequence[tuple[str, ...]]], cache_dir: str 
     ``more`` holds the files of the channels after the first.
     """
     files = {column: tuple(samples) for column, samples in columns.items()}  # `datasets` would take lists for shards
-    status = [Path(file).stat() for samples in files.values() for sample in samples for file in sample]
+    stamps = tuple(file_stamp(file) for samples in files.values() for sample in samples for file in sample)
     one = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({column: one | {"more": datasets.List(datasets.Value("string"))} for column in files})
-    options = {"files": files, "stamps": tuple((entry.st_size, entry.st_mtime_ns) for entry in status)}
+    options = {"files": files, "stamps": stamps}
     return datasets.Dataset.from_generator(_rows, features, cache_dir=cache_dir, gen_kwargs=options)
+
+
+def file_stamp(file: str) -> str:
+    """Size and time of a file; empty for one that cannot be reached, which is counted where it is decoded."""
+    try:
+        status = Path(file).stat()
+    except OSError:  # a broken link, a circle of links, no permission
+        return ""
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _rows(files: Mapping[str, Sequence[tuple[str, ...]]], stamps: Any) -> Iterator[dict[str, Any]]:

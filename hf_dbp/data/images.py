@@ -9,7 +9,6 @@ training and the validation list that the flags ask for, and fails before traini
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.cache import CachedImages, Materialization, materialized
 from hf_dbp.data.decoding import UnreadableImageError, UnreadableImages, decode, to_array
+from hf_dbp.data.folders import file_stamp
 from hf_dbp.data.sources import (
     BUILT_IN,
     IMAGE_FILES,
@@ -66,6 +66,7 @@ class ImageList:
         column: the column of the images.
         num_channels: channels to bring them to; None keeps 3 for pictures and an array's own.
         max_unreadable: how many images that cannot be decoded are tolerated.
+        name: what they are called where they have no path.
 
     Attributes:
         unreadable: those found so far.
@@ -73,11 +74,19 @@ class ImageList:
         keys: content keys of the images of a share.
     """
 
-    def __init__(self, samples: Any, column: str, num_channels: int | None = None, max_unreadable: int = 0) -> None:
-        self.samples, self.column, self.num_channels = samples, column, num_channels
+    def __init__(
+        self,
+        samples: Any,
+        column: str,
+        num_channels: int | None = None,
+        max_unreadable: int = 0,
+        name: str = "image",
+    ) -> None:
+        self.samples, self.column, self.num_channels, self.name = samples, column, num_channels, name
         self.unreadable = UnreadableImages(len(samples), max_unreadable)
         self.subset: dict[str, Any] = {}
         self.keys: Keys | None = None
+        self._reasons: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -85,9 +94,8 @@ class ImageList:
     def __getitem__(self, index: int) -> NDArray[np.generic]:
         """The image. UnreadableImageError if it cannot be decoded; ValueError if that is one too many."""
         value = self.samples[int(index)][self.column]
-        path = value["path"] if isinstance(value, dict) else None
         try:
-            return decode(value, self.num_channels, path or f"image {index}")
+            return decode(value, self.num_channels, value_name(value, f"{self.name} {index}"))
         except UnreadableImageError as error:
             self.unreadable.add(index, error)
             raise
@@ -104,13 +112,32 @@ class ImageList:
                 continue
         raise ValueError(f"none of the {len(self)} images can be read")
 
-    def unreadable_paths(self) -> list[str]:
-        """Paths, or else numbers, of the unreadable images; those that a cache left out come with the reason."""
-        found = list(self.samples.unreadable) if isinstance(self.samples, CachedImages) else []
+    def unreadable_images(self) -> dict[str, str]:
+        """Paths, or else numbers, of the unreadable images found so far, each with the reason."""
+        found = dict(self.samples.unreadable) if isinstance(self.samples, CachedImages) else {}
         for index in self.unreadable.indices():
-            value = self.samples[index][self.column]
-            found.append((isinstance(value, dict) and value["path"]) or f"image {index}")
+            if index not in self._reasons:  # a worker found it: its reason stayed there
+                self._reasons[index] = self._reason(index)
+            name, reason = self._reasons[index]
+            found[name] = reason
         return found
+
+    def _reason(self, index: int) -> tuple[str, str]:
+        value = self.samples[index][self.column]
+        name = value_name(value, f"{self.name} {index}")
+        try:
+            decode(value, self.num_channels, name)
+        except UnreadableImageError as error:
+            return name, str(error).removeprefix(f"{name}: ")
+        return name, "it could be read later"
+
+
+def value_name(value: Any, name: str) -> str:
+    """What to call a stored value, unlike any other: the path of a file, else ``name`` with what path there is."""
+    path = value["path"] if isinstance(value, dict) else None
+    if path and value["bytes"] is None:
+        return str(path)
+    return f"{path} ({name})" if path else name
 
 
 def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
@@ -130,10 +157,10 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
         validation = train.select(validation_rows)
     validation = selected(validation, draw(np.arange(len(validation)), source.max_eval_samples, source.seed))
     rows = draw(rows, source.max_train_samples, source.seed)
-    num_channels = check_first([selected(train, rows), validation], column, source)
+    num_channels, depth = check_first([selected(train, rows), validation], column, source)
     count, keys = len(rows), None
     if source.streaming and source.cache_dir is not None:
-        how = Materialization(num_channels, source.cache_short_side, limit=source.max_unreadable)
+        how = Materialization(num_channels, source.cache_short_side, depth, limit=source.max_unreadable)
         validation = materialized(validation, source.kept_in, how)
         how = dataclasses.replace(how, fraction=source.train_fraction, seed=source.subset_seed)
         train, column = materialized(selected(train, rows), source.kept_in, how), "image"
@@ -146,7 +173,10 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
         train = selected(train, rows)
     if len(train) == 0:
         raise ValueError(f"--train_fraction {source.train_fraction} of {count} images leaves none")
-    lists = [ImageList(samples, column, num_channels, source.max_unreadable) for samples in (train, validation)]
+    lists = [
+        ImageList(samples, column, num_channels, source.max_unreadable, name)
+        for samples, name in ((train, "training image"), (validation, "validation image"))
+    ]
     if source.train_fraction < 1.0:
         assert keys is not None
         describe_subset(lists[0], keys, count, source)
@@ -200,19 +230,21 @@ def shared_keys(data: datasets.Dataset, column: str) -> Keys:
         return content_keys(data, column)
 
 
-def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> int:
-    """Read the first readable image of each list; the number of channels, the same in all."""
-    counts = []
+def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> tuple[int, str]:
+    """Read the first readable image of each list; the number of channels, the same in all, and the first's type."""
+    counts, depths = [], []
     for data in samples:
         if len(data) == 0:
             raise ValueError(f"{source.name}: a split without images")
         images = ImageList(data, column, None, source.max_unreadable)
         images.readable(0)
         images.num_channels = source.num_channels
-        counts.append(int(images[int(images.unreadable.flags.int().argmin())].shape[2]))
+        first = images[int(images.unreadable.flags.int().argmin())]
+        counts.append(first.shape[2])
+        depths.append(first.dtype.name)
     if len(set(counts)) > 1:
         raise ValueError(f"{source.name}: training images have {counts[0]} channels, validation images {counts[1]}")
-    return counts[0]
+    return counts[0], depths[0]
 
 
 def channel_statistics(
@@ -267,9 +299,7 @@ def images_digest(images: ImageList, picks: Sequence[int]) -> str:
     for index in picks:
         value = images.samples[index][images.column]
         if isinstance(value, dict) and value["bytes"] is None and value["path"]:
-            with contextlib.suppress(OSError):  # a lost file is counted where it is decoded
-                status = Path(value["path"]).stat()
-                digest.update(f"{value['path']} {value.get('more')} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(f"{value['path']} {value.get('more')} {file_stamp(value['path'])}".encode())
         else:
             digest.update(readable_bytes(value))
     return digest.hexdigest()

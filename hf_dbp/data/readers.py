@@ -15,6 +15,7 @@ Shapes: H, W height and width; C channels.
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from PIL import Image, ImageOps
 __all__ = ["read_picture"]
 
 Array = NDArray[Any]
+LARGEST = 2**29  # values that a compressed TIFF may unpack to; Pillow and OpenCV have limits of their own
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -39,20 +41,42 @@ def read_picture(file: str | bytes) -> Image.Image | Array:
         file: path, or the content of a file.
 
     Raises:
-        ValueError: an array that is no image, or a compression that nothing here reads.
-        OSError, and what the libraries raise on damaged files (`hf_dbp.data.decoding.DECODING_ERRORS`).
+        ValueError: a damaged file, one too large for memory, an array that is no image, or a compression that nothing
+            here reads.
+        OSError: the file cannot be read, or Pillow finds it damaged.
     """
+    try:
+        return parsed(file)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # on damaged files the libraries stumble anywhere: TypeError, ZeroDivisionError ...
+        raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
+
+
+def parsed(file: str | bytes) -> Image.Image | Array:
+    """As `read_picture`; errors as they come."""
     if isinstance(file, bytes):
         head = file[:6]
     else:
         with Path(file).open("rb") as opened:
             head = opened.read(6)
     if head == NPY:
-        array = np.load(io.BytesIO(file)) if isinstance(file, bytes) else np.load(file, mmap_mode="r")
-        return channels_last(array)
+        return channels_last(npy_values(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r"))
     if head[:4] in TIFF:
         return read_tiff(file)
     return read_with_pillow(file)
+
+
+def npy_values(content: bytes) -> Array:
+    """The array in a ``.npy`` file. ValueError if its header promises more than it holds; nothing is allocated then."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
+    if math.prod(shape) * dtype.itemsize > len(content):
+        raise ValueError(f"its header promises {dtype} of shape {shape}, more than the file holds")
+    stream.seek(0)
+    return np.asarray(np.load(stream, allow_pickle=False))
 
 
 def read_with_pillow(file: str | bytes) -> Image.Image | Array:
@@ -74,6 +98,11 @@ def read_tiff(file: str | bytes) -> Image.Image | Array:
         try:
             if series.dataoffset is not None and page.is_memmappable and isinstance(file, str):
                 array = tifffile.memmap(file, series=0, mode="r")
+            elif series.size > LARGEST:
+                raise ValueError(
+                    f"it unpacks to {series.size} values of shape {series.shape}, more than {LARGEST}; write it "
+                    "uncompressed, which is read in parts, or cut it into tiles"
+                )
             else:
                 array = series.asarray()
             array = channels_last(array, series.axes)

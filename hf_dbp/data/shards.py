@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from hf_dbp.data.folders import file_stamp
 from hf_dbp.data.hub_errors import explained
 from hf_dbp.data.subset import Keys, content_key, readable_bytes
 
@@ -104,8 +105,7 @@ def fingerprint(files: Sequence[str], *settings: object) -> str:
     for file in files:
         digest.update(file.encode())
         if "://" not in file:
-            status = Path(file).stat()
-            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(file_stamp(file).encode())
     return digest.hexdigest()
 
 
@@ -291,8 +291,9 @@ class ShardedImages:
         opened.seek(int(offsets[rows[0]]))
         start = int(offsets[rows[0]])
         span = opened.read(int(offsets[rows[-1]] + sizes[rows[-1]]) - start)
+        file, members = self.listing.files[int(self.listing.piece_file[self.piece_of(rows[0])])], self.listing.members
         return [
-            {"bytes": span[offsets[row] - start : offsets[row] + sizes[row] - start], "path": self.listing.members[row]}
+            {"bytes": span[offsets[row] - start : offsets[row] + sizes[row] - start], "path": f"{file}, {members[row]}"}
             for row in rows
         ]
 

@@ -168,7 +168,8 @@ def test_unreadable_images_are_left_out_of_a_cache_and_listed(tmp_path, photogra
     folder = write(tmp_path / "data", "imagefolder", broken)
     train, _ = load(folder, streaming=True, cache_dir=str(tmp_path / "c"))
     assert len(train) == 178
-    assert len(train.unreadable_paths()) == 2 and all(".jpg: " in path for path in train.unreadable_paths())
+    found = train.unreadable_images()
+    assert len(found) == 2 and all(path.endswith(".jpg") and reason for path, reason in found.items())
     with pytest.raises(ValueError, match="more than 1 unreadable"):
         load(folder, streaming=True, cache_dir=str(tmp_path / "d"), max_unreadable=1)
 

@@ -119,7 +119,7 @@ def test_unreadable_images_are_counted_over_workers(train, write, photographs, t
     run = train("run", folder, *flags)
     assert run.status == 0, run.stderr[-2000:]
     unreadable = run.record["results"]["unreadable"]
-    assert unreadable["count"] == len(unreadable["paths"]) == 3
-    assert all(path.endswith(".jpg") for path in unreadable["paths"])
+    assert unreadable["count"] == len(unreadable["images"]) == 3
+    assert all(path.endswith(".jpg") for path in unreadable["images"])
     assert all(len(line["images"]) == 8 for line in run.traces[0])
     assert {"images_per_second", "data_wait_share"} <= run.record["results"]["input"].keys()

@@ -145,6 +145,7 @@ def test_a_random_mini_model_needs_no_checkpoint(tmp_path):
         (["--model_size", "mini"], "not both"),
         (["--train_dir", "nowhere"], "not both"),
         (["--layer_decay", "0"], "layer_decay is 0"),
+        (["--warmup_steps", "4"], "polynomial cannot go over 4 steps, 4 of them warm-up"),
     ],
 )
 def test_mistakes_end_with_one_line(encoder, tmp_path, capsys, flags, message):
