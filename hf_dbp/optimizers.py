@@ -115,7 +115,7 @@ def checked_schedule(create: Callable[[int], LRScheduler], args: TrainingArgumen
     except (ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(
             f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value} cannot go over {steps} steps, "
-            f"{args.get_warmup_steps(steps)} of them warm-up, with --lr_scheduler_kwargs {args.lr_scheduler_kwargs} ({error}): leave it steps after "
-            "--warmup_steps, a --learning_rate above 0 and arguments that it takes"
+            f"{args.get_warmup_steps(steps)} of them warm-up, with --lr_scheduler_kwargs {args.lr_scheduler_kwargs} "
+            f"({error}): leave it steps after --warmup_steps, a --learning_rate above 0 and arguments that it takes"
         ) from error
     return schedule

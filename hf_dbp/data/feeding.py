@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -84,7 +85,7 @@ def unreadable_images(before: dict[str, Any], *lists: ImageList) -> dict[str, An
 def user_message(error: ValueError) -> str:
     """The error in one piece: what a loader worker wraps in its traceback is taken out of it."""
     text = str(error).strip()
-    return text.rpartition("Error: ")[2] if text.startswith("Caught ") else text
+    return re.split(r"\n[\w.]*Error: ", text)[-1] if text.startswith("Caught ") else text
 
 
 class InputMeter:

@@ -11,8 +11,10 @@ import pytest
 import tifffile
 from PIL import Image
 from test_pretraining import flags
+from torch._utils import ExceptionWrapper
 
 from hf_dbp.data.decoding import UnreadableImageError, decode
+from hf_dbp.data.feeding import user_message
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.pretraining import main
 
@@ -173,6 +175,17 @@ def test_the_limit_ends_the_run_with_one_line(tmp_path, dirty, capsys):
         assert stop.value.code == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: more than 3 unreadable images, the last: ") and "--max_unreadable" in error
+
+
+def test_a_reason_that_names_an_error_stays_whole_on_its_way_out_of_a_worker():
+    for error in (ValueError("more than 3, the last: a.tif: damaged (ZeroDivisionError: by zero)"), ValueError("x")):
+        try:
+            raise error
+        except ValueError:
+            wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        with pytest.raises(ValueError) as caught:
+            wrapped.reraise()
+        assert user_message(caught.value) == user_message(error) == str(error)
 
 
 def test_a_cache_is_of_one_depth(tmp_path, dirty):
