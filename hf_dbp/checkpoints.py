@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import AutoModelForPreTraining, ViTModel
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
+from hf_dbp.saving import whole_checkpoints
 
 __all__ = ["load_fused_vit", "model_folder"]
 
@@ -33,11 +33,7 @@ def model_folder(run: str | os.PathLike[str]) -> Path:
     run = Path(run)
     if (run / CONFIG).is_file():
         return run
-    complete = {
-        int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")): folder
-        for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")
-        if (folder / CONFIG).is_file() and (folder / STATE).is_file()  # the Trainer writes its state last
-    }
+    complete = whole_checkpoints(run)
     if not complete:
         raise ValueError(f"{run} holds no model; give the output folder of a run or one of its checkpoint-N folders")
     last = complete[max(complete)]

@@ -25,7 +25,6 @@ from transformers import (
     ViTMAEForPreTraining,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dbp.arguments import DataArguments, ModelArguments
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
@@ -43,6 +42,8 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTM
 from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record
+from hf_dbp.resuming import find_checkpoint
+from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.trainer import RECORD, MAETrainer
 from hf_dbp.warm_start import fits, warm_start_
@@ -207,13 +208,6 @@ def check_run(args: PretrainingArguments, train_data: MaskedImages) -> None:
         )
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one named, else the last one in the output folder."""
-    if args.resume_from_checkpoint not in (None, "true", "True", True):
-        return str(args.resume_from_checkpoint)
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-
-
 def training_meter(args: PretrainingArguments) -> EnergyMeter | None:
     """The energy meter of this node, in one of its processes."""
     if not args.do_train or args.local_process_index > 0:
@@ -285,11 +279,12 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
             eval_data, model.config.patch_size, model.config.mask_ratio
         )
     folder = Path(args.output_dir)
-    record.results["finished"] = True
     record.write(folder / RECORD)
     plot_reconstructions(model, eval_data, folder / "reconstruction.png")
     plot_curves(record.rows, folder / "curves.png", reference=record.results.get("interpolation_loss"))
     write_card(folder)
+    record.results["finished"] = True  # not before: what has finished is not run again
+    record.write(folder / RECORD)
     print(summary(record, folder))
     if destination is not None:
         fuse_run(folder, folder / "fused", eval_data, name=destination.repo_id)
@@ -325,8 +320,9 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
         parsed = parse_arguments(
             (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments), arguments
         )
-        return run(*parsed)
-    except ValueError as error:
+        with disk_errors(parsed[-1].output_dir):
+            return run(*parsed)
+    except (ValueError, DiskFull) as error:
         if logger.isEnabledFor(logging.DEBUG):
             raise
         print(f"error: {user_message(error)}", file=sys.stderr)

@@ -117,13 +117,16 @@ class RunRecord:
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write JSON by way of a temporary file beside it, so that an interruption leaves the old file."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # on a full disk
 
 
 def arguments_record(*arguments: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`MAETrainer`: transformers' Trainer for masked autoencoders, plain or decorrelated.
 
 It adds what the stock Trainer gets wrong or lacks here:
-- resume and best checkpoint restore every tensor or fail (the stock Trainer loads loosely and only warns);
+- saving, stopping and resuming, which fine-tuning shares (`ResumingTrainer`);
 - images are drawn by `EpochSampler`, so that views and masks follow from (seed, epoch, image);
 - Muon with AdamW as one optimizer;
 - a run record with one row per evaluation, kept in every checkpoint: losses, seconds and kWh of training alone, and how
@@ -10,7 +10,6 @@ It adds what the stock Trainer gets wrong or lacks here:
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -19,46 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
-from hf_dbp.data.masked import EpochSampler, EvaluationViews, evaluation_collate
+from hf_dbp.data.masked import EvaluationViews, evaluation_collate
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, checked_schedule, decay_groups
 from hf_dbp.records import RunRecord
+from hf_dbp.resuming import ResumingTrainer
 
-__all__ = ["RECORD", "MAETrainer", "restore_weights"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["RECORD", "MAETrainer"]
 
 RECORD = "run.json"
 PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
-
-
-def restore_weights(model: PreTrainedModel, folder: str) -> None:
-    """Load a checkpoint's weights into ``model``, in place.
-
-    Raises:
-        ValueError: the checkpoint lacks a tensor of the model; nothing is changed then.
-    """
-    saved, info = type(model).from_pretrained(folder, config=model.config, output_loading_info=True, dtype=model.dtype)
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"checkpoint {folder} lacks {len(missing)} tensors of the model, among them {missing[0]}")
-    model.load_state_dict(saved.state_dict())
-
-
-class EpochCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler which epoch begins, however the loader wraps it (after a resume it is wrapped once more)."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch))
 
 
 class ClockCallback(TrainerCallback):  # type: ignore[misc]
@@ -76,7 +51,7 @@ class ClockCallback(TrainerCallback):  # type: ignore[misc]
         self.clock.tick()
 
 
-class MAETrainer(Trainer):  # type: ignore[misc]
+class MAETrainer(ResumingTrainer):
     """Trainer of masked autoencoders.
 
     Args:
@@ -100,9 +75,9 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
         self.clock, self.timer = TrainingClock(meter), StepTimer()
-        self.sampler, self.input = make_sampler(self.train_dataset.images, self.args), InputMeter()
+        self.use_sampler(make_sampler(self.train_dataset.images, self.args))
+        self.input = InputMeter()
         record.data["feeding"] = feeding(self.sampler, self.args)
-        self.add_callback(EpochCallback(self.sampler))
         if decorrelation is not None:  # first, so that what it adds to the logs reaches every other callback
             self.callback_handler.callbacks.insert(0, decorrelation)
         self.callback_handler.callbacks.insert(0, ClockCallback(self.clock, self.timer))
@@ -144,9 +119,6 @@ class MAETrainer(Trainer):  # type: ignore[misc]
         loss_sum, count = self.accelerator.reduce(total, reduction="sum").tolist()
         return EvalLoopOutput(None, None, {"eval_loss": loss_sum / count}, int(count))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return self.sampler
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         before = self.clock.seconds
         batches, count = super().get_batch_samples(*args, **kwargs)
@@ -184,7 +156,8 @@ class MAETrainer(Trainer):  # type: ignore[misc]
     # ---- clock and record ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        if isinstance(resume_from_checkpoint, str) and (Path(resume_from_checkpoint) / RECORD).is_file():
+        resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint is not None and (Path(resume_from_checkpoint) / RECORD).is_file():
             before = RunRecord.read(Path(resume_from_checkpoint) / RECORD)
             if "feeding" in before.data:
                 adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
@@ -262,24 +235,10 @@ class MAETrainer(Trainer):  # type: ignore[misc]
             self.record.results |= self.costs() | self.input_results()
             super()._save_checkpoint(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Model, image processor and run record; present key names, which resume restores (platform trap)."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        self.record.write(folder / RECORD)
-
-    # ---- resume ----
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), resume_from_checkpoint)
+    def _write_model(self, *args: Any, **kwargs: Any) -> None:
+        super()._write_model(*args, **kwargs)
+        self.record.write(Path(args[0]) / RECORD)
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        logger.info("Loading the best model, %s (eval_loss %s)", best, self.state.best_metric)
         with self.clock.paused():
-            restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)
+            super()._load_best_model()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_pretraining import flags
 
-from hf_dbp import measurement, pretraining, trainer
+from hf_dbp import measurement, pretraining, resuming
 from hf_dbp.measurement import EnergyMeter, StepTimer, TrainingClock, check_country
 from hf_dbp.pretraining import PretrainingArguments, main
 from hf_dbp.trainer import MAETrainer
@@ -144,7 +144,7 @@ def timed_training(fake, monkeypatch):
     lasting(MAETrainer, "training_step", 1)
     for name in ("evaluation_loop", "_save", "create_optimizer"):
         lasting(MAETrainer, name, 1000)
-    lasting(trainer, "restore_weights", 1000)
+    lasting(resuming, "restore_weights", 1000)
     monkeypatch.setattr(pretraining, "EnergyMeter", lambda *_: Watts(fake))
 
 

@@ -17,7 +17,7 @@ from hf_dbp.fusing import main as fuse_main
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE
 from hf_dbp.pretraining import build_model, main
 from hf_dbp.records import RunRecord
-from hf_dbp.trainer import restore_weights
+from hf_dbp.resuming import restore_weights
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 FLAGS = {

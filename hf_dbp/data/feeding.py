@@ -82,7 +82,7 @@ def unreadable_images(before: dict[str, Any], *lists: ImageList) -> dict[str, An
     return {"count": len(reasons), "images": reasons}
 
 
-def user_message(error: ValueError) -> str:
+def user_message(error: Exception) -> str:
     """The error in one piece: what a loader worker wraps in its traceback is taken out of it."""
     text = str(error).strip()
     return re.split(r"\n[\w.]*Error: ", text)[-1] if text.startswith("Caught ") else text

@@ -23,7 +23,6 @@ from transformers import (
     ViTModel,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.augmentation import unit_range
@@ -34,6 +33,8 @@ from hf_dbp.model_card import write_card
 from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
+from hf_dbp.resuming import find_checkpoint
+from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
 from hf_dbp.segmentation.figures import plot_predictions
 from hf_dbp.segmentation.inference import WholeImages
@@ -228,13 +229,6 @@ def image_processor(data: WholeImages) -> BeitImageProcessorPil:
     return BeitImageProcessorPil(do_center_crop=False, **scaling, **statistics)
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one named, else the last one in the output folder."""
-    if args.resume_from_checkpoint not in (None, "true", "True", True):
-        return str(args.resume_from_checkpoint)
-    return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-
-
 def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
     """Fine-tune, evaluate, save; returns what is also written to `output_dir/eval.json`."""
     source = data_args.source(model_args.cache_dir, model_args.token)
@@ -340,8 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     try:
-        return run(*parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments))
-    except ValueError as error:
+        parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
+        with disk_errors(parsed[-1].output_dir):
+            return run(*parsed)
+    except (ValueError, DiskFull) as error:
         if logger.isEnabledFor(logging.DEBUG):
             raise
         print(f"error: {user_message(error)}", file=sys.stderr)

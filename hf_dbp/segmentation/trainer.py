@@ -7,12 +7,10 @@ It adds what the stock Trainer gets wrong or lacks here:
 - crops are drawn by `EpochSampler`: they follow from (seed, epoch, image);
 - layer-wise learning-rate decay;
 - evaluation over whole images at label resolution, every image once whatever the number of processes;
-- saves that resume and best checkpoint restore completely (the stock Trainer loads loosely and only warns).
+- saving, stopping and resuming, which pre-training shares (`ResumingTrainer`).
 """
 
-import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,22 +18,20 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import Trainer, UperNetForSemanticSegmentation
+from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.feeding import step_images
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.optimizers import checked_schedule
+from hf_dbp.resuming import ResumingTrainer
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
-from hf_dbp.trainer import EpochCallback, restore_weights
 
 __all__ = ["SegmentationTrainer"]
 
-logger = logging.getLogger(__name__)
 
-
-class SegmentationTrainer(Trainer):  # type: ignore[misc]
+class SegmentationTrainer(ResumingTrainer):
     """Trainer of a stock UperNet.
 
     Args:
@@ -60,8 +56,7 @@ class SegmentationTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._check(model)
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = EpochSampler(len(self.train_dataset), seed, step_images=step_images(args))
-        self.add_callback(EpochCallback(self.sampler))
+        self.use_sampler(EpochSampler(len(self.train_dataset), seed, step_images=step_images(args)))
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
 
@@ -83,9 +78,6 @@ class SegmentationTrainer(Trainer):  # type: ignore[misc]
             )
 
     # ---- data and optimizer ----
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return self.sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -178,23 +170,3 @@ class SegmentationTrainer(Trainer):  # type: ignore[misc]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # ---- save and resume ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Model and image processor; present key names, which resume restores (platform trap)."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        logger.info("Loading the best model, %s (mean IoU %s)", best, self.state.best_metric)
-        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)

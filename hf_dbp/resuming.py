@@ -1,0 +1,211 @@
+"""`ResumingTrainer`: what pre-training and fine-tuning share about saving, stopping and going on.
+
+- checkpoints are whole or not there (`saving`), and hold every tensor under its present name;
+- resume and best checkpoint restore every tensor or fail (the stock Trainer loads loosely and only warns);
+- SIGTERM and SIGINT save and end the run (`stopping`);
+- a run that is resumed after its last step takes no further one (the stock Trainer takes one).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_dbp.data.order import EpochSampler
+from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
+from hf_dbp.stopping import StopOnSignal, Stopped
+
+__all__ = ["ResumingTrainer", "find_checkpoint", "restore_weights"]
+
+logger = logging.getLogger(__name__)
+
+STATE = "trainer_state.json"
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one named, else the last whole one in the output folder.
+
+    Raises:
+        ValueError: the one that was named is not whole.
+    """
+    if args.resume_from_checkpoint in (None, "true", "True", True):
+        return last_checkpoint(args.output_dir)
+    named = str(args.resume_from_checkpoint)
+    problem = fault(Path(named))
+    if problem is not None:
+        raise ValueError(
+            f"checkpoint {named} is not whole: {problem}; without --resume_from_checkpoint the last whole one of "
+            "--output_dir is taken"
+        )
+    return named
+
+
+def restore_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load a checkpoint's weights into ``model``, in place.
+
+    Raises:
+        ValueError: the checkpoint lacks a tensor of the model; nothing is changed then.
+    """
+    saved, info = type(model).from_pretrained(folder, config=model.config, output_loading_info=True, dtype=model.dtype)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"checkpoint {folder} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    model.load_state_dict(saved.state_dict())
+
+
+class EpochCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler which epoch begins, however the loader wraps it (after a resume it is wrapped once more)."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))
+
+
+class ResumingTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with the saving of the module's docstring; arguments as there."""
+
+    sampler: EpochSampler
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
+        self._unfinished: Path | None = None
+
+    def use_sampler(self, sampler: EpochSampler) -> None:
+        """Draw the training images in this order."""
+        self.sampler = sampler
+        self.add_callback(EpochCallback(sampler))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    # ---- training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the stock one; ``True`` is the last whole checkpoint.
+
+        Raises:
+            ValueError: ``True``, and there is none.
+            SystemExit: SIGTERM (status 143) or SIGINT (130) came; the checkpoint is saved.
+        """
+        resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
+        if self.args.should_save:
+            clear(Path(self.args.output_dir) / UNFINISHED)
+        try:
+            with self.stop.listening():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except Stopped as stopped:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # reporters close their files
+            if self.is_world_process_zero():
+                print(
+                    f"stopped by {stopped} after step {self.state.global_step} of {self.state.max_steps}; "
+                    f"the same command goes on from {self.checkpoint}",
+                    file=sys.stderr,
+                )
+            raise SystemExit(stopped.status) from None
+
+    def named_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """What `train` resumes from: ``True`` is the last whole checkpoint, and a ValueError if there is none."""
+        if resume_from_checkpoint is not True:
+            return resume_from_checkpoint or None
+        last = last_checkpoint(self.args.output_dir)
+        if last is None:
+            raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+        return last
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- saving ----
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of a checkpoint of this step."""
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._unfinished or super()._get_output_dir(trial))
+
+    @contextmanager
+    def _writing(self, folder: Path, what: str) -> Iterator[Path]:
+        """A folder in ``folder`` to write into before what is written gets its name; no trace is left of it."""
+        self._unfinished = folder / UNFINISHED
+        if self.args.should_save:
+            clear(self._unfinished)
+            self._unfinished.mkdir(parents=True)
+        try:
+            with disk_errors(what):
+                yield self._unfinished
+        finally:
+            if self.args.should_save:
+                clear(self._unfinished)
+            self._unfinished = None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        run, checkpoint = self.checkpoint.parent, self.checkpoint
+        with self._writing(run, str(checkpoint)) as unfinished:
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == checkpoint or (best.is_dir() and fault(best) is None):
+                self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / checkpoint.name / STATE))  # with the best one's final name
+                publish(unfinished / checkpoint.name, checkpoint)
+                rotate(
+                    run, self.args.save_total_limit, {checkpoint, Path(self.state.best_model_checkpoint or checkpoint)}
+                )
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._unfinished is None:  # else once it has its name
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Model and image processor; present key names, which resume restores (platform trap)."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self._unfinished is not None:
+            self._write_model(folder, state_dict)
+            return
+        with self._writing(folder, f"the model in {folder}") as unfinished:
+            self._write_model(unfinished, state_dict)
+            move_files(unfinished, folder)
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    # ---- restoring ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        problem = fault(Path(best))
+        if problem is not None:
+            logger.warning("The best checkpoint, %s, is lost (%s); the run ends with its last weights", best, problem)
+            return
+        logger.info("Loading the best model, %s (%s %s)", best, self.args.metric_for_best_model, self.state.best_metric)
+        restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)

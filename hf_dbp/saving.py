@@ -1,0 +1,208 @@
+"""Files that a crash cannot halve: which checkpoints are whole, how one is written, kept and found again.
+
+A checkpoint is written into `.unfinished` in the run's folder, flushed to the disk, listed with the sizes of its files
+in its `checkpoint.json`, and only then renamed to `checkpoint-N`; older ones are deleted after that. So a folder of
+that name is whole from its first moment, for stock tools too, and what stops a save leaves the earlier ones alone.
+
+What can still be halved (a deletion that was interrupted, a copy, another program's checkpoint) is recognised:
+- with a `checkpoint.json`, every file in it must be there in its size;
+- without one (a stock Trainer's checkpoint, or one of before) every file that a resume needs must be there and whole
+  as far as its format tells: JSON parses, safetensors cover their file, archives have their end.
+What is not whole is passed over and left where it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_dbp.records import write_json
+
+__all__ = [
+    "UNFINISHED",
+    "DiskFull",
+    "clear",
+    "disk_errors",
+    "fault",
+    "last_checkpoint",
+    "move_files",
+    "publish",
+    "rotate",
+    "whole_checkpoints",
+]
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished"
+LISTING = "checkpoint.json"
+JSON_FILES, ARCHIVES = ("config.json", "trainer_state.json"), ("optimizer.pt", "scheduler.pt")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_MESSAGES = ("No space left", "File too large", "quota exceeded", "inline_container", "PytorchStreamWriter failed")
+
+
+# ---- which checkpoints there are ----
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """N of `checkpoint-N`; None for any other name."""
+    number = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number != folder.name and number.isdecimal() else None
+
+
+def fault(folder: Path) -> str | None:
+    """What keeps a checkpoint from being whole, as the module says; None if it is."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / LISTING).is_file():
+        return _fault_of_unlisted(folder)
+    try:
+        sizes: dict[str, int] = json.loads((folder / LISTING).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError):
+        return f"{LISTING} is not readable"
+    for name, size in sizes.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (folder / name).stat().st_size != size:
+            return f"{name} has {(folder / name).stat().st_size} of {size} bytes"
+    return None
+
+
+def _fault_of_unlisted(folder: Path) -> str | None:
+    weights, states = sorted(folder.glob("*.safetensors")), sorted(folder.glob("rng_state*.pth"))
+    for name, found in (("weights (*.safetensors)", weights), ("rng_state.pth", states)):
+        if not found:
+            return f"{name} is missing"
+    for path in (*(folder / name for name in (*JSON_FILES, *ARCHIVES)), *weights, *states):
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if not _whole_file(path):
+            return f"{path.name} is cut off"
+    return None
+
+
+def _whole_file(path: Path) -> bool:
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        else:
+            return zipfile.is_zipfile(path)
+    except (ValueError, SafetensorError):
+        return False
+    return True
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """Everything in a run's folder that has the name of a checkpoint, by step."""
+    found = {checkpoint_step(folder): folder for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()}
+    return dict(sorted((step, folder) for step, folder in found.items() if step is not None))
+
+
+def whole_checkpoints(run: Path) -> dict[int, Path]:
+    """The whole checkpoints in a run's folder, by step."""
+    return {step: folder for step, folder in checkpoints(run).items() if fault(folder) is None}
+
+
+def last_checkpoint(run: str | os.PathLike[str]) -> str | None:
+    """The whole checkpoint with the most steps in a run's folder, to resume from; None if there is none."""
+    for folder in reversed(checkpoints(Path(run)).values()):
+        problem = fault(folder)
+        if problem is None:
+            return str(folder)
+        logger.warning("%s is passed over: %s", folder, problem)
+    return None
+
+
+# ---- writing and deleting ----
+
+
+def clear(folder: Path) -> None:
+    """Remove a folder and what is in it, if it is there."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder flushed to the disk."""
+    if path.is_file():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+    elif os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish(written: Path, target: Path) -> None:
+    """Give a checkpoint that is completely written its name, in one step, once it has reached the disk."""
+    paths = sorted(written.rglob("*"))
+    write_json(
+        written / LISTING,
+        {"files": {path.relative_to(written).as_posix(): path.stat().st_size for path in paths if path.is_file()}},
+    )
+    for path in (*paths, written):
+        sync(path)
+    if target.exists():  # of an earlier attempt at the same step
+        discard(target)
+    written.replace(target)
+    sync(target.parent)
+
+
+def move_files(written: Path, target: Path) -> None:
+    """Move the files of a model to ``target``, each in one step, ``config.json``, by which a model is known, last."""
+    for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
+        sync(path)
+        path.replace(target / path.name)
+    sync(target)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint: under its name it is whole or gone."""
+    bin_folder = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
+    clear(bin_folder)
+    bin_folder.parent.mkdir(exist_ok=True)
+    checkpoint.replace(bin_folder)
+    shutil.rmtree(bin_folder, ignore_errors=True)
+
+
+def rotate(run: Path, limit: int | None, keep: Collection[Path]) -> None:
+    """Delete the oldest whole checkpoints beyond ``limit``, those to ``keep`` excepted."""
+    if not limit or limit < 0:
+        return
+    whole = sorted(whole_checkpoints(run).values(), key=lambda folder: folder.stat().st_mtime_ns)
+    surplus = max(len(whole) - max(limit, len(keep)), 0)
+    for old in [folder for folder in whole if folder not in keep][:surplus]:
+        discard(old)
+
+
+class DiskFull(OSError):
+    """There is no room for a file of the run; the message says for what."""
+
+
+@contextmanager
+def disk_errors(what: object) -> Iterator[None]:
+    """Turn what Python, torch and safetensors raise when a disk is full into `DiskFull`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in FULL
+        if not full and not any(text in str(error) for text in FULL_MESSAGES):
+            raise
+        raise DiskFull(
+            f"no room on the disk, or in the quota, for {what}; make room and run the same command again: it goes on "
+            "from its last checkpoint"
+        ) from error

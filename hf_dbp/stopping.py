@@ -1,0 +1,106 @@
+"""SIGTERM and SIGINT during training: the step is finished, a checkpoint saved, the process ends with 128 + signal.
+
+Processes of a run receive the signal at different moments, so they agree on the step: after each one all-reduces the
+largest signal number it has received, and reads the result of the step before, which costs no waiting for a device.
+What transformers brings for this (`enable_jit_checkpoint`) knows SIGTERM alone, saves in the middle of a step, at
+whatever step each process is, and then ends the run as if it had been trained to its end.
+
+A second signal ends the process at once. Launchers pass on what a terminal or a scheduler has already sent to the whole
+group: signals within a second count as one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import TrainerCallback
+
+__all__ = ["StopOnSignal", "Stopped"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SECONDS = 1.0
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal, after its checkpoint was saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Has a checkpoint saved after the step in which a signal came, and raises `Stopped` then."""
+
+    def __init__(self) -> None:
+        self.received, self._received_at = 0, 0.0
+        self.agreed = 0
+        self._underway: tuple[Tensor, Any] | None = None
+        self._leaving = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Receive signals here; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._received_at = number, now
+        elif now - self._received_at > SAME_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.agreed, self._underway, self._leaving = 0, None, False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.agreed = self.agreed or self._agree(args)
+        if not float(state.epoch).is_integer():  # what an epoch's end still brings belongs before the checkpoint
+            self._leave(control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._leave(control)
+
+    def _leave(self, control: Any) -> None:
+        if self.agreed:
+            self._leaving = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._leaving:
+            raise Stopped(self.agreed)
+
+    def _agree(self, args: Any) -> int:
+        """The largest signal number of any process: now if there is one process, else as of the step before."""
+        if args.world_size == 1:
+            return self.received
+        answer = 0
+        if self._underway is not None:
+            number, copied = self._underway
+            if copied is not None:
+                copied.synchronize()
+            answer = int(number)
+        number, copied = torch.full((), self.received, dtype=torch.int32, device=args.device), None
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        if number.is_cuda:
+            number, copied = number.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        self._underway = number, copied
+        return answer
