@@ -54,6 +54,9 @@ class DecorrelationArguments:
         default=None, metadata={"help": "Use at least this many times D rows where the batch has them."}
     )
     row_cap: float | None = field(default=None, metadata={"help": "Use at most this many times D rows."})
+    bound_eta: bool = field(
+        default=True, metadata={"help": "Keep eta, layer by layer, below 1 / the largest eigenvalue of cov(z)."}
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta < 1.0:
@@ -73,14 +76,70 @@ class DecorrelationArguments:
         return RowSampling(self.sample_fraction, self.row_floor, self.row_cap, shares)
 
 
+class ShareCounts:
+    """How often each layer took less than all of eta (`update_decorrelation`), counted on the device."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.last = torch.ones(1)  # shares of the last update (layers,)
+        self.counts = torch.empty(0)  # (3, layers): reduced steps, skipped steps, smallest positive share
+        self.before: dict[str, Any] = {}
+        self.told = 0
+
+    def preset(self, results: dict[str, Any]) -> None:
+        """Go on from the results of an earlier part of the run."""
+        self.before = {"reduced_eta": {}, "skipped_R": {}} | results
+
+    def add(self, shares: dict[str, Tensor]) -> None:
+        """The shares of one update."""
+        self.last = torch.stack(list(shares.values()))
+        if not self.names:
+            self.names = list(shares)
+            self.counts = torch.stack([torch.zeros_like(self.last)] * 2 + [torch.ones_like(self.last)]).double()
+        skipped = self.last == 0
+        self.counts[0] += (self.last < 1) & ~skipped
+        self.counts[1] += skipped
+        self.counts[2] = torch.minimum(self.counts[2], self.last.masked_fill(skipped, 1.0))
+
+    def results(self) -> dict[str, Any]:
+        """``reduced_eta`` {layer: {steps, largest_factor}} and ``skipped_R`` {layer: steps}; one synchronisation."""
+        reduced, skipped = dict(self.before.get("reduced_eta", {})), dict(self.before.get("skipped_R", {}))
+        for name, times, skips, smallest in zip(self.names, *self.counts.tolist(), strict=False):
+            if times:
+                old = reduced.get(name, {"steps": 0, "largest_factor": 1.0})
+                factor = max(old["largest_factor"], round(1 / smallest, 4))
+                reduced[name] = {"steps": old["steps"] + int(times), "largest_factor": factor}
+            if skips:
+                skipped[name] = skipped.get(name, 0) + int(skips)
+        return {"reduced_eta": reduced, "skipped_R": skipped}
+
+    def logs(self) -> dict[str, float]:
+        """What to log once eta was reduced: layers, their steps in all, the largest factor. Warns of more layers."""
+        reduced = self.results()["reduced_eta"]
+        if not reduced:
+            return {}
+        worst = max(reduced, key=lambda name: reduced[name]["largest_factor"])
+        factor, steps = reduced[worst]["largest_factor"], sum(layer["steps"] for layer in reduced.values())
+        if len(reduced) > self.told:
+            self.told = len(reduced)
+            logger.warning(
+                "eta is too large for %d layers, most for %s, by a factor of %.3g: it is reduced there where it acts. "
+                "Lower --eta if this goes on",
+                len(reduced), worst, factor,
+            )  # fmt: skip
+        return {"reduced_eta_layers": len(reduced), "reduced_eta_steps": steps, "reduced_eta_largest_factor": factor}
+
+
 class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
     """Updates every R of a model once per optimizer step, right after it: ``R <- R - eta_t * C R``.
 
     eta_t = eta * update_interval * (learning rate / peak learning rate if it decays, else 1), zero after ``eta_stop``.
-    Rows are drawn from all micro-batches of the step. A step that the gradient scaler skipped updates nothing.
+    Rows are drawn from all micro-batches of the step. A step that was skipped, by the gradient scaler or by a guard
+    that took the gradients away, updates nothing. Each layer takes the share of eta_t that is stable, unless
+    ``bound_eta`` is off.
 
     Before each log the decorrelation loss and the mean squared correlation, averaged over layers, join the logs;
-    `per_layer` holds them for every layer.
+    `per_layer` holds them for every layer. So does what the bound on eta did, once it acted; `shares` holds the counts.
 
     Args:
         arguments: eta, kappa, schedule, sample.
@@ -92,6 +151,7 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         self.seed = seed
         self.last_step = 0
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}
+        self.shares = ShareCounts()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -113,14 +173,16 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         step = state.global_step
-        if kwargs["optimizer"].step_was_skipped:
+        if kwargs["optimizer"].step_was_skipped or all(p.grad is None for p in model.parameters()):
             discard_rows(model)
             return
         if self.is_log_step(args, step):
             self.measured = measure_decorrelation(model)
         if self.is_update_step(step):
             eta = self.arguments.eta * self.arguments.update_interval * self.decay(args, state, kwargs["lr_scheduler"])
-            update_decorrelation(model, eta=eta, kappa=self.arguments.kappa)
+            self.shares.add(
+                update_decorrelation(model, eta=eta, kappa=self.arguments.kappa, bound=self.arguments.bound_eta)
+            )
         else:
             discard_rows(model)
 
@@ -133,8 +195,8 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if logs is not None and "loss" in logs and self.measured:
-            logs |= self.means()
-            state.log_history[-1] |= self.means()
+            logs |= self.means() | self.shares.logs()
+            state.log_history[-1] |= logs
 
     def is_update_step(self, step: int) -> bool:
         """Whether R is updated at this step (counted from 0)."""

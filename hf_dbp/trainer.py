@@ -162,6 +162,8 @@ class MAETrainer(ResumingTrainer):
             if "feeding" in before.data:
                 adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
             self.record.rows, self.record.results = before.rows, before.results
+            if self.decorrelation is not None:
+                self.decorrelation.shares.preset(before.results.get("guards", {}))
         spent = self.record.results
         self.clock.preset(
             spent.get("train_seconds", 0.0), spent.get("kwh", 0.0) if self.is_world_process_zero() else 0.0
@@ -171,7 +173,7 @@ class MAETrainer(ResumingTrainer):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.clock.stop()
-        self.record.results |= self.costs() | self.input_results()
+        self.record.results |= self.costs() | self.input_results() | self.guard_results()
         return output
 
     def costs(self) -> dict[str, float]:
@@ -191,6 +193,10 @@ class MAETrainer(ResumingTrainer):
             "input": self.input.totals(self.clock.seconds),
             "unreadable": unreadable_images(self.record.results.get("unreadable", {}), *lists),
         }
+
+    def guard_results(self) -> dict[str, Any]:
+        """What the numerical guards did so far, for the record."""
+        return {"guards": self.decorrelation.shares.results() if self.decorrelation is not None else {}}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
@@ -232,7 +238,7 @@ class MAETrainer(ResumingTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self.clock.paused():
-            self.record.results |= self.costs() | self.input_results()
+            self.record.results |= self.costs() | self.input_results() | self.guard_results()
             super()._save_checkpoint(*args, **kwargs)
 
     def _write_model(self, *args: Any, **kwargs: Any) -> None:

@@ -5,7 +5,10 @@ A hand-written loop needs one line after the optimizer's:
     loss.backward(); optimizer.step(); optimizer.zero_grad()
     update_decorrelation(model, eta=5e-4)
 
-Processes. Each adds its rows' sums (`covariance_sums`, D x D + D + 1 numbers per layer); the sums are all-reduced, so
+Guards. Each layer takes the share of eta that is stable on its rows (`step_share`): all of it in the paper's regime, to
+the bit; none where a row, R or a sum is not finite, so that R stays as it is. Both are decided on the device.
+
+Processes. Each adds its rows' sums (`covariance_sums`, D x D + D + 2 numbers per layer); the sums are all-reduced, so
 that R follows from all processes' rows and is the same everywhere to the bit.
 
 Speed. Layers of one width are reduced in one collective and updated by batched products, in groups of at most
@@ -30,7 +33,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_dbp.conversion import decorrelated_layers
-from hf_dbp.functional import covariance_sums, decorrelation_metrics, decorrelation_step_, second_moment_sums
+from hf_dbp.functional import (
+    covariance_sums,
+    decorrelation_metrics,
+    decorrelation_step_,
+    second_moment_sums,
+    step_share,
+)
 from hf_dbp.layers import Decorrelation, RowSampling
 
 __all__ = [
@@ -45,7 +54,7 @@ __all__ = [
 GROUP_NUMBERS = 2**24  # matrix entries that one batched update may hold: 64 MiB in float32
 
 Layers = list[tuple[Tensor, Decorrelation]]  # each with the rows gathered for it
-Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # rows (L, M, D), R (L, D, D) -> sums (L, D, D) and (L, D)
+Sums = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # rows (L, M, D), R (L, D, D) -> sums (L, D, D), (L, D), (L,)
 
 
 def decorrelations(module: nn.Module) -> list[tuple[str, Decorrelation]]:
@@ -87,7 +96,9 @@ def seed_sampling(module: nn.Module, *, seed: int, step: int, rank: int = 0) -> 
 
 
 @torch.no_grad()
-def update_decorrelation(module: nn.Module, *, eta: float = 5e-4, kappa: float = 0.0) -> None:
+def update_decorrelation(
+    module: nn.Module, *, eta: float = 5e-4, kappa: float = 0.0, bound: bool = True
+) -> dict[str, Tensor]:
     """Update every R below ``module`` from the rows gathered since the last update, and drop the rows.
 
     Call it once per optimizer step, on every process.
@@ -96,18 +107,27 @@ def update_decorrelation(module: nn.Module, *, eta: float = 5e-4, kappa: float =
         module: a module with decorrelated layers that ran forward in train mode.
         eta: learning rate of R (paper: 5e-4).
         kappa: weight of the pull of the variances to 1 (paper: 0).
+        bound: keep eta inside its stable range, layer by layer.
+
+    Returns:
+        layer name -> the share of eta that was taken, a scalar on the device: 1 unless ``bound`` acted, 0 where the
+        statistics were not finite and R was left as it was. Alike on every process.
 
     Raises:
         ValueError: no rows were gathered (no forward in train mode, or gathering is off).
     """
+    shares: dict[int, Tensor] = {}
     for layers in gathered_groups(module):
         R_LDD = stacked([decorrelation.R for _, decorrelation in layers])
-        zzR_LDD, zz_LD, count_L = reduced_sums(layers, covariance_sums)
-        decorrelation_step_(R_LDD, zzR_LDD, zz_LD, count_L, eta=eta, kappa=kappa)
+        zzR_LDD, zz_LD, largest_L, count_L = reduced_sums(layers, covariance_sums)
+        share_L = step_share(zzR_LDD, largest_L if bound else None, count_L, eta=eta)
+        decorrelation_step_(R_LDD, zzR_LDD, zz_LD, count_L, eta=eta, kappa=kappa, share=share_L)
+        shares |= {id(d): share for (_, d), share in zip(layers, share_L, strict=True)}
         if len(layers) > 1:
             torch._foreach_copy_([decorrelation.R for _, decorrelation in layers], list(R_LDD.unbind()))
     discard_rows(module)
     torch._foreach_add_([d.key for _, d in decorrelations(module)], 1)  # other rows next time, also if never seeded
+    return {name: shares[id(d)] for name, d in decorrelations(module) if id(d) in shares}
 
 
 @torch.no_grad()
@@ -144,8 +164,8 @@ def gathered_groups(module: nn.Module) -> Iterator[Layers]:
             yield layers[first : first + size]
 
 
-def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-    """The two sums and the row count (L,) of each layer, over the rows of all processes.
+def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, ...]:
+    """The sums and the row count (L,) of each layer, over the rows of all processes.
 
     Layers whose rows have one shape share batched products; a group is reduced in one collective.
     """
@@ -153,23 +173,22 @@ def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
     for i, (rows, _) in enumerate(layers):
         by_shape[rows.shape, rows.dtype].append(i)
     device = layers[0][1].R.device
-    matrices, vectors, counts = ([torch.empty(0)] * len(layers) for _ in range(3))
+    found: list[tuple[Tensor, ...]] = [()] * len(layers)
     with torch.autocast(device.type, enabled=False), tf32_products(device):
         for members in by_shape.values():
             x_LMD = stacked([layers[i][0] for i in members])
-            matrix_LDD, vector_LD = sums(x_LMD, stacked([layers[i][1].R for i in members]))
-            count_L = vector_LD.new_full((len(members),), x_LMD.shape[1])
-            for i, *triple in zip(members, matrix_LDD, vector_LD, count_L, strict=True):
-                matrices[i], vectors[i], counts[i] = triple
-    matrix_LDD, vector_LD, count_L = (
-        (matrix_LDD, vector_LD, count_L) if len(by_shape) == 1 else map(torch.stack, (matrices, vectors, counts))
-    )
+            results = sums(x_LMD, stacked([layers[i][1].R for i in members]))
+            results = (*results, results[0].new_full((len(members),), x_LMD.shape[1]))
+            for i, *parts in zip(members, *results, strict=True):
+                found[i] = tuple(parts)
+    if len(by_shape) > 1:
+        results = tuple(map(torch.stack, zip(*found, strict=True)))
     if not is_distributed():
-        return matrix_LDD, vector_LD, count_L
-    flat = torch.cat([matrix_LDD.flatten(), vector_LD.flatten(), count_L])
+        return results
+    flat = torch.cat([part.flatten() for part in results])
     dist.all_reduce(flat)
-    matrix, vector, count_L = torch.split(flat, [matrix_LDD.numel(), vector_LD.numel(), count_L.numel()])
-    return matrix.view_as(matrix_LDD), vector.view_as(vector_LD), count_L
+    pieces = torch.split(flat, [part.numel() for part in results])
+    return tuple(piece.view_as(part) for piece, part in zip(pieces, results, strict=True))
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:

@@ -48,9 +48,9 @@ def etas(monkeypatch):
     """Records the eta of every update and passes it on."""
     seen = []
 
-    def record(model, *, eta, kappa):
+    def record(model, *, eta, **options):
         seen.append(eta)
-        update_decorrelation(model, eta=eta, kappa=kappa)
+        return update_decorrelation(model, eta=eta, **options)
 
     monkeypatch.setattr("hf_dbp.callbacks.update_decorrelation", record)
     return seen
@@ -83,15 +83,18 @@ def test_a_skipped_optimizer_step_leaves_r_and_drops_its_rows(monkeypatch):
     args = SimpleNamespace(gradient_accumulation_steps=1, world_size=1, logging_steps=100, process_index=0)
     state = SimpleNamespace(global_step=3, max_steps=10)
     callback.on_train_begin(args, state, None, model)
-    for skipped in (True, False):
+    for skipped in ("scaler", "gradients", None):
+        model.zero_grad()
         callback.on_step_begin(args, state, None, model)
-        model(torch.randn(16, 6), torch.zeros(16, 1))
+        model(torch.randn(16, 6), torch.zeros(16, 1))["loss"].backward()
         scheduler = SimpleNamespace(get_last_lr=lambda: [1.0], base_lrs=[1.0])
         monkeypatch.setattr(callback, "decay", lambda *_: 1.0)
-        optimizer = SimpleNamespace(step_was_skipped=skipped)
+        optimizer = SimpleNamespace(step_was_skipped=skipped == "scaler")
+        if skipped == "gradients":
+            model.zero_grad()
         callback.on_optimizer_step(args, state, None, model, optimizer=optimizer, lr_scheduler=scheduler)
         R = model.layers[0].decorrelation.R
-        assert torch.equal(R, torch.eye(6)) == skipped
+        assert torch.equal(R, torch.eye(6)) == (skipped is not None)
         assert model.layers[0].decorrelation.rows is None
 
 

@@ -14,8 +14,10 @@ from hf_dbp.functional import (
     decorrelation_metrics,
     decorrelation_step_,
     fused_weight,
+    largest_eigenvalue,
     sample_rows,
     second_moment_sums,
+    step_share,
 )
 
 
@@ -87,7 +89,8 @@ def hand_step(x: Tensor, R: Tensor, eta: float, kappa: float) -> Tensor:
 def test_step_is_the_formula(rows: int, kappa: float) -> None:
     x, R, eta = double(2, rows, 6), near_identity(2, 6), 0.05
     by_hand = torch.stack([hand_step(*pair, eta, kappa) for pair in zip(x, R, strict=True)])
-    stepped = decorrelation_step_(R, *covariance_sums(x, R), torch.tensor(rows, dtype=x.dtype), eta=eta, kappa=kappa)
+    zzR, zz, _ = covariance_sums(x, R)
+    stepped = decorrelation_step_(R, zzR, zz, torch.tensor(rows, dtype=x.dtype), eta=eta, kappa=kappa)
     assert stepped is R
     torch.testing.assert_close(stepped, by_hand, rtol=1e-12, atol=1e-12)
 
@@ -96,7 +99,9 @@ def test_sums_over_parts_add_up_to_the_sums_over_all() -> None:
     x, R = double(20, 6), near_identity(6)
     parts = [covariance_sums(part, R) for part in x.split(4)]  # 4 rows < 6 features < 20 rows
     whole = covariance_sums(x, R)
-    for part_sums, total in zip(zip(*parts, strict=True), whole, strict=True):
+    *parts, largest = zip(*parts, strict=True)
+    assert whole[2] <= sum(largest)  # a bound
+    for part_sums, total in zip(parts, whole[:2], strict=True):
         torch.testing.assert_close(sum(part_sums), total, rtol=1e-12, atol=1e-12)
 
 
@@ -106,7 +111,7 @@ def test_repeated_steps_make_the_covariance_diagonal(kappa: float) -> None:
     x = x / x.square().mean().sqrt()
     before, _ = decorrelation_metrics(x.T @ x / len(x))
     for _ in range(4000):
-        decorrelation_step_(R, *covariance_sums(x, R), torch.tensor(len(x), dtype=x.dtype), eta=0.1, kappa=kappa)
+        decorrelation_step_(R, *covariance_sums(x, R)[:2], torch.tensor(len(x), dtype=x.dtype), eta=0.1, kappa=kappa)
     second = second_moment_sums(x, R)[0] / len(x)
     torch.testing.assert_close(second, (x @ R.T).T @ (x @ R.T) / len(x), rtol=1e-12, atol=1e-12)
     after, correlation = decorrelation_metrics(second)
@@ -180,3 +185,49 @@ def test_another_key_draws_other_rows_and_the_same_key_the_same() -> None:
     assert torch.equal(draws[0], draws[1])
     shared = [len(set(draws[0].tolist()) & set(other.tolist())) for other in draws[2:]]
     assert max(shared) < 30  # 10 expected by chance
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_largest_eigenvalue_is_never_exceeded_and_mostly_found(scale: float) -> None:
+    """Noise, a direction that stands out, a mean; more rows than features, and fewer; at least half, and all but a
+    tenth of one that is four times the next."""
+    separate = 0
+    for _ in range(300):
+        rows, features = torch.randint(2, 60, (2,)).tolist()
+        direction = torch.nn.functional.normalize(double(features), dim=0)
+        outlier, mean = 10 * torch.rand(()) * double(rows, 1), 5 * torch.randint(2, ()) * double(())
+        z = scale * (double(rows, features) + outlier * direction + mean)
+        true = torch.linalg.eigvalsh(z.T @ z)
+        found = largest_eigenvalue(torch.stack([z, 2 * z])) / true[-1] / torch.tensor([1, 4])
+        assert (found <= 1 + 1e-9).all()
+        separate += (stands_out := true[-1] > 4 * true[-2])
+        assert (found > (0.9 if stands_out else 0.5)).all(), (rows, features)
+    assert 100 < separate < 250
+
+
+def test_rows_without_any_size_or_of_any_kind_have_a_largest_eigenvalue() -> None:
+    alternating = torch.tensor([1.0, -1.0]).repeat(20).unsqueeze(-1).expand(40, 8)
+    for z, true in ((torch.zeros(5, 8), 0.0), (torch.ones(40, 8), 320.0), (alternating, 320.0)):
+        assert largest_eigenvalue(z).item() == pytest.approx(true)
+    assert not largest_eigenvalue(torch.full((5, 8), math.nan)).isfinite()
+
+
+def test_the_share_is_what_is_stable() -> None:
+    finite, eta = torch.ones(7, 2, 2), 0.1
+    finite[5, 0, 1], finite[6, 1, 1] = math.nan, 1e30
+    largest = torch.tensor([0.0, 99.0, 100.0, 400.0, math.nan, 1.0, 1.0])
+    count = torch.full((7,), 10.0)
+    assert step_share(finite, largest, count, eta=eta).tolist() == [1.0, 1.0, 1.0, 0.25, 0.0, 0.0, 0.0]
+    assert step_share(finite, largest, count, eta=0.0).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert step_share(finite, None, count, eta=eta).tolist() == [1.0] * 5 + [0.0] * 2
+
+
+def test_a_share_scales_the_step_and_none_leaves_r_to_the_bit() -> None:
+    x, R = double(3, 8, 6), near_identity(3, 6)
+    sums = covariance_sums(x, R)[:2]
+    sums[0][2], sums[1][2] = math.nan, math.inf
+    share, count = torch.tensor([1.0, 0.25, 0.0], dtype=x.dtype), torch.full((3,), 8.0, dtype=x.dtype)
+    stepped = decorrelation_step_(R.clone(), *sums, count, eta=0.1, kappa=0.3, share=share)
+    for k, eta in enumerate((0.1, 0.025, 0.0)):
+        torch.testing.assert_close(stepped[k], hand_step(x[k], R[k], eta, 0.3), rtol=1e-12, atol=1e-12)
+    assert torch.equal(stepped[2], R[2])

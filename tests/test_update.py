@@ -183,6 +183,68 @@ def test_tf32_is_set_for_the_products_alone() -> None:
     assert flags.allow_tf32 is False  # the older switch still answers
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_rows_that_are_not_finite_do_not_reach_r(value: float) -> None:
+    """The layer concerned keeps its R to the bit and says so; the others take their step."""
+    module = convert_to_decorrelated(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))).train()
+    configure_sampling(module, RowSampling(fraction=1.0))
+    before = matrices(module)
+    module(torch.randn(30, 6))
+    module[1].decorrelation.rows[3, 2] = value
+    shares = update_decorrelation(module, eta=0.01)
+    assert {name: share.item() for name, share in shares.items()} == {"0": 1.0, "1": 0.0}
+    after = matrices(module)
+    assert torch.equal(before[1], after[1])
+    assert not torch.equal(before[0], after[0])
+    assert after[0].isfinite().all()
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_r_is_finite_even_where_eta_makes_it_diverge(bound: bool) -> None:
+    module = convert_to_decorrelated(nn.Sequential(nn.Linear(6, 6))).train()
+    configure_sampling(module, RowSampling(fraction=1.0))
+    shares, losses = [], []
+    for _ in range(60):
+        module(torch.randn(40, 1) + 0.1 * torch.randn(40, 6))
+        losses.append(measure_decorrelation(module)["0"][0].item())
+        shares.append(update_decorrelation(module, eta=50.0, bound=bound)["0"].item())
+        assert matrices(module)[0].isfinite().all()
+    if bound:
+        assert 0 < min(shares) < 0.01
+        assert max(losses) == losses[0]
+    else:
+        assert set(shares) == {0.0, 1.0}
+        assert max(losses) > 1e6 * losses[0]
+
+
+def test_the_bound_changes_no_bit_where_eta_is_stable() -> None:
+    results = []
+    for bound in (True, False):
+        torch.manual_seed(1)
+        module = model()
+        for _ in range(5):
+            module(inputs(30))
+            assert {share.item() for share in update_decorrelation(module, eta=0.01, bound=bound).values()} == {1.0}
+        results.append(matrices(module))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(("features", "variance"), [(768, 1.0), (1024, 1.0), (3072, 0.6)])
+def test_the_papers_eta_is_stable_on_inputs_that_all_move_together(features: int, variance: float) -> None:
+    """The largest eigenvalue that normalised inputs of ViT-B and ViT-L can have: the bound leaves every bit alone."""
+    results = []
+    for bound in (True, False):
+        torch.manual_seed(1)
+        with torch.device("meta"):
+            linear = nn.Linear(features, 1)
+        module = convert_to_decorrelated(nn.Sequential(linear.to_empty(device="cpu"))).train()
+        module[0].decorrelation.rows = variance**0.5 * torch.randn(40, 1).sign().expand(40, features)
+        assert update_decorrelation(module, eta=5e-4, bound=bound)["0"].item() == 1.0
+        results.append(matrices(module)[0])
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.eye(features))
+
+
 class HostReads(TorchDispatchMode):
     """Counts the operators that make a host wait for a device: reads of a value, and shapes that depend on one."""
 
@@ -226,4 +288,10 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     torch.testing.assert_close(first["together"], first["alone"], rtol=1e-6, atol=1e-6)
     assert all(map(torch.equal, first["sampled"], second["sampled"]))
     assert torch.equal(first["measured"], second["measured"])
+    assert all(map(torch.equal, first["bounded"], second["bounded"]))
+    assert all(R.isfinite().all() for R in first["bounded"])
+    assert torch.equal(first["shares"], second["shares"])
+    assert first["shares"][0] == 0  # the second process saw a value that is not finite
+    assert (first["shares"][1:] > 0).all()
+    assert (first["shares"][1:] < 1).any()
     assert not torch.equal(first["rows"], second["rows"])

@@ -24,7 +24,7 @@ def model(fraction: float) -> nn.Module:
     return converted
 
 
-def train(module: nn.Module, batches: list[Tensor], steps: int = 3) -> list[Tensor]:
+def train(module: nn.Module, batches: list[Tensor], steps: int = 3, eta: float = 0.1) -> list[Tensor]:
     """A few steps of the optimizer and of R; the matrices at the end. The weights get no gradient of their own here."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.1)
     for step in range(steps):
@@ -33,7 +33,7 @@ def train(module: nn.Module, batches: list[Tensor], steps: int = 3) -> list[Tens
             module(batch).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        update_decorrelation(module, eta=0.1)
+        update_decorrelation(module, eta=eta)
     return [layer.decorrelation.R for _, layer in decorrelated_layers(module)]
 
 
@@ -44,8 +44,16 @@ def distributed_results(rank: int) -> dict[str, object]:
     sampled = train(module, BATCHES[rank::2])
     module(BATCHES[rank])
     measured = torch.stack([torch.stack(pair) for pair in measure_decorrelation(module).values()])
-    rows = module.module[0].decorrelation.rows
-    return {"together": together, "sampled": sampled, "rows": rows[:2], "measured": measured}
+    rows = module.module[0].decorrelation.rows[:2]
+    unstable = DistributedDataParallel(model(1.0))
+    train(unstable, BATCHES[rank::2], eta=20.0)
+    unstable(BATCHES[rank])
+    if rank == 1:
+        unstable.module[0].decorrelation.rows[0, 0] = float("nan")
+    shares = torch.stack(list(update_decorrelation(unstable, eta=20.0).values()))
+    bounded = [layer.decorrelation.R for _, layer in decorrelated_layers(unstable)]
+    found = {"together": together, "sampled": sampled, "rows": rows, "measured": measured}
+    return found | {"bounded": bounded, "shares": shares}
 
 
 def main() -> None:
