@@ -107,6 +107,13 @@ class ModelArguments:
             "Default: random parts, from a fifth to all of an image, made smaller to --image_size."
         },
     )
+    augment_on_device: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let workers read the parts of 8-bit images as bytes, and flip, resize and normalise them on the "
+            "device. Default: on a GPU."
+        },
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})

@@ -156,6 +156,8 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if args.torch_compile:  # else every checkpointed block breaks the graph: gathering rows is a side effect
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         configure_sampling(model, self.arguments.sampling(args.gradient_accumulation_steps * args.world_size))
         discard_rows(model)
         self.last_step = int(self.arguments.eta_stop * state.max_steps)

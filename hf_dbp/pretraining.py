@@ -31,7 +31,7 @@ from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_image_size
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import step_images, user_message
+from hf_dbp.data.feeding import augments_on_device, feed_fast, step_images, user_message
 from hf_dbp.data.images import ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
@@ -65,6 +65,7 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
 
@@ -80,8 +81,7 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         check_country(self.country)
         self.remove_unused_columns = False
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
+        feed_fast(self)
         self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
@@ -226,6 +226,7 @@ def run(
     set_seed(args.seed)
     train_data, eval_data, num_channels = prepare_data(data_args, model_args, args.seed)
     check_run(args, train_data)
+    train_data.on_device = augments_on_device(model_args.augment_on_device, args, train_data.images)
     model = build_model(model_args, num_channels, args.seed)
     record = RunRecord("pretraining", model_args.method, model_args.optimizer, args.seed)
     record.arguments = arguments_record(model_args, data_args, decorrelation_args, args)
@@ -238,6 +239,7 @@ def run(
         "channels": num_channels,
         "mean": train_data.mean.tolist(),
         "std": train_data.std.tolist(),
+        "augmented_on_device": train_data.on_device,
     }
     if train_data.images.subset:
         record.data["subset"] = train_data.images.subset

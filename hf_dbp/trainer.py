@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
-from hf_dbp.data.masked import EvaluationViews, evaluation_collate
+from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, checked_schedule, decay_groups
 from hf_dbp.records import RunRecord
@@ -71,7 +71,7 @@ class MAETrainer(ResumingTrainer):
         meter: Meter | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(data_collator=collate, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
         self.clock, self.timer = TrainingClock(meter), StepTimer()
@@ -98,6 +98,7 @@ class MAETrainer(ResumingTrainer):
             batch_size=self.args.eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             collate_fn=evaluation_collate,
+            pin_memory=self.args.dataloader_pin_memory,
         )
 
     @torch.no_grad()
@@ -198,8 +199,9 @@ class MAETrainer(ResumingTrainer):
         """What the numerical guards did so far, for the record."""
         return {"guards": self.decorrelation.shares.results() if self.decorrelation is not None else {}}
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        views = self.train_dataset.finished(self._prepare_inputs(inputs))
+        loss: Tensor = super().training_step(model, views, *args, **kwargs)
         self._loss_sum = self._loss_sum + loss * self.current_gradient_accumulation_steps
         self._loss_count += 1
         return loss

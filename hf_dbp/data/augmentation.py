@@ -1,7 +1,7 @@
 """Views of an image: the paper's random resized crop and flip for training, a centre crop for evaluation.
 
 Any number of channels and any bit depth: an image is an array (height, width, channels), uint8, uint16 or float, and is
-resized channel by channel with one bicubic, antialiased step from the crop's box to the view's size.
+resized channel by channel with one bicubic, antialiased step (a = -0.5, as Pillow's) to the view's size.
 
 All randomness comes from the generator passed in, `image_rng(seed, epoch, image)`: a view is a pure function of these
 three, so that a resumed run, another process count and another method see the same views.
@@ -13,10 +13,11 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Box", "center_box", "image_rng", "native_tile", "random_resized_crop", "resized", "unit_range"]
+__all__ = ["Box", "center_box", "cut", "image_rng", "native_tile", "random_resized_crop", "resized", "unit_range"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -79,8 +80,22 @@ def _centered(size: tuple[int, int], aspect: float) -> Box:
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def resized(image_HWC: NDArray[np.generic], view: tuple[int, int], box: Box) -> NDArray[np.generic]:
-    """The box of the image at the view's size, bicubic and antialiased, in the image's dtype (float for others)."""
+def cut(image_HWC: NDArray[Any], box: Box) -> NDArray[Any]:
+    """The pixels of the box, its edges rounded to whole ones; nothing is copied."""
+    left, top, right, bottom = (round(edge) for edge in box)
+    return image_HWC[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def resized(image_HWC: NDArray[np.generic], view: tuple[int, int], box: Box | None = None) -> NDArray[np.generic]:
+    """The image, or its box, at the view's size, bicubic and antialiased, in the image's dtype (float for others).
+
+    Of a box the kernel reaches beyond its edges; of what was `cut` it ends there.
+    """
+    if image_HWC.shape[:2] == view and box is None:
+        return image_HWC
+    if image_HWC.dtype == np.uint8 and image_HWC.shape[2] <= 4 and box is None:
+        return _resized_by_torch(image_HWC, view)
+    box = box or (0.0, 0.0, float(image_HWC.shape[1]), float(image_HWC.shape[0]))
     size = (view[1], view[0])
     if image_HWC.dtype == np.uint8 and image_HWC.shape[2] in (1, 3):
         picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[2] == 1 else image_HWC)
@@ -90,6 +105,13 @@ def resized(image_HWC: NDArray[np.generic], view: tuple[int, int], box: Box) -> 
         image_HWC = image_HWC.astype(np.float32)
     channels = (Image.fromarray(np.ascontiguousarray(channel)) for channel in np.moveaxis(image_HWC, 2, 0))
     return np.stack([np.asarray(c.resize(size, Image.Resampling.BICUBIC, box=box)) for c in channels], axis=-1)
+
+
+def _resized_by_torch(image_HWC: NDArray[Any], view: tuple[int, int]) -> NDArray[Any]:
+    """What Pillow computes in 8-bit steps, by vector instructions: a third of the time."""
+    image_BCHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)[None]
+    view_BCHW = torch.nn.functional.interpolate(image_BCHW, view, mode="bicubic", antialias=True)
+    return np.asarray(view_BCHW[0].permute(1, 2, 0).numpy())
 
 
 def _surroundings(image_HWC: NDArray[Any], view: tuple[int, int], box: Box) -> tuple[NDArray[Any], Box]:

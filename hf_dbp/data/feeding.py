@@ -5,13 +5,50 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
+import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.order import EpochSampler, Lanes
 
-__all__ = ["InputMeter", "adopt_order", "feeding", "make_sampler", "step_images", "unreadable_images", "user_message"]
+__all__ = [
+    "InputMeter",
+    "adopt_order",
+    "augments_on_device",
+    "feed_fast",
+    "feeding",
+    "make_sampler",
+    "step_images",
+    "unreadable_images",
+    "user_message",
+]
+
+
+def feed_fast(args: TrainingArguments) -> None:
+    """Settings of loaders and processes that cost nothing; to be called before `TrainingArguments.__post_init__`.
+
+    Batches in pinned memory and copied while the device computes (with a GPU), workers that outlive an epoch, and no
+    search for parameters without a gradient, of which our models have none.
+    """
+    args.dataloader_pin_memory &= torch.cuda.is_available()
+    args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
+    if args.dataloader_pin_memory and args.accelerator_config is None:
+        args.accelerator_config = {"non_blocking": True}
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
+
+
+def augments_on_device(asked: bool | None, args: TrainingArguments, images: ImageList) -> bool:
+    """Whether the device makes the views: as asked, else on a GPU if the images have 8 bits.
+
+    ValueError if it is asked of other images.
+    """
+    dtype = images.readable(0).dtype
+    if asked and dtype != np.uint8:
+        raise ValueError(f"--augment_on_device is for 8-bit images, these are {dtype}; leave it out")
+    return bool(dtype == np.uint8 and (args.device.type == "cuda" if asked is None else asked))
 
 
 def step_images(args: TrainingArguments) -> int:

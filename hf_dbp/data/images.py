@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_dbp.data.augmentation import unit_range
+from hf_dbp.data.augmentation import Box, unit_range
 from hf_dbp.data.cache import CachedImages, Materialization, materialized
 from hf_dbp.data.decoding import UnreadableImageError, UnreadableImages, decode, to_array
 from hf_dbp.data.folders import file_stamp
+from hf_dbp.data.parts import decode_part
 from hf_dbp.data.sources import (
     BUILT_IN,
     IMAGE_FILES,
@@ -93,9 +94,12 @@ class ImageList:
 
     def __getitem__(self, index: int) -> NDArray[np.generic]:
         """The image. UnreadableImageError if it cannot be decoded; ValueError if that is one too many."""
+        return self._decoded(index, decode)
+
+    def _decoded(self, index: int, decoder: Callable[..., NDArray[np.generic]], *how: Any) -> NDArray[np.generic]:
         value = self.samples[int(index)][self.column]
         try:
-            return decode(value, self.num_channels, value_name(value, f"{self.name} {index}"))
+            return decoder(value, self.num_channels, value_name(value, f"{self.name} {index}"), *how)
         except UnreadableImageError as error:
             self.unreadable.add(index, error)
             raise
@@ -105,9 +109,18 @@ class ImageList:
 
     def readable(self, index: int) -> NDArray[np.generic]:
         """The image, or the next one that can be decoded. ValueError if none can."""
+        return self._readable(index, decode)
+
+    def readable_part(
+        self, index: int, choose: Callable[[tuple[int, int]], Box], view: tuple[int, int]
+    ) -> NDArray[np.generic]:
+        """The part that ``choose`` picks of the image or the next readable one, see `hf_dbp.data.parts.decode_part`."""
+        return self._readable(index, decode_part, choose, view)
+
+    def _readable(self, index: int, decoder: Callable[..., NDArray[np.generic]], *how: Any) -> NDArray[np.generic]:
         for offset in range(len(self)):
             try:
-                return self[(index + offset) % len(self)]
+                return self._decoded((index + offset) % len(self), decoder, *how)
             except UnreadableImageError:
                 continue
         raise ValueError(f"none of the {len(self)} images can be read")

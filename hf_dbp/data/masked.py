@@ -4,6 +4,10 @@
 (seed, epoch, image), for evaluation of (seed, image) alone: the same in every process layout, after every resume, and
 for every method that is compared. `EpochSampler` carries the epoch to the workers as part of the index.
 
+With ``on_device`` a training view is not finished by the loader: it gives the part of the image as uint8 (h, w, C) and
+whether to flip it, `collate` puts the parts of a batch together, and `MaskedImages.finished` makes the views where the
+batch then lies. Only 8-bit images can be fed so.
+
 An image that cannot be read is skipped: in training the next readable one takes its place in the batch, so that batches
 keep their size on every process; evaluation leaves it out (`EvaluationViews`).
 """
@@ -13,17 +17,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_dbp.data.augmentation import center_box, image_rng, native_tile, random_resized_crop, resized, unit_range
+from hf_dbp.data.augmentation import Box, center_box, image_rng, native_tile, random_resized_crop, resized, unit_range
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.order import EpochSampler
+from hf_dbp.data.resampling import collate, resample
 
-__all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "evaluation_collate", "interpolation_loss"]
+__all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "collate", "evaluation_collate", "interpolation_loss"]
 
 EVALUATION = 0x65766C  # stands in place of the epoch
 
@@ -41,6 +47,7 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         seed: of crops, flips and masks.
         flip: chance of a horizontal flip in training views.
         native: views are tiles at native resolution instead of parts of any scale, made smaller.
+        on_device: training views are flipped, resized and normalised on the device.
     """
 
     def __init__(
@@ -54,37 +61,65 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         seed: int,
         flip: float = 0.5,
         native: bool = False,
+        on_device: bool = False,
     ) -> None:
         self.images, self.size, self.seed, self.flip, self.native = images, size, seed, flip, native
+        self.on_device = on_device
         self.num_patches = (size[0] // patch_size) * (size[1] // patch_size)
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
         """The view; where the image cannot be read, one of the next image that can."""
-        return self.view(index, self.images.readable(index[1] if isinstance(index, tuple) else index))
-
-    def view(self, index: int | tuple[int, int], image: NDArray[np.generic]) -> dict[str, Tensor]:
-        """The view of ``image`` that has this index."""
-        epoch, image_index = index if isinstance(index, tuple) else (EVALUATION, index)
-        rng = image_rng(self.seed, epoch, image_index)
-        noise = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
-        shape = (image.shape[0], image.shape[1])
         if isinstance(index, tuple):
-            part = native_tile if self.native else random_resized_crop
-            view = resized(image, self.size, part(rng, shape, self.size))
-            view = view[:, ::-1] if rng.random() < self.flip else view
-        else:
-            box = native_tile(None, shape, self.size) if self.native else center_box(shape, self.size)
-            view = resized(image, self.size, box)
-        return {"pixel_values": self.normalized(view, unit_range(image.dtype)), "noise": noise}
+            return self.training_view(*index)
+        return self.evaluation_view(index, self.images.readable(index))
+
+    def training_view(self, epoch: int, index: int) -> dict[str, Any]:
+        """A random part of the image, perhaps flipped: as a view, or as what `finished` makes one of."""
+        rng = image_rng(self.seed, epoch, index)
+        noise = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
+        draw = native_tile if self.native else random_resized_crop
+
+        def choose(size: tuple[int, int]) -> Box:
+            return draw(rng, size, self.size)
+
+        part = self.images.readable_part(index, choose, self.size)
+        flip = rng.random() < self.flip
+        if self.on_device:
+            if part.dtype != np.uint8:
+                raise ValueError(f"an image of {part.dtype} among 8-bit ones; pass --augment_on_device false")
+            if part.shape[0] > 2 * self.size[0] or part.shape[1] > 2 * self.size[1]:
+                part = resized(part, self.size)  # never more bytes than the finished view has
+            return {"pixel_values": part, "flip": flip, "noise": noise}
+        part = cv2.flip(part, 1).reshape(part.shape) if flip else part
+        return {"pixel_values": self.normalized(resized(part, self.size), unit_range(part.dtype)), "noise": noise}
+
+    def finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The views of a batch of `collate`, made on the device that it lies on."""
+        if "flip" not in batch:
+            return batch
+        pixels_BCHW = resample(batch["pixel_values"], batch["sizes"], batch["flip"], self.size)
+        for channel, (mean, std) in enumerate(zip(self.mean.tolist(), self.std.tolist(), strict=True)):
+            pixels_BCHW[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
+        return {"pixel_values": pixels_BCHW, "noise": batch["noise"]}
+
+    def evaluation_view(self, index: int, image: NDArray[np.generic]) -> dict[str, Tensor]:
+        """The central part of ``image``, with the mask of this index."""
+        noise = image_rng(self.seed, EVALUATION, index).random(self.num_patches, dtype=np.float32)
+        shape = (image.shape[0], image.shape[1])
+        box = native_tile(None, shape, self.size) if self.native else center_box(shape, self.size)
+        pixels = self.normalized(resized(image, self.size, box), unit_range(image.dtype))
+        return {"pixel_values": pixels, "noise": torch.from_numpy(noise)}
 
     def normalized(self, view_HWC: NDArray[Any], factor: float) -> Tensor:
         """(H, W, C) stored values -> (C, H, W) float32 with zero mean and unit variance per channel."""
-        pixels = (view_HWC * np.float32(factor) - self.mean) / self.std
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), 2, 0)))
+        pixels_CHW = np.moveaxis(view_HWC, 2, 0).astype(np.float32, order="C")
+        pixels_CHW *= (np.float32(factor) / self.std)[:, None, None]
+        pixels_CHW -= (self.mean / self.std)[:, None, None]
+        return torch.from_numpy(pixels_CHW)
 
 
 class EvaluationViews(torch.utils.data.Dataset[dict[str, Tensor] | None]):
@@ -98,7 +133,7 @@ class EvaluationViews(torch.utils.data.Dataset[dict[str, Tensor] | None]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor] | None:
         try:
-            return self.data.view(self.indices[index], self.data.images[self.indices[index]])
+            return self.data.evaluation_view(self.indices[index], self.data.images[self.indices[index]])
         except UnreadableImageError:
             return None
 

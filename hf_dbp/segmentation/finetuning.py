@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from transformers import (
     BeitImageProcessorPil,
@@ -26,7 +25,7 @@ from transformers import (
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import user_message
+from hf_dbp.data.feeding import feed_fast, user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
 from hf_dbp.model_card import write_card
@@ -158,6 +157,7 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (mean IoU)."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
@@ -165,9 +165,7 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False
-        self.ddp_find_unused_parameters = False  # UperNet uses all of them
-        if not torch.cuda.is_available():
-            self.dataloader_pin_memory = False
+        feed_fast(self)
         self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
