@@ -2,8 +2,10 @@
 
 import io
 import math
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,11 @@ from scipy.stats import ks_2samp
 from hf_dbp.data import parts
 from hf_dbp.data.augmentation import image_rng, random_resized_crop, resized
 from hf_dbp.data.decoding import UnreadableImageError, decode
+from hf_dbp.data.feeding import augments_on_device
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.masked import MaskedImages, collate
 from hf_dbp.data.parts import FLAGS, decode_part, jpeg_part
+from hf_dbp.pretraining import main
 
 WHOLE_SCALE = patch.dict(parts.FLAGS, {1: FLAGS[1]}, clear=True)  # a decoder that does not scale
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
@@ -294,3 +298,33 @@ def test_only_8_bit_images_are_fed_to_the_device():
     data = masked_images([np.zeros((40, 40, 3), np.uint16)], on_device=True)
     with pytest.raises(ValueError, match="uint16 among 8-bit ones; pass --augment_on_device false"):
         data[0, 0]
+
+
+def test_a_run_learns_the_same_from_views_of_the_device(tmp_path, photographs, write, monkeypatch):
+    """With a worker: the losses of the loader's views, up to the rounding of their pixels."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = write(tmp_path / "images", "imagefolder", photographs[:40])
+    given = {"train_dir": folder, "method": "bp", "model_size": "mini", "image_size": 32, "patch_size": 8, "seed": 3}
+    given |= {"per_device_train_batch_size": 12, "max_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
+    given |= {"save_steps": 5, "dataloader_num_workers": 1, "report_to": "none", "do_train": True, "use_cpu": True}
+    given |= {"disable_tqdm": True, "logging_steps": 1}
+    records = []
+    for name in ("true", "false"):
+        flags = given | {"augment_on_device": name, "output_dir": tmp_path / name}
+        records.append(main([part for flag, value in flags.items() for part in (f"--{flag}", str(value))]))
+    ours, loaders = (record.rows[-1] for record in records)
+    assert records[0].data["augmented_on_device"] and not records[1].data["augmented_on_device"]
+    assert ours["train_loss"] == pytest.approx(loaders["train_loss"], rel=1e-3)
+    assert ours["train_loss"] != loaders["train_loss"]
+    assert ours["eval_loss"] == pytest.approx(loaders["eval_loss"], rel=1e-3)
+    assert records[0].results["input"]["images"] == 60
+
+
+def test_when_the_device_makes_the_views():
+    eight, sixteen = (ImageList([{"image": np.zeros((4, 4, 3), kind)}], "image", 3) for kind in (np.uint8, np.uint16))
+    cpu, gpu = (SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda"))
+    assert [augments_on_device(None, args, eight) for args in (cpu, gpu)] == [False, True]
+    assert [augments_on_device(asked, gpu, eight) for asked in (True, False)] == [True, False]
+    assert not augments_on_device(None, gpu, sixteen) and augments_on_device(True, cpu, eight)
+    with pytest.raises(ValueError, match="8-bit images, these are uint16"):
+        augments_on_device(True, gpu, sixteen)
