@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForPreTraining, ViTModel
+from transformers import ViTModel
 from transformers.trainer_callback import TrainerState
 
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
 from hf_dbp.saving import whole_checkpoints
+from hf_dbp.untrusted import load_model
 
 __all__ = ["load_fused_vit", "model_folder"]
 
@@ -49,8 +50,8 @@ def load_fused_vit(name_or_path: str | os.PathLike[str], **kwargs: Any) -> ViTMo
         kwargs: as for ``from_pretrained`` (``revision``, ``token``, ``dtype``, ...).
 
     Raises:
-        ValueError: the checkpoint lacks a tensor, or a fused weight is not finite (the layer is named).
-        OSError: there is no checkpoint of that name.
+        ValueError: there is no checkpoint of that name, it is damaged, incomplete or no ViT-MAE (`hf_dbp.untrusted`),
+            or a fused weight is not finite (the layer is named).
     """
     source = model_folder(name_or_path) if Path(name_or_path).is_dir() else name_or_path
-    return extract_vit(AutoModelForPreTraining.from_pretrained(source, **kwargs))
+    return extract_vit(load_model(source, "dbp_vit_mae", "vit_mae", **kwargs))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForPreTraining, ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
+from transformers import ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
 
 from hf_dbp.checkpoints import model_folder
 from hf_dbp.data.images import ImageSource, load_images
@@ -26,6 +26,7 @@ from hf_dbp.modeling_dbp_vit_mae import extract_vit
 from hf_dbp.publishing import Destination
 from hf_dbp.records import RunRecord
 from hf_dbp.trainer import RECORD
+from hf_dbp.untrusted import load_model, read_config, read_statistics
 
 __all__ = ["check_views", "fuse_run", "largest_difference", "main", "push_run"]
 
@@ -57,10 +58,14 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
         ValueError: neither a folder nor a run record to say which data it was, or the data is gone.
     """
     folder = model_folder(run)
-    config, processor = AutoConfig.from_pretrained(folder), ViTImageProcessorPil.from_pretrained(folder)
+    config = read_config(folder)
+    statistics = read_statistics(folder)
+    if statistics is None:
+        raise ValueError(f"{folder} has no preprocessor_config.json, which tells mean and std")
+    channels, size = config.get("num_channels", 3), config.get("image_size", 224)
     seed = 0
     if image_dir is not None:
-        source = ImageSource(train_dir=image_dir, num_channels=config.num_channels, max_eval_samples=count)
+        source = ImageSource(train_dir=image_dir, num_channels=channels, max_eval_samples=count)
     elif (folder / RECORD).is_file():
         record = RunRecord.read(folder / RECORD)
         seed = record.seed
@@ -74,10 +79,10 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
     _, images = load_images(source)
     return MaskedImages(
         images,
-        size=(processor.size["height"], processor.size["width"]),
-        patch_size=config.patch_size,
-        mean=processor.image_mean,
-        std=processor.image_std,
+        size=(size[0], size[-1]) if isinstance(size, list) else (size, size),
+        patch_size=config.get("patch_size", 16),
+        mean=statistics[0],
+        std=statistics[1],
         seed=seed,
     )
 
@@ -101,7 +106,7 @@ def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, n
     folder = model_folder(run)
     if output_dir.resolve() in (run.resolve(), folder.resolve()):
         raise ValueError("--output_dir must be another folder than the run's")
-    mae = AutoModelForPreTraining.from_pretrained(folder)
+    mae = load_model(folder, "dbp_vit_mae", "vit_mae")
     vit = extract_vit(mae)
     mae = mae.float()  # what is compared: in bfloat16 every product rounds in another place
     pixels_BCHW = torch.stack([views[index]["pixel_values"] for index in range(min(count, len(views)))])

@@ -160,19 +160,21 @@ class DBPPreTrainedMixin(Fusable):
                 checkpoint's.
 
         Raises:
-            ValueError: one of our checkpoints lacks a tensor, R included.
-            OSError: no weights under that name.
+            ValueError: one of our checkpoints lacks a tensor, R included, or has a configuration that no ViT has.
+            OSError: no weights under that name in safetensors.
         """
         with_info = kwargs.pop("output_loading_info", False)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         raw, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
         ours = raw.get("model_type") == DBPViTMAEConfig.model_type
         if kwargs.get("config") is None:
-            raw = {key: value for key, value in raw.items() if key not in ("model_type", "architectures")}
+            known = DBPViTMAEConfig.__dataclass_fields__.keys() - {"model_type", "architectures"}
+            raw = {key: value for key, value in raw.items() if key in known}  # nothing that names code or kernels
             fields = {key: kwargs.pop(key) for key in list(kwargs) if key in DBPViTMAEConfig.__dataclass_fields__}
             kwargs["config"] = DBPViTMAEConfig.from_dict(raw | fields)
         if ours:
             kwargs.setdefault("variant", UNFUSED)
+        kwargs.setdefault("use_safetensors", True)
         report = logging.getLogger("transformers.modeling_utils")
         report.disabled = True  # it would report every R that rightly starts at I; check_loaded says what matters
         try:

@@ -28,7 +28,7 @@ from transformers import (
 
 from hf_dbp.arguments import DataArguments, ModelArguments
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
-from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_image_size
+from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.feeding import augments_on_device, feed_fast, step_images, user_message
@@ -46,6 +46,7 @@ from hf_dbp.resuming import find_checkpoint
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.trainer import RECORD, MAETrainer
+from hf_dbp.untrusted import check_memory, known_fields, load_weights, read_config, read_statistics
 from hf_dbp.warm_start import fits, warm_start_
 
 __all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "build_model", "main"]
@@ -105,9 +106,7 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
     source = model_args.config_name or model_args.model_name_or_path
     if source is not None:
         hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-        fields, _ = ViTMAEConfig.get_config_dict(source, **hub)
-        known = ViTMAEConfig.__dataclass_fields__.keys() - {"model_type", "architectures", "dtype"}
-        fields = {key: value for key, value in fields.items() if key in known}
+        fields = known_fields(read_config(source, **hub), ViTMAEConfig)
         if not any(key.startswith("decoder_") for key in fields):  # a ViT; its decoder is that of --model_size
             fields |= {key: value for key, value in SIZES[model_args.model_size].items() if key.startswith("decoder_")}
     else:
@@ -115,7 +114,9 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
     config = config_class(**(fields | {"num_channels": num_channels} | given))
     if model_args.config_overrides is not None:
         config.update_from_string(model_args.config_overrides)
-    check_image_size(config.image_size, config.patch_size)
+    chosen = known_fields(config.to_dict(), config_class)
+    check_fields(chosen)
+    check_memory(chosen, "the configuration")
     return config
 
 
@@ -133,9 +134,11 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
     if model_args.model_name_or_path is not None:
         hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
         if fits(model_args.model_name_or_path, config, **hub):
-            model = model_class.from_pretrained(
-                model_args.model_name_or_path, config=config, dtype=torch.float32, **hub
+            model, fresh = load_weights(
+                model_class, model_args.model_name_or_path, config=config, dtype=torch.float32, **hub
             )
+            if fresh:
+                logger.warning("%s lacks %s, which start afresh", model_args.model_name_or_path, ", ".join(fresh))
             freeze_fixed_(model)
             return model
     model = model_class(config)
@@ -187,8 +190,10 @@ def prepare_data(
     train_images, eval_images = load_images(source)
     num_channels = train_images.readable(0).shape[2]
     if model_args.image_processor_name is not None:
-        stock = ViTImageProcessorPil.from_pretrained(model_args.image_processor_name, token=model_args.token)
-        mean, std = stock.image_mean, stock.image_std
+        found = read_statistics(model_args.image_processor_name, token=model_args.token)
+        if found is None:
+            raise ValueError(f"--image_processor_name {model_args.image_processor_name} has no image processor")
+        mean, std = found
     else:
         mean, std = channel_statistics(train_images, model_args.image_statistics, source.kept_in)
     if len(mean) != num_channels:

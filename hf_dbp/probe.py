@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import HfArgumentParser, ViTImageProcessorPil, ViTModel
+from transformers import HfArgumentParser, ViTModel
 
 from hf_dbp.data.augmentation import center_box, resized, unit_range
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits
@@ -33,6 +33,7 @@ from hf_dbp.data.sources import pick_splits
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 from hf_dbp.segmentation.data import normalized
 from hf_dbp.segmentation.upernet import load_vit
+from hf_dbp.untrusted import read_statistics
 
 __all__ = ["ProbeArguments", "extract_features", "knn_accuracy", "linear_accuracy", "main", "run", "wilson_interval"]
 
@@ -214,12 +215,11 @@ def run(args: ProbeArguments) -> dict[str, Any]:
         raise ValueError(
             f"the ViT takes {vit.config.num_channels} channels, the images have {channels}: convert with --num_channels"
         )
-    try:
-        processor = ViTImageProcessorPil.from_pretrained(args.model_name_or_path)
-        mean, std = processor.image_mean, processor.image_std
-    except OSError:
+    statistics = read_statistics(args.model_name_or_path)
+    if statistics is None:
         logger.warning("%s has no image processor; taking the images' statistics", args.model_name_or_path)
-        mean, std = channel_statistics(images[0])
+        statistics = channel_statistics(images[0])
+    mean, std = statistics
     size = vit.config.image_size
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
     vit = vit.to("cuda" if torch.cuda.is_available() else "cpu")

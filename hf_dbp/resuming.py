@@ -54,7 +54,9 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
     Raises:
         ValueError: the checkpoint lacks a tensor of the model; nothing is changed then.
     """
-    saved, info = type(model).from_pretrained(folder, config=model.config, output_loading_info=True, dtype=model.dtype)
+    saved, info = type(model).from_pretrained(
+        folder, config=model.config, output_loading_info=True, dtype=model.dtype, use_safetensors=True
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(f"checkpoint {folder} lacks {len(missing)} tensors of the model, among them {missing[0]}")

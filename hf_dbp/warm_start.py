@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import PreTrainedModel, ViTMAEConfig
 
-from hf_dbp.conversion import fuse
-from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
+from hf_dbp.conversion import decorrelated_layers, fuse
 from hf_dbp.stock_vit_mae import patch_grid
+from hf_dbp.untrusted import KINDS, load_model, read_config
 
 __all__ = ["adapted_channels", "fits", "warm_start_"]
 
@@ -34,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 def fits(source: str, config: ViTMAEConfig, **hub: Any) -> bool:
     """Whether the checkpoint is a ViT-MAE for the same number of channels and the same image size."""
-    raw, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    raw = read_config(source, **hub)
     theirs = raw.get("num_channels", 3), raw.get("image_size", 224)
-    return "mae" in raw.get("model_type", "") and theirs == (config.num_channels, config.image_size)
+    return "mae" in raw["model_type"] and theirs == (config.num_channels, config.image_size)
 
 
 @torch.no_grad()
@@ -49,19 +48,16 @@ def warm_start_(model: PreTrainedModel, source: str, **hub: Any) -> None:
         hub: revision, token, cache_dir.
 
     Raises:
-        ValueError: another patch size or another width.
+        ValueError: another patch size or another width, or what `hf_dbp.untrusted` refuses.
     """
-    raw, _ = PreTrainedConfig.get_config_dict(source, **hub)
-    kind = raw.get("model_type", "")
-    if kind == "dbp_vit_mae":
-        ours = DBPViTMAEForPreTraining.from_pretrained(source, dtype=torch.float32, **hub)
-        plain = ours if ours.config.decorrelated_layers == "none" else fuse(ours)
-    elif kind == "vit_mae":
-        plain = ViTMAEForPreTraining.from_pretrained(source, dtype=torch.float32, **hub)
-    elif kind == "vit":
-        plain = ViTModel.from_pretrained(source, dtype=torch.float32, add_pooling_layer=False, **hub)
-    else:
+    kind = read_config(source, **hub)["model_type"]
+    if kind not in KINDS:
         raise ValueError(f"--model_name_or_path {source} holds a {kind!r} model; give a ViT-MAE or a ViT")
+    plain: nn.Module = load_model(
+        source, *KINDS, dtype=torch.float32, **hub, **({"add_pooling_layer": False} if kind == "vit" else {})
+    )
+    if any(True for _ in decorrelated_layers(plain)):
+        plain = fuse(plain)
     prefix = "vit." if kind == "vit" else ""
     state = {prefix + name: value for name, value in plain.state_dict().items()}
     target = model.state_dict()

@@ -18,7 +18,6 @@ from transformers import (
     TrainingArguments,
     UperNetForSemanticSegmentation,
     ViTConfig,
-    ViTImageProcessorPil,
     ViTModel,
     set_seed,
 )
@@ -40,6 +39,7 @@ from hf_dbp.segmentation.inference import WholeImages
 from hf_dbp.segmentation.trainer import SegmentationTrainer
 from hf_dbp.segmentation.transforms import Augmentation
 from hf_dbp.segmentation.upernet import build_upernet, load_vit
+from hf_dbp.untrusted import read_statistics
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
 
@@ -203,12 +203,15 @@ def build_model(
 def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel: those of the ViT's image processor, else of the images."""
     if model_args.model_name_or_path is not None:
-        try:
-            stock = ViTImageProcessorPil.from_pretrained(model_args.model_name_or_path, **model_args.hub_options)
-        except OSError:
-            logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
-        else:
-            return list(stock.image_mean), list(stock.image_std)
+        statistics = read_statistics(model_args.model_name_or_path, **model_args.hub_options)
+        if statistics is not None and len(statistics[0]) != images.num_channels:
+            raise ValueError(
+                f"the image processor of {model_args.model_name_or_path} has statistics of {len(statistics[0])} "
+                f"channels, the images have {images.num_channels}"
+            )
+        if statistics is not None:
+            return statistics
+        logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
     return channel_statistics(ImageList(images.samples, images.columns[0], images.num_channels))
 
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BeitConfig, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
+from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
+
+from hf_dbp.untrusted import load_model, read_config
 
 __all__ = ["build_upernet", "load_vit", "parameter_groups", "synchronize_batch_norm"]
 
@@ -27,15 +29,15 @@ def load_vit(source: str, **hub_options: Any) -> ViTModel:
     """Load a stock ViT from a folder or Hub id: a fused or a supervised one, a classifier's encoder.
 
     Raises:
-        ValueError: the checkpoint is no ViT.
+        ValueError: the checkpoint is no ViT, or `hf_dbp.untrusted` refuses it.
     """
-    config = AutoConfig.from_pretrained(source, **hub_options)
-    if config.model_type != "vit":
-        remedy = (
-            "write its encoder with training_scripts/fuse_checkpoint.py" if "mae" in config.model_type else "give one"
-        )
-        raise ValueError(f"{source} holds a {config.model_type!r} model, not a stock 'vit': {remedy}")
-    return ViTModel.from_pretrained(source, config=config, add_pooling_layer=False, **hub_options)
+    kind = read_config(source, **hub_options)["model_type"]
+    if kind != "vit":
+        remedy = "write its encoder with training_scripts/fuse_checkpoint.py" if "mae" in kind else "give one"
+        raise ValueError(f"{source} holds a {kind!r} model, not a stock 'vit': {remedy}")
+    vit = load_model(source, "vit", add_pooling_layer=False, **hub_options)
+    assert isinstance(vit, ViTModel)
+    return vit
 
 
 def build_upernet(

@@ -1,0 +1,192 @@
+"""Models that others made, from a folder or the Hub: data, never code, checked before memory is taken for them.
+
+- Of config.json the fields that make a ViT or a ViT-MAE are read (`CHECKED`), each checked; nothing else in it has an
+  effect: no ``auto_map`` (remote code), no ``quantization_config``, no ``attn_implementation`` (kernels from the Hub).
+- The class follows from its ``model_type``, out of three (`KINDS`); transformers' Auto classes are not asked.
+- Weights are safetensors; pickles (``pytorch_model.bin``) are refused.
+- Every tensor of the model must be there in its shape.
+
+What is wrong is a ValueError of one line that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from transformers.utils import cached_file
+
+from hf_dbp.configuration_dbp_vit_mae import CHECKED, DTYPES, DBPViTMAEConfig, check_fields, parameters
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
+
+__all__ = ["KINDS", "check_memory", "known_fields", "load_model", "load_weights", "read_config", "read_statistics"]
+
+KINDS = {
+    "dbp_vit_mae": (DBPViTMAEForPreTraining, DBPViTMAEConfig),
+    "vit_mae": (ViTMAEForPreTraining, ViTMAEConfig),
+    "vit": (ViTModel, ViTConfig),
+}
+
+
+def read_json(source: str | os.PathLike[str], name: str, **hub: Any) -> tuple[str, dict[str, Any]] | None:
+    """Path and content of a JSON file of a model; None if the model has no such file.
+
+    Raises:
+        ValueError: no such model, or it is not a JSON mapping.
+    """
+    try:
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+        if file is None:
+            return None
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{source}: {one_line(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{Path(source) / name} is not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON mapping of names to values")
+    return file, content
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def read_config(source: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
+    """The content of a model's config.json, its fields checked.
+
+    Args:
+        source: folder or Hub id.
+        hub: revision, token, cache_dir.
+
+    Raises:
+        ValueError: there is none, or a field that no ViT has.
+    """
+    found = read_json(source, "config.json", **hub)
+    if found is None:
+        raise ValueError(f"{source} holds no config.json; give a folder or a Hub id of a model")
+    file, content = found
+    if not isinstance(content.get("model_type"), str):
+        raise ValueError(f"{file}: model_type is {content.get('model_type')!r}; expected a name such as 'vit'")
+    if content["model_type"] in KINDS:
+        check_fields(content, file)
+    return content
+
+
+def known_fields(content: Mapping[str, Any], config_class: type[Any]) -> dict[str, Any]:
+    """What of a config.json makes a configuration of that class."""
+    return {name: content[name] for name in CHECKED if name in content and name in config_class.__dataclass_fields__}
+
+
+def check_memory(fields: Mapping[str, Any], name: str) -> None:
+    """Refuse a model that this machine's memory does not hold, in float32. ValueError that says both sizes."""
+    if sys.platform == "win32":
+        return
+    needed, there = 4 * parameters(fields), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(f"{name}: the model takes {needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f} GiB")
+
+
+def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> PreTrainedModel:
+    """The model in a folder or on the Hub.
+
+    Args:
+        source: folder or Hub id.
+        kinds: the values of ``model_type`` that will do, of `KINDS`.
+        kwargs: as for ``from_pretrained``.
+
+    Raises:
+        ValueError: another kind of model, a configuration that no ViT has, weights that are damaged, of other shapes,
+            incomplete or no safetensors.
+    """
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
+    content = read_config(source, **hub)
+    kind = content["model_type"]
+    if kind not in kinds:
+        raise ValueError(f"{source} holds a {kind!r} model, not {' or '.join(map(repr, kinds))}")
+    model_class, config_class = KINDS[kind]
+    fields = known_fields(content, config_class)
+    check_memory(fields, str(source))
+    dtype = content.get("dtype", content.get("torch_dtype"))
+    config = config_class(**fields, **({"dtype": dtype} if dtype in DTYPES else {}))
+    model, missing = load_weights(model_class, source, config=config, **kwargs)
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    return model
+
+
+def load_weights(
+    model_class: Any, source: str | os.PathLike[str], *, config: Any, **kwargs: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """``model_class.from_pretrained`` with this configuration, from safetensors alone; and what they lack but for R.
+
+    ValueError as `load_model`.
+    """
+    check_files(source)
+    try:
+        model, info = model_class.from_pretrained(
+            source,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except OSError as error:
+        pickles = [*Path(source).glob("*.bin"), *Path(source).glob("*.pt")] if Path(source).is_dir() else []
+        why = f"{pickles[0]} is a pickle, which could execute code, and is not loaded" if pickles else one_line(error)
+        raise ValueError(f"{source} has no weights in safetensors: {why}") from error
+    except (SafetensorError, StrictDataclassError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} cannot be loaded: {one_line(error)}") from error
+    for name, theirs, ours in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"{source}: {name} has shape {list(theirs)} in its weights but {list(ours)} by its config.json"
+        )
+    return model, sorted(name for name in info["missing_keys"] if not name.endswith("decorrelation.R"))
+
+
+def check_files(source: str | os.PathLike[str]) -> None:
+    """Open every safetensors file of a folder. ValueError for one whose header does not fit it, or an odd index."""
+    if not Path(source).is_dir():
+        return
+    for file in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
+    for file in sorted(Path(source).glob("*.index*.json")):
+        found = read_json(source, file.name)
+        parts = found[1].get("weight_map") if found else None
+        if not isinstance(parts, dict) or not all(
+            isinstance(part, str) and part.endswith(".safetensors") and Path(part).name == part
+            for part in parts.values()
+        ):
+            raise ValueError(f"{file} must map tensors to safetensors files beside it")
+
+
+def read_statistics(source: str | os.PathLike[str], **hub: Any) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation per channel of a model's image processor; None if it has no processor.
+
+    Raises:
+        ValueError: they are no such numbers.
+    """
+    found = read_json(source, "preprocessor_config.json", **hub)
+    if found is None:
+        return None
+    file, content = found
+    mean, std = (content.get(name, [0.5] * 3) for name in ("image_mean", "image_std"))
+    for values in (mean, std):
+        if not isinstance(values, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            raise ValueError(f"{file}: image_mean and image_std are lists of numbers; got {mean!r:.80} and {std!r:.80}")
+    if len(mean) != len(std) or not all(value > 0 for value in std):
+        raise ValueError(f"{file}: image_std must be above 0, one for each of image_mean; got {std!r:.80}")
+    return mean, std
