@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hf_dbp.fusing import main as fuse_main
 from hf_dbp.plans import Plan, PlannedRun, Run, best_settings, collect_runs, plan_of, read_plan, read_run
 from hf_dbp.recipes import flag_arguments, plan_names, recipe_arguments
-from hf_dbp.records import RunRecord, write_json
+from hf_dbp.records import RunRecord, without_secrets, write_json
 from hf_dbp.report import write_report
 from hf_dbp.trainer import RECORD
 
@@ -95,13 +95,13 @@ class Runner:
     def check_flags(self, planned: PlannedRun) -> None:
         """Refuse a folder whose run was made with other flags: what was run must be what is reported."""
         file = self.path(planned) / "flags.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != list(planned.arguments):
+        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(planned.arguments):
             raise ValueError(f"{file.parent} holds a run with other flags; choose another --output_dir or delete it")
 
     def start(self, planned: PlannedRun) -> subprocess.Popen[bytes]:
         folder = self.path(planned)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "flags.json", list(planned.arguments))
+        write_json(folder / "flags.json", without_secrets(planned.arguments))
         command = [*self.launcher, "-m", "hf_dbp.pretraining", *planned.arguments]
         command += ["--output_dir", str(folder), "--disable_tqdm", "true"]
         with (folder / "log.txt").open("ab") as log:
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs = run_plan(plan, args.output_dir, jobs=args.jobs, launcher=args.launcher)
         if not any(run.record for run in runs):
             raise ValueError(f"no run has finished; the first says: {runs[0].error}")
-        own = sys.argv[1:] if arguments is None else arguments
+        own = without_secrets(sys.argv[1:] if arguments is None else arguments)
         here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
         command = shlex.join(["python", "training_scripts/run_comparison.py", *(one.replace(here, "") for one in own)])
         report = write_report(

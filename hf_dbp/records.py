@@ -31,13 +31,14 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["RunRecord", "arguments_record", "hardware", "source_commit", "versions", "write_json"]
+__all__ = ["RunRecord", "arguments_record", "hardware", "source_commit", "versions", "without_secrets", "write_json"]
 
 SCHEMA = 1
 PACKAGES = (
@@ -137,6 +138,14 @@ def arguments_record(*arguments: Any) -> dict[str, Any]:
         fields = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
         record |= {key: value for key, value in fields.items() if key not in SECRETS}
     return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
+
+
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with ``...`` in place of tokens."""
+    flags = {f"--{name}" for name in SECRETS}
+    shown = [f"{part.partition('=')[0]}=..." if part.partition("=")[0] in flags and "=" in part else part
+             for part in arguments]  # fmt: skip
+    return ["..." if before in flags else part for before, part in zip(["", *shown], shown, strict=False)]
 
 
 def versions() -> dict[str, str]:

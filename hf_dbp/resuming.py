@@ -13,13 +13,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dbp.data.order import EpochSampler
+from hf_dbp.optimizers import checked_schedule
 from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
 from hf_dbp.stopping import StopOnSignal, Stopped
 
@@ -63,6 +66,18 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
     model.load_state_dict(saved.state_dict())
 
 
+@contextmanager
+def tensors_alone(checkpoint: str | None) -> Iterator[None]:
+    """Say that PyTorch's ``weights_only`` reader found more than tensors and numbers; nothing of it was executed."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(
+            f"checkpoint {checkpoint} holds optimizer or random states with more than tensors in them, which could "
+            "execute code: they are not loaded; take it away to go on from an earlier one"
+        ) from error
+
+
 class EpochCallback(TrainerCallback):  # type: ignore[misc]
     """Tells the sampler which epoch begins, however the loader wraps it (after a resume it is wrapped once more)."""
 
@@ -93,6 +108,11 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         return self.sampler
 
     # ---- training ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        return checked_schedule(
+            lambda steps: super(ResumingTrainer, self).create_scheduler(steps, optimizer), self.args, num_training_steps
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the stock one; ``True`` is the last whole checkpoint.
@@ -199,6 +219,14 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             self.processing_class.save_pretrained(folder)
 
     # ---- restoring ----
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with tensors_alone(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with tensors_alone(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), resume_from_checkpoint)

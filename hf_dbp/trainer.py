@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -26,7 +25,7 @@ from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
 from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
-from hf_dbp.optimizers import MuonWithAdamW, checked_schedule, decay_groups
+from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import ResumingTrainer
 
@@ -148,11 +147,6 @@ class MAETrainer(ResumingTrainer):
             optimizer = optimizer_class(decay_groups(named, self.args.weight_decay), **options)
         self.optimizer = optimizer
         return optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        return checked_schedule(
-            lambda steps: super(MAETrainer, self).create_scheduler(steps, optimizer), self.args, num_training_steps
-        )
 
     # ---- clock and record ----
 

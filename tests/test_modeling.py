@@ -285,11 +285,14 @@ def test_bf16_autocast_stays_close_and_keeps_R_and_the_gradients_float32(mae_con
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"decorrelated_layers": "some"}, "encoder, block_inputs, full, none; got 'some'"),
+        (
+            {"decorrelated_layers": "some"},
+            "decorrelated_layers is 'some'; expected one of encoder, block_inputs, full, none",
+        ),
         ({"image_size": 30}, "image size 30 is not a multiple of patch size 8; use 24 or 32"),
         ({"image_size": (32, 36)}, "image size 36 is not a multiple of patch size 8; use 32 or 40"),
         ({"image_size": 4}, "use 8"),
-        ({"patch_size": 0}, "one positive number of pixels; got 0"),
+        ({"patch_size": 0}, "patch_size is 0; expected a whole number from 1 to 4096"),
     ],
 )
 def test_configurations_are_checked(mae_config: Maker, fields: dict[str, object], message: str) -> None:

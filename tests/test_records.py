@@ -6,7 +6,7 @@ import math
 import pytest
 
 from hf_dbp.pretraining import ModelArguments
-from hf_dbp.records import RunRecord, arguments_record
+from hf_dbp.records import RunRecord, arguments_record, without_secrets
 
 
 def record(*losses):
@@ -36,6 +36,8 @@ def test_a_resumed_run_replaces_the_rows_it_repeats():
 def test_tokens_are_left_out():
     assert "token" not in arguments_record(ModelArguments(token="hf_secret"))
     assert "hf_secret" not in json.dumps(arguments_record(ModelArguments(token="hf_secret")))
+    given = ["--seed", "1", "--token", "hf_secret", "--hub_token=hf_secret", "--push_to_hub"]
+    assert without_secrets(given) == ["--seed", "1", "--token", "...", "--hub_token=...", "--push_to_hub"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ def explained(name: str) -> Iterator[None]:
     """Turn what the Hub client, `datasets` and files raise into a ValueError about ``name``, a data set or a file."""
     try:
         yield
-    except (OSError, HTTPError, pa.ArrowInvalid, datasets.exceptions.DatasetsError) as error:
+    except (OSError, RuntimeError, HTTPError, pa.ArrowInvalid, datasets.exceptions.DatasetsError) as error:
+        # RuntimeError: `datasets` refuses a loading script
         raise ValueError(_message(name, error)) from error
 
 

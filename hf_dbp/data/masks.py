@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
 from hf_dbp.data.folders import Samples, file_table, list_samples
+from hf_dbp.recipes import safe_yaml
 
 __all__ = [
     "BINARY",
@@ -95,8 +96,8 @@ class Palette:
 def read_palette(source: str) -> dict[str, list[Any]]:
     """Class names and their colours, always as a list."""
     try:
-        content = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = safe_yaml(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--palette {source} cannot be read ({error}); give a YAML file or `{BINARY}`") from error
     if not isinstance(content, dict) or not content:
         raise ValueError(f'--palette {source} is no mapping of class names to colours, such as wire: "#ffa500"')

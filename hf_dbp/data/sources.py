@@ -143,12 +143,11 @@ def streamed_splits(source: ImageSource) -> tuple[dict[str, ShardedImages], str]
     if source.dataset_name is not None:
         builder = from_hub(source, datasets.load_dataset_builder, options)
     else:
-        location = folder_location(str(source.train_dir), "--train_dir")
-        builder = datasets.load_dataset_builder(**location, **options)
+        builder = folder_builder(str(source.train_dir), "--train_dir", options)
     files = pick_splits(builder.config.data_files, source.name)
     kind = files_kind(builder)
     if source.validation_dir is not None:
-        other = datasets.load_dataset_builder(**folder_location(source.validation_dir, "--validation_dir"), **options)
+        other = folder_builder(source.validation_dir, "--validation_dir", options)
         if files_kind(other) != kind:
             raise ValueError(f"--train_dir holds {kind} files, --validation_dir {files_kind(other)}; stream one kind")
         files["validation"] = any_split(other.config.data_files)
@@ -161,6 +160,13 @@ def streamed_splits(source: ImageSource) -> tuple[dict[str, ShardedImages], str]
     return {
         split: list_shards(kind, names, column, source.kept_in, source.token) for split, names in files.items()
     }, column
+
+
+def folder_builder(folder: str, flag: str, options: dict[str, Any]) -> datasets.DatasetBuilder:
+    """What `datasets` makes of a folder, nothing read yet. ValueError if it is none."""
+    location = folder_location(folder, flag)
+    with explained(f"{flag} {folder}"):
+        return datasets.load_dataset_builder(**location, **options)
 
 
 def streamed_folders(source: ImageSource) -> tuple[dict[str, ShardedImages], str]:

@@ -28,6 +28,7 @@ __all__ = [
     "recipe_arguments",
     "recipe_names",
     "recipe_path",
+    "safe_yaml",
 ]
 
 PLAN_PREFIXES = ("compare_", "ablation_")
@@ -72,10 +73,21 @@ def read_yaml(path: Path) -> Any:
     """The content of a YAML file with every scalar as text. ValueError if it is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
-        yaml.safe_load(text)  # refuses what is more than data
+        safe_yaml(text)  # refuses what is more than data
         return yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"recipe {path} is not readable YAML: {str(error).splitlines()[0]}") from error
+
+
+def safe_yaml(text: str) -> Any:
+    """YAML without tags of Python's and without aliases, a few of which stand for any number of values.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is none.
+    """
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise yaml.YAMLError("it holds an alias (*name); write the value out")
+    return yaml.safe_load(text)
 
 
 def flag_arguments(flags: dict[str, Any], source: str) -> list[str]:

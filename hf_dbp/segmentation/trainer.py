@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.feeding import step_images
 from hf_dbp.data.order import EpochSampler
-from hf_dbp.optimizers import checked_schedule
 from hf_dbp.resuming import ResumingTrainer
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
@@ -85,13 +83,6 @@ class SegmentationTrainer(ResumingTrainer):
             groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        return checked_schedule(
-            lambda steps: super(SegmentationTrainer, self).create_scheduler(steps, optimizer),
-            self.args,
-            num_training_steps,
-        )
 
     # ---- loss ----
 
