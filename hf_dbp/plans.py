@@ -160,7 +160,11 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     if unknown:
         raise ValueError(f"plan {name}: unknown key {unknown[0]!r}; a plan has {', '.join(KEYS)}")
     axes = check_axes(content["axes"], name)
-    search = {flag: v if isinstance(v, list) else [v] for flag, v in (content.get("search") or {}).items()}
+    parts = {key: mapping(content, key, name) for key in ("search", "flags", "against", "segmentation")}
+    search = {flag: v if isinstance(v, list) else [v] for flag, v in parts["search"].items()}
+    for key in ("title", "recipe"):
+        if not isinstance(content.get(key, ""), str):
+            raise ValueError(f"plan {name}: {key} is {content[key]!r:.80}; expected text")
     variants = {}
     for labels in itertools.product(*axes.values()):
         overrides = [axes[axis][label] for axis, label in zip(axes, labels, strict=True)]
@@ -170,7 +174,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     if given & varied:
         raise ValueError(f"--{min(given & varied)} is set by the plan for each run; leave it out")
     shared = [*(recipe_arguments(content["recipe"]) if "recipe" in content else [])]
-    shared += [*flag_arguments(content.get("flags") or {}, f"plan {name}"), *extra]
+    shared += [*flag_arguments(parts["flags"], f"plan {name}"), *extra]
     return Plan(
         title=content.get("title", Path(name).stem),
         shared=tuple(shared),
@@ -178,9 +182,19 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
         axes={axis: list(values) for axis, values in axes.items()},
         search=search,
         seeds=check_seeds(content.get("seeds", ["0"]), name),
-        against=check_against(content.get("against"), list(variants), name),
-        segmentation=content.get("segmentation"),
+        against=check_against(parts["against"], list(variants), name),
+        segmentation=parts["segmentation"] or None,
     )
+
+
+def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    """The mapping under a key of a plan, empty if there is none. ValueError if it is something else."""
+    value = content.get(key) or {}
+    if value in ("null", "~"):
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"plan {name}: {key} is {value!r:.80}; expected a mapping")
+    return value
 
 
 def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -202,9 +216,11 @@ def check_seeds(seeds: Any, name: str) -> tuple[int, ...]:
     return numbers
 
 
-def check_against(against: Any, variants: list[str], name: str) -> dict[str, list[str]]:
+def check_against(against: dict[str, Any], variants: list[str], name: str) -> dict[str, list[str]]:
     """Baseline -> variants held against it, by default the first and all others. ValueError for unknown ones."""
-    against = {variants[0]: variants[1:]} if against is None else against
+    against = against or {variants[0]: variants[1:]}
+    if not all(isinstance(others, list) for others in against.values()):
+        raise ValueError(f"plan {name}: against maps a baseline to a list of variants; got {against!r:.80}")
     named = [*against, *(other for others in against.values() for other in others)]
     for variant in named:
         if variant not in variants:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
@@ -51,6 +52,12 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "codecarbon",
+)
+REQUIRED = {"task", "method", "optimizer", "seed"}
+KINDS = (
+    dict.fromkeys(("task", "method", "optimizer", "commit"), str)
+    | dict.fromkeys(("arguments", "data", "versions", "hardware", "energy", "results"), dict)
+    | {"seed": int, "rows": list}
 )
 SECRETS = ("token", "hub_token", "push_to_hub_token")
 
@@ -80,7 +87,7 @@ class RunRecord:
     @property
     def best(self) -> dict[str, Any] | None:
         """The row with the lowest finite eval_loss."""
-        rows = [row for row in self.rows if row["eval_loss"] == row["eval_loss"]]
+        rows = [row for row in self.rows if math.isfinite(row["eval_loss"])]
         return min(rows, key=lambda row: row["eval_loss"]) if rows else None
 
     def add_row(self, row: dict[str, Any]) -> None:
@@ -105,15 +112,29 @@ class RunRecord:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise ValueError(f"{path} is not a run record of schema {SCHEMA}; it was written by something else")
-        names = {field.name for field in dataclasses.fields(cls)}
-        try:
-            return cls(**{key: value for key, value in content.items() if key in names})
-        except TypeError as error:
-            raise ValueError(f"{path} is not a complete run record: {error}") from error
+        missing = sorted(REQUIRED - content.keys())
+        if missing:
+            raise ValueError(f"{path} is not a complete run record: it lacks {', '.join(missing)}")
+        for name, kind in KINDS.items():
+            if name in content and type(content[name]) is not kind:
+                raise ValueError(f"{path}: {name} is {content[name]!r:.80}; expected {kind.__name__}")
+        for row in content.get("rows", []):
+            if not is_row(row):
+                raise ValueError(f"{path}: rows hold {row!r:.200}; expected numbers by name, step and eval_loss in all")
+        return cls(**{name: content[name] for name in KINDS if name in content})
+
+
+def is_row(row: Any) -> bool:
+    """Whether it is an evaluation: numbers by name, among them step and eval_loss."""
+    if not isinstance(row, dict) or not {"step", "eval_loss"} <= row.keys() or type(row["step"]) is not int:
+        return False
+    numbers = [value for name, value in row.items() if name != "decorrelation"]
+    finite = [value for value in numbers if type(value) is int]
+    return all(type(value) in (int, float) for value in numbers) and all(abs(value) < 2**63 for value in finite)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

@@ -9,6 +9,7 @@ Reading a recipe cannot execute code.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import sys
@@ -31,6 +32,7 @@ __all__ = [
     "safe_yaml",
 ]
 
+RESOLVER = yaml.resolver.Resolver()
 PLAN_PREFIXES = ("compare_", "ablation_")
 
 
@@ -104,10 +106,15 @@ def flag_arguments(flags: dict[str, Any], source: str) -> list[str]:
 
 
 def typed(value: Any) -> Any:
-    """A value read as text, with numbers and booleans as YAML has them."""
+    """A value read as text, with numbers, booleans and null as YAML has them; the rest stays text."""
     if isinstance(value, dict):
         return {key: typed(item) for key, item in value.items()}
-    return yaml.safe_load(value) if isinstance(value, str) else [typed(item) for item in value]
+    if not isinstance(value, str):
+        return [typed(item) for item in value]
+    kind = str(RESOLVER.resolve(yaml.ScalarNode, value, (True, False))).rpartition(":")[2]  # type: ignore[no-untyped-call]
+    with contextlib.suppress(ValueError):  # 0b_ looks like a number
+        return yaml.safe_load(value) if kind in ("int", "float", "bool", "null") else value
+    return value
 
 
 def parse_arguments(
@@ -139,11 +146,15 @@ def parse_arguments(
     description = parser.pop("description", None)
     hf_parser = HfArgumentParser(tuple(dataclasses), description=description, allow_abbrev=False, **parser)
     hf_parser.add_argument("--config", help=f"recipe under the flags given: a YAML file or {', '.join(recipe_names())}")
-    *parsed, unknown = hf_parser.parse_args_into_dataclasses(
-        [*recipes, *own], return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, unknown = hf_parser.parse_args_into_dataclasses(
+            [*recipes, *own], return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+        # what TrainingArguments raises on flags that do not fit together, or ask for a package that is not there
+        raise ValueError(f"these flags cannot be: {' '.join(str(error).split())}") from error
     if unknown:
-        flag = unknown[0].partition("=")[0]  # its value may be a token
+        flag = " ".join(unknown[0].partition("=")[0].split())  # its value may be a token
         known = [flag for action in hf_parser._actions for flag in action.option_strings]
         similar = difflib.get_close_matches(flag, known, n=1)
         raise ValueError(f"unknown flag {flag}" + (f"; did you mean {similar[0]}?" if similar else "; see --help"))
