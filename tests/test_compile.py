@@ -3,12 +3,15 @@
 import copy
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import Trainer, TrainingArguments
 
+from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
 from hf_dbp.layers import RowSampling
@@ -86,6 +89,24 @@ def test_gradient_checkpointing_in_a_compiled_model_counts_rows_once(mae_config:
         torch.testing.assert_close(ours.decorrelation.rows, theirs.decorrelation.rows, msg=name)
     for (name, p), q in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q[1].grad, msg=name)
+
+
+def test_a_run_compiles_checkpointed_blocks_without_graph_breaks(
+    tmp_path: Path, mae_config: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The callback sets dynamo's switch for any Trainer that compiles."""
+    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", False)
+    model = DBPViTMAEForPreTraining(mae_config(num_hidden_layers=1))
+    views = [{"pixel_values": torch.randn(3, 32, 32), "noise": torch.rand(16)} for _ in range(4)]
+    given = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    given |= {"torch_compile": True, "torch_compile_backend": "aot_eager", "use_cpu": True, "save_strategy": "no"}
+    args = TrainingArguments(tmp_path, remove_unused_columns=False, dataloader_pin_memory=False, **given)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    torch._dynamo.utils.counters.clear()
+    Trainer(model, args, train_dataset=views, callbacks=[DecorrelationCallback()]).train()
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert any(not layer.decorrelation.R.equal(torch.eye(len(layer.decorrelation.R)))
+               for _, layer in decorrelated_layers(model))  # fmt: skip
 
 
 class Small(nn.Module):

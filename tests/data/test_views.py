@@ -294,6 +294,14 @@ def test_a_view_of_the_device_does_not_depend_on_its_batch(monkeypatch):
     torch.testing.assert_close(together, chunks, rtol=0, atol=1e-5)
 
 
+def test_views_stay_in_the_range_of_8_bits():
+    """Where the kernel overshoots, at edges from black to white, both ways clip."""
+    stripes = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 2, (10, 10, 3)) * 255, 6, 0), 6, 1)
+    for flag in (True, False):
+        pixels = stored_values(view(masked_images([stripes.astype(np.uint8)], on_device=flag), 0, 0))
+        assert pixels.min() == pytest.approx(0, abs=1e-3) and pixels.max() == pytest.approx(255, abs=1e-3)
+
+
 def test_only_8_bit_images_are_fed_to_the_device():
     data = masked_images([np.zeros((40, 40, 3), np.uint16)], on_device=True)
     with pytest.raises(ValueError, match="uint16 among 8-bit ones; pass --augment_on_device false"):
