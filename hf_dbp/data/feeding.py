@@ -111,7 +111,7 @@ def adopt_order(sampler: EpochSampler, before: dict[str, Any], now: dict[str, An
     now["feeding"] = new | {"lanes": old["lanes"], "chunk": old["chunk"]}
 
 
-def unreadable_images(before: dict[str, Any], *lists: ImageList) -> dict[str, Any]:
+def unreadable_images(before: dict[str, Any], *lists: Any) -> dict[str, Any]:
     """How many images all processes have found unreadable, each counted once, and why, by path; with those of an
     earlier record."""
     found = gather_object([entry for images in lists for entry in images.unreadable_images().items()])

@@ -3,7 +3,8 @@
 `load_labelled_images` makes the training and the validation list; `TrainingCrops` serves augmented crops of one. Masks
 hold one class id a pixel (index images; a palette is fine), or colours that a palette file explains. With label
 reduction id 0 becomes `ignore_index` and the others move down by one (ADE20K). Ids that are neither a class nor
-`ignore_index` are refused where they are met; the masks of folders are all looked at before training.
+`ignore_index` are refused: all masks are looked at before training. An image or a mask that cannot be read, or does not
+fit the other, is skipped and counted: in training the next pair takes its place, evaluation leaves it out.
 
 Shapes: H, W height and width; C channels.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_dbp.data.augmentation import image_rng
-from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, decode, stored
+from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, UnreadableImages, decode, stored
 from hf_dbp.data.images import BUILT_IN, ImageSource, find_column, read_splits, shared_keys
 from hf_dbp.data.masks import Palette, index_mask, pair_folders
 from hf_dbp.data.shards import in_threads
@@ -112,6 +113,10 @@ class LabelledImages:
         num_labels, ignore_index, reduce_labels: as in `SegmentationSource`.
         palette: what colours mean; None for masks of ids.
         name: what error messages call it.
+        max_unreadable: how many pairs that cannot be read are tolerated.
+
+    Attributes:
+        unreadable: those found so far.
     """
 
     def __init__(
@@ -125,10 +130,12 @@ class LabelledImages:
         num_channels: int | None = None,
         palette: Palette | None = None,
         name: str = "the data",
+        max_unreadable: int = 0,
     ) -> None:
         self.samples, self.columns, self.num_channels, self.name = samples, columns, num_channels, name
         self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
         self.palette = palette
+        self.unreadable = UnreadableImages(len(samples), max_unreadable)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -137,16 +144,44 @@ class LabelledImages:
         """Return image and mask.
 
         Raises:
-            ValueError: the mask has colours, another size than the image or ids outside the classes.
+            UnreadableImageError: one of them cannot be read, or they differ in size.
+            ValueError: that is one too many; or the mask has colours or ids outside the classes.
         """
-        sample = self.samples[int(index)]
         try:
-            image_HWC = decode(sample[self.columns[0]], self.num_channels, path_of(sample[self.columns[0]]))
+            return self._pair(index)
         except UnreadableImageError as error:
-            raise ValueError(f"{self.name}, image {index}: {error}; repair it, or move it and its mask away") from error
+            self.unreadable.add(index, error)
+            raise
+
+    def readable(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
+        """Return the pair, or the next one that can be read. ValueError if none can."""
+        for offset in range(len(self)):
+            try:
+                return self[(index + offset) % len(self)]
+            except UnreadableImageError as error:
+                last = error
+        raise ValueError(f"none of the {len(self)} pairs of image and mask can be read, the last: {last}")
+
+    def unreadable_images(self) -> dict[str, str]:
+        """Image or mask of the unreadable pairs found so far, each with the reason."""
+        found = {}
+        for index in self.unreadable.indices():
+            try:
+                self._pair(index)
+            except UnreadableImageError as error:  # a worker found it: its reason stayed there
+                where, _, reason = str(error).partition(": ")
+                found[where] = reason
+            else:
+                found[f"{self.name}, image {index}"] = "it could be read later"
+        return found
+
+    def _pair(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
+        sample = self.samples[int(index)]
+        value = sample[self.columns[0]]
+        image_HWC = decode(value, self.num_channels, self._where(value, index))
         mask_HW = self._ids(sample[self.columns[1]], index)
         if mask_HW.shape != image_HWC.shape[:2]:
-            raise ValueError(
+            raise UnreadableImageError(
                 f"{self._where(sample[self.columns[1]], index)}: the mask has {mask_HW.shape[0]} x {mask_HW.shape[1]} "
                 f"pixels (height x width) but the image {image_HWC.shape[0]} x {image_HWC.shape[1]}; a mask must label "
                 "every pixel of its image: make it again at that size, or scale it without interpolation"
@@ -154,13 +189,20 @@ class LabelledImages:
         return image_HWC, mask_HW
 
     def mask(self, index: int) -> npt.NDArray[np.int32]:
-        """Return the mask alone. ValueError as for the pair."""
-        return self._ids(self.samples[int(index)][self.columns[1]], index)
+        """Return the mask alone. Errors as for the pair."""
+        try:
+            return self._ids(self.samples[int(index)][self.columns[1]], index)
+        except UnreadableImageError as error:
+            self.unreadable.add(index, error)
+            raise
 
     def _ids(self, value: Any, index: int) -> npt.NDArray[np.int32]:
         where = self._where(value, index)
         try:
             mask = stored(value)
+        except DECODING_ERRORS as error:
+            raise UnreadableImageError(f"{where}: the mask cannot be read: {error}") from error
+        try:
             mask_HW = index_mask(mask) if self.palette is None else self.palette(mask)
         except DECODING_ERRORS as error:
             raise ValueError(f"{where}: {error}") from error
@@ -211,7 +253,7 @@ class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
-        image_HWC, mask_HW = self.images[index[1]]
+        image_HWC, mask_HW = self.images.readable(index[1])
         rng = image_rng(self.seed, *index)
         crop_HWC, labels_HW = self.augmentation(image_HWC, mask_HW, self.mean_C, rng)
         labels = torch.from_numpy(np.ascontiguousarray(labels_HW))
@@ -234,7 +276,8 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
         splits, columns = _built_in(source), ("image", "annotation")
     else:
         pairs = _paired_folders(source) if source.train_mask_dir is not None else read_splits(source)
-        splits, columns = _drawn(pairs, source), _find_columns(pairs["train"], source)
+        columns = _find_columns(pairs["train"], source)
+        splits = {split: _encoded(data, columns) for split, data in _drawn(pairs, source).items()}
     lists = []
     for split, samples in splits.items():
         images = LabelledImages(
@@ -246,17 +289,18 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
             num_channels=source.num_channels,
             palette=None if source.palette is None else Palette(source.palette, source.ignore_index),
             name=f"{source.name} ({split})",
+            max_unreadable=source.max_unreadable,
         )
         if len(images) == 0:
             raise ValueError(f"{images.name} has no images")
-        images.num_channels = images[0][0].shape[2]
+        images.num_channels = images.readable(0)[0].shape[2]
         lists.append(images)
     if lists[0].num_channels != lists[1].num_channels:
         raise ValueError(
             f"{source.name}: training images have {lists[0].num_channels} channels, validation images "
             f"{lists[1].num_channels}; pass --num_channels"
         )
-    if source.train_mask_dir is not None:
+    if source.dataset_name != BUILT_IN:
         check_classes(lists[0], lists[1], source.class_names())
     return lists[0], lists[1]
 
@@ -292,8 +336,12 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
 
 
 def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool_]:
-    """Which ids below ``ids`` a mask holds."""
-    return np.bincount(images.mask(index).reshape(-1), minlength=ids)[:ids] > 0
+    """Which ids below ``ids`` a mask holds; none if it cannot be read."""
+    try:
+        mask_HW = images.mask(index)
+    except UnreadableImageError:
+        return np.zeros(ids, np.bool_)
+    return np.bincount(mask_HW.reshape(-1), minlength=ids)[:ids] > 0
 
 
 def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
@@ -303,6 +351,14 @@ def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
         "train": WireBonding(train, size=size, seed=seed, first=0),
         "validation": WireBonding(validation, size=size, seed=seed, first=10_000_000),
     }
+
+
+def _encoded(data: datasets.Dataset, columns: tuple[str, str]) -> datasets.Dataset:
+    """The columns with pictures left encoded, so that a damaged one is met where it is decoded."""
+    for column in columns:
+        if isinstance(data.features[column], datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    return data
 
 
 def _find_columns(data: datasets.Dataset, source: SegmentationSource) -> tuple[str, str]:

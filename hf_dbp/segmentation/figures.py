@@ -63,7 +63,7 @@ def plot_predictions(
     axes = figure.subplots(len(picks), 3, squeeze=False)
     shown: set[int] = set()
     for row, index in zip(axes, picks, strict=True):
-        image_HWC, true_HW = data.images[int(index)]
+        image_HWC, true_HW = data.images.readable(int(index))
         predicted_HW = predict_labels(model, data, image_HWC, crop_size).cpu().numpy()
         shown |= {*np.unique(true_HW).tolist(), *np.unique(predicted_HW).tolist()}
         pictures = (_displayed(image_HWC), _painted(true_HW, colours_K3), _painted(predicted_HW, colours_K3))

@@ -24,7 +24,7 @@ from transformers import (
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import feed_fast, user_message
+from hf_dbp.data.feeding import feed_fast, unreadable_images, user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
 from hf_dbp.model_card import write_card
@@ -92,6 +92,9 @@ class DataArguments:
         default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
     )
     subset_seed: int = field(default=0, metadata={"help": "Seed of the draws and the split (not of training)."})
+    max_unreadable: int = field(
+        default=100, metadata={"help": "Pairs that cannot be read are skipped and counted; more of them end the run."}
+    )
     num_channels: int | None = field(
         default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
     )
@@ -212,7 +215,9 @@ def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tupl
         if statistics is not None:
             return statistics
         logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
-    return channel_statistics(ImageList(images.samples, images.columns[0], images.num_channels))
+    return channel_statistics(
+        ImageList(images.samples, images.columns[0], images.num_channels, images.unreadable.limit)
+    )
 
 
 def image_processor(data: WholeImages) -> BeitImageProcessorPil:
@@ -221,7 +226,7 @@ def image_processor(data: WholeImages) -> BeitImageProcessorPil:
     It scales 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
     refuses.
     """
-    factor = unit_range(data.images[0][0].dtype)
+    factor = unit_range(data.images.readable(0)[0].dtype)
     scaling: dict[str, Any] = {"do_resize": False, "do_rescale": factor != 1, "rescale_factor": factor}
     if data.long_edge is not None and len(data.mean) in (1, 3) and factor == 1 / 255:
         size = {"max_height": data.long_edge, "max_width": data.long_edge}
@@ -235,7 +240,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     source = data_args.source(model_args.cache_dir, model_args.token)
     train_images, eval_images = load_labelled_images(source)
     set_seed(args.seed)
-    model = build_model(model_args, data_args, source.class_names(), train_images[0][0].shape[2])
+    model = build_model(model_args, data_args, source.class_names(), train_images.readable(0)[0].shape[2])
     mean, std = pixel_statistics(model_args, train_images)
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
@@ -304,6 +309,7 @@ def evaluation_record(
             "train_images": len(trainer.train_dataset),
             "validation_images": len(trainer.eval_dataset),
             "validation_pixels": int(pixels_K.sum()),
+            "unreadable": unreadable_images({}, trainer.train_dataset.images, trainer.eval_dataset.images),
         },
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "evaluations": history,

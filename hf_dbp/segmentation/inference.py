@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dbp.data.augmentation import resized, unit_range
+from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.segmentation.data import LabelledImages, normalized
 from hf_dbp.segmentation.mean_iou import confusion_matrix
 from hf_dbp.segmentation.transforms import long_edge_size
@@ -27,8 +28,8 @@ __all__ = ["WholeImages", "count_pixels", "predict_labels", "whole_image_logits"
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]]]):
-    """Evaluation items: scaled, normalised pixels (C, h, w) and the untouched label (H, W)."""
+class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]] | None]):
+    """Evaluation items: scaled, normalised pixels (C, h, w) and the untouched label (H, W); None if unreadable."""
 
     images: LabelledImages
     long_edge: int | None
@@ -38,8 +39,11 @@ class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]]]
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, npt.NDArray[np.int32]]:
-        image_HWC, label_HW = self.images[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, npt.NDArray[np.int32]] | None:
+        try:
+            image_HWC, label_HW = self.images[index]
+        except UnreadableImageError:
+            return None
         return self.pixels(image_HWC), label_HW
 
     def pixels(self, image_HWC: npt.NDArray[Any]) -> Tensor:
@@ -98,7 +102,7 @@ def _at_size(logits_Khw: Tensor, height: int, width: int) -> Tensor:
 @torch.no_grad()
 def count_pixels(
     model: nn.Module,
-    batches: Iterable[Sequence[tuple[Tensor, npt.NDArray[np.int32]]]],
+    batches: Iterable[Sequence[tuple[Tensor, npt.NDArray[np.int32]] | None]],
     *,
     num_labels: int,
     ignore_index: int,
@@ -111,7 +115,10 @@ def count_pixels(
     """
     device = next(model.parameters()).device
     confusion_KK, loss_sum = np.zeros((num_labels, num_labels), dtype=np.int64), 0.0
-    for batch in batches:
+    for items in batches:
+        batch = [item for item in items if item is not None]
+        if not batch:
+            continue
         pixels = [item[0].to(device, non_blocking=True) for item in batch]
         all_logits = whole_image_logits(model, pixels, crop_size, batch_size=len(batch))
         for logits_Khw, (_, label_HW) in zip(all_logits, batch, strict=True):
