@@ -77,6 +77,7 @@ def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
         "train_images": 8,
         "validation_images": 3,
         "validation_pixels": 3 * 48 * 48,
+        "unreadable": {"count": 0, "images": {}},
     }
     with Image.open(out / "predictions.png") as figure:
         assert figure.size[0] > 500
