@@ -164,15 +164,14 @@ class LabelledImages:
 
     def unreadable_images(self) -> dict[str, str]:
         """Image or mask of the unreadable pairs found so far, each with the reason."""
-        found = {}
+        found = {f"{self.name}, image {index}": "it could be read later" for index in self.unreadable.indices()}
         for index in self.unreadable.indices():
             try:
                 self._pair(index)
             except UnreadableImageError as error:  # a worker found it: its reason stayed there
+                del found[f"{self.name}, image {index}"]
                 where, _, reason = str(error).partition(": ")
                 found[where] = reason
-            else:
-                found[f"{self.name}, image {index}"] = "it could be read later"
         return found
 
     def _pair(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
