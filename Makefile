@@ -1,12 +1,13 @@
 # make demo     set up, then pre-train, fuse and load the result on built-in images (minutes on two cores)
 # make test     the tests
+# make faults   kill a very small run 60 times and compare what comes out (ten minutes)
 # make style    format and mend the code;  make quality  check it
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-.PHONY: demo test style quality install
+.PHONY: demo test faults style quality install
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -23,6 +24,9 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --output $(OUT)/faults.json
 
 style: install
 	$(BIN)/ruff format .
