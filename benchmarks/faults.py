@@ -135,14 +135,15 @@ def traced(folder: Path) -> list[list[str]]:
     return [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def where(folder: Path, steps: int, *, trains: bool) -> str:
-    """What a signal hit, from what lies in the folder and whether the attempt has trained yet."""
+def where(folder: Path, steps: int, *, since: float, trains: bool) -> str:
+    """What a signal hit, from what an attempt has left in the folder since it began and whether it has trained."""
     left = folder / UNFINISHED
-    if next(left.glob("deleted-*"), None):
+    fresh = left.is_dir() and left.stat().st_mtime > since
+    if fresh and next(left.glob("deleted-*"), None):
         return "deleting an old checkpoint"
-    if next(left.glob("checkpoint-*"), None):
+    if fresh and next(left.glob("checkpoint-*"), None):
         return "writing a checkpoint"
-    if left.is_dir():
+    if fresh:
         return "writing the final model"
     if (folder / f"checkpoint-{steps}").is_dir():
         return "finishing"
@@ -174,7 +175,7 @@ def outcome(folder: Path, steps: int) -> dict[str, Any]:
         "random state": torch.load(last / "rng_state.pth", weights_only=False),
         "final model": load_file(next(folder.glob("*.safetensors"))),
         "validation losses": [(row["step"], row["eval_loss"]) for row in record["rows"]],
-        "files": sorted(path.name for path in folder.iterdir()),
+        "files": sorted(path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")),
     }
 
 
@@ -195,7 +196,7 @@ def disturbed_run(folder: Path, steps: int, kills: list[dict[str, Any]], count: 
     """Repeat a run's command until it finishes, with signals, which join ``kills``, until there are ``count``."""
     while True:
         as_command = len(kills) % COMMAND_EVERY == COMMAND_EVERY - 1
-        begun, saved = len(traced(folder)), last_checkpoint(folder)
+        since, begun, saved = time.time(), len(traced(folder)), last_checkpoint(folder)
         aims = dict(AIMS) if saved and int(Path(saved).name[11:]) * 3 >= steps * 2 else AIMS | {"end": 0}
         aim = rng.choices([*aims], [*aims.values()])[0] if len(kills) < count else None
         number = signal.SIGTERM if rng.random() < TERM_SHARE else signal.SIGKILL
@@ -205,7 +206,7 @@ def disturbed_run(folder: Path, steps: int, kills: list[dict[str, Any]], count: 
         if status is None and aim is not None:
             status = wait(process, lambda: False, delay)
         if status is None:
-            hit = where(folder, steps, trains=True)
+            hit = where(folder, steps, since=since, trains=True)
             os.kill(process, number if aim else signal.SIGKILL)
             status = wait(process, lambda: False, LIMIT_SECONDS)
             expected = (-number, 0, 128 + number) if aim else ()
@@ -214,7 +215,7 @@ def disturbed_run(folder: Path, steps: int, kills: list[dict[str, Any]], count: 
             if status != 0:
                 last = last_checkpoint(folder)
                 if number == signal.SIGKILL or status != 128 + number:  # what it left is what it hit
-                    hit = where(folder, steps, trains=len(traced(folder)) > begun or last != saved)
+                    hit = where(folder, steps, since=since, trains=len(traced(folder)) > begun or last != saved)
                 kills.append({"signal": number.name, "aim": aim, "where": hit, "status": status})
                 kills[-1] |= {
                     "started as": "command" if as_command else "fork",
