@@ -229,19 +229,19 @@ def test_a_finished_run_takes_no_further_step(tmp_path, undisturbed):
     assert not steps and losses(again) == undisturbed[0]
 
 
-RUINED = {"learning_rate": 20.0, "warmup_steps": 1000, "num_train_epochs": 3}  # the best checkpoint is not the last
+NOTHING_LEARNED = {"learning_rate": 0.0, "eta": 0.0, "num_train_epochs": 3}  # the first is best
 
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_rotation_keeps_the_best_and_the_last(tmp_path, limit):
-    record = main(flags(tmp_path, **RUINED, save_total_limit=limit))
+    record = main(flags(tmp_path, **NOTHING_LEARNED, save_total_limit=limit))
     assert record.best["step"] < 9
     assert {*whole_checkpoints(tmp_path)} == {record.best["step"]} | ({9} if limit == 2 else set())
 
 
 def test_a_lost_best_checkpoint_does_not_end_the_run(tmp_path, caplog):
     with at_step(8, lambda: [truncate(weights(tmp_path / f"checkpoint-{step}")) for step in (3, 6)]):
-        record = main(flags(tmp_path, **RUINED))
+        record = main(flags(tmp_path, **NOTHING_LEARNED))
     assert "is lost (model.unfused.safetensors has" in caplog.text
     assert record.results["finished"]
 
