@@ -13,7 +13,7 @@ as `DBPViTMAEAttention` does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -117,15 +117,20 @@ def fuse(module: nn.Module) -> nn.Module:
     return plain
 
 
-def fused_state_dict(module: nn.Module) -> dict[str, Tensor]:
+def fused_state_dict(module: nn.Module, keep: Container[str] = ()) -> dict[str, Tensor]:
     """The state dict of the plain module that ``module`` stands for: W R in place of (W, R), no key of ours.
+
+    Args:
+        module: any tree of modules.
+        keep: names of decorrelated layers that are left as they are.
 
     Raises:
         ValueError: a fused weight is not finite; the layer is named.
     """
     state = module.state_dict()
-    for name, layer in decorrelated_layers(module):
+    layers = [(name, layer) for name, layer in decorrelated_layers(module) if name not in keep]
+    for name, layer in layers:
         prefix = f"{name}." if name else ""
         state |= {prefix + key: value for key, value in fuse_layer(name, layer).state_dict().items()}
-    ours = tuple(f"{name}.decorrelation." if name else "decorrelation." for name, _ in decorrelated_layers(module))
+    ours = tuple(f"{name}.decorrelation." if name else "decorrelation." for name, _ in layers)
     return {key: value for key, value in state.items() if not (ours and key.startswith(ours))}

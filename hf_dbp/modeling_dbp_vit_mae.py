@@ -38,7 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, eager_attention_forward
 
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
-from hf_dbp.conversion import convert_to_decorrelated, fused_state_dict
+from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers, fused_state_dict
 from hf_dbp.functional import decorrelated_linear
 from hf_dbp.layers import DecorrelatedLayer, Decorrelation, Fusable, fuse_linear
 from hf_dbp.stock_vit_mae import RectangularViTMAE, freeze_fixed_, initialize_mae_, initialize_mae_module, patch_grid
@@ -157,7 +157,8 @@ class DBPPreTrainedMixin(Fusable):
             pretrained_model_name_or_path: folder or Hub id.
             model_args: as in transformers.
             kwargs: as in transformers; fields of `DBPViTMAEConfig` such as ``decorrelated_layers`` override the
-                checkpoint's.
+                checkpoint's. The function stays the same: a layer that is no longer to be decorrelated gets W R in
+                place of (W, R), one that is to be so from now on starts at R = I.
 
         Raises:
             ValueError: one of our checkpoints lacks a tensor, R included, or has a configuration that no ViT has.
@@ -172,6 +173,12 @@ class DBPPreTrainedMixin(Fusable):
             raw = {key: value for key, value in raw.items() if key in known}  # nothing that names code or kernels
             fields = {key: kwargs.pop(key) for key in list(kwargs) if key in DBPViTMAEConfig.__dataclass_fields__}
             kwargs["config"] = DBPViTMAEConfig.from_dict(raw | fields)
+        config, choice = kwargs["config"], raw.get("decorrelated_layers", DBPViTMAEConfig.decorrelated_layers)
+        if ours and config.decorrelated_layers != choice:
+            kwargs["config"] = DBPViTMAEConfig.from_dict(config.to_dict() | {"decorrelated_layers": choice})
+            loaded = cls.from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
+            model, info = with_layers_of(config, *loaded)
+            return (model, info) if with_info else model
         if ours:
             kwargs.setdefault("variant", UNFUSED)
         kwargs.setdefault("use_safetensors", True)
@@ -191,7 +198,15 @@ class DBPPreTrainedMixin(Fusable):
         """Save config and ``model.unfused.safetensors`` under present key names; arguments as in transformers.
 
         Legacy key names, transformers' default, are not restored by its Trainer on resume.
+
+        Raises:
+            ValueError: another variant of a model with R, which under the usual name would be read as a stock one.
         """
+        if kwargs.get("variant", UNFUSED) != UNFUSED and any(True for _ in decorrelated_layers(self)):  # type: ignore[arg-type]
+            raise ValueError(
+                f"variant={kwargs['variant']!r}: weights with R are saved as {UNFUSED!r} alone, other names pass for a "
+                "stock model's; save fuse(model) or extract_vit(model)"
+            )
         kwargs = {"variant": UNFUSED, "save_original_format": False} | kwargs
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
@@ -219,6 +234,31 @@ def load_fused(stock: PreTrainedModel, model: PreTrainedModel) -> PreTrainedMode
     stock.to(device=model.device, dtype=model.dtype).load_state_dict(fused_state_dict(model))
     stock.train(model.training)
     return stock
+
+
+def with_layers_of(
+    config: DBPViTMAEConfig, model: PreTrainedModel, info: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The same function as ``model`` with the decorrelated layers that ``config`` chooses.
+
+    ``info``, its loading info, gets the R that start at I as missing and those that were fused as unexpected keys.
+    """
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        chosen = type(model)(config)
+    layers = dict(decorrelated_layers(chosen))
+    state = fused_state_dict(model, keep=layers)
+    old, new = model.state_dict().keys(), chosen.state_dict().keys()
+    for name, layer in layers.items():
+        key, size = f"{name}.decorrelation.R", layer.decorrelation.num_features
+        state.setdefault(key, torch.eye(size, device=model.device))
+    chosen.load_state_dict(state, assign=True)
+    chosen.train(model.training)
+    freeze_fixed_(chosen)
+    return chosen, info | {
+        "missing_keys": {*info["missing_keys"], *(new - old)},
+        "unexpected_keys": {*info["unexpected_keys"], *(old - new)},
+    }
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

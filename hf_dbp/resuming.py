@@ -55,14 +55,24 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
     """Load a checkpoint's weights into ``model``, in place.
 
     Raises:
-        ValueError: the checkpoint lacks a tensor of the model; nothing is changed then.
+        ValueError: the tensors of the checkpoint are not those of the model; nothing is changed then.
     """
     saved, info = type(model).from_pretrained(
-        folder, config=model.config, output_loading_info=True, dtype=model.dtype, use_safetensors=True
+        folder,
+        config=model.config,
+        output_loading_info=True,
+        dtype=model.dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
     )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"checkpoint {folder} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    found = {
+        "lacks {} tensors of the model": info["missing_keys"],
+        "has {} tensors that the model lacks": info["unexpected_keys"],
+        "has {} tensors of another shape than the model": {key for key, *_ in info["mismatched_keys"]},
+    }
+    for problem, keys in found.items():
+        if keys:
+            raise ValueError(f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}")
     model.load_state_dict(saved.state_dict())
 
 

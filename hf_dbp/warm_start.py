@@ -32,10 +32,13 @@ logger = logging.getLogger(__name__)
 
 
 def fits(source: str, config: ViTMAEConfig, **hub: Any) -> bool:
-    """Whether the checkpoint is a ViT-MAE for the same number of channels and the same image size."""
+    """Whether its class loads the checkpoint: a ViT-MAE for the same number of channels and the same image size.
+
+    A stock model does not read ours.
+    """
     raw = read_config(source, **hub)
     theirs = raw.get("num_channels", 3), raw.get("image_size", 224)
-    return "mae" in raw["model_type"] and theirs == (config.num_channels, config.image_size)
+    return raw["model_type"] in ("vit_mae", config.model_type) and theirs == (config.num_channels, config.image_size)
 
 
 @torch.no_grad()

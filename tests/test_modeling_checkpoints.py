@@ -268,3 +268,40 @@ def test_fused_folders_load_where_hf_dbp_cannot_be_imported(mae_config: Maker, t
         assert "dbp" not in text
         assert "decorrelat" not in text
         assert not [name for name in tensors(tmp_path / part, "model.safetensors") if "decorrelation" in name]
+
+
+CHOICES = ["none", "block_inputs", "encoder", "full"]
+
+
+@pytest.mark.parametrize("there", CHOICES)
+@pytest.mark.parametrize("wanted", CHOICES)
+def test_another_choice_of_layers_keeps_the_function_and_every_R_that_stays(
+    mae_config: Maker, tmp_path: Path, there: str, wanted: str
+) -> None:
+    model, batch = trained(mae_config(decorrelated_layers=there)), inputs()
+    model.save_pretrained(tmp_path)
+    loaded, info = DBPViTMAEForPreTraining.from_pretrained(
+        tmp_path, decorrelated_layers=wanted, output_loading_info=True
+    )
+    loss = model(**batch).loss
+    torch.testing.assert_close(loaded(**batch).loss, loss)
+    assert (loaded.config.decorrelated_layers, loaded.training) == (wanted, False)
+    old, new = (dict(decorrelated_layers(one)) for one in (model, loaded))
+    for name, layer in new.items():
+        R = layer.decorrelation.R
+        assert torch.equal(R, old[name].decorrelation.R if name in old else torch.eye(len(R))), name
+    changed = [{f"{name}.decorrelation.R" for name in a.keys() - b.keys()} for a, b in ((old, new), (new, old))]
+    assert changed == [set(info["unexpected_keys"]), set(info["missing_keys"])]
+    fresh = DBPViTMAEForPreTraining(mae_config(decorrelated_layers=wanted))
+    assert (trainable(loaded), loaded.state_dict().keys()) == (trainable(fresh), fresh.state_dict().keys())
+
+
+def test_weights_with_R_are_saved_under_their_own_name_alone(mae_config: Maker, tmp_path: Path) -> None:
+    model = trained(mae_config())
+    for variant in (None, "fp16"):
+        with pytest.raises(ValueError, match="weights with R are saved as 'unfused' alone"):
+            model.save_pretrained(tmp_path, variant=variant)
+    assert not list(tmp_path.iterdir())
+    plain = trained(mae_config(decorrelated_layers="none"))
+    plain.save_pretrained(tmp_path, variant=None)
+    assert tensors(tmp_path, "model.safetensors").keys() == plain.state_dict().keys()

@@ -13,6 +13,7 @@ from transformers import ViTMAEForPreTraining, ViTModel
 
 from hf_dbp.arguments import ModelArguments
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
+from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.fusing import main as fuse_main
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE
 from hf_dbp.pretraining import build_model, main
@@ -129,6 +130,40 @@ def test_restoring_refuses_an_incomplete_checkpoint(tmp_path, mae_config):
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ValueError, match=r"lacks 1 tensors, among them vit\.layers\.1\.mlp\.fc1\.decorrelation\.R"):
         restore_weights(model, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"decorrelated_layers": "none"}, "has 9 tensors that the model lacks"),
+        ({"decorrelated_layers": "full"}, "lacks 6 tensors of the model"),
+        ({"num_hidden_layers": 1}, "has 20 tensors that the model lacks"),
+        ({"intermediate_size": 24}, "has 8 tensors of another shape than the model"),
+    ],
+)
+def test_restoring_refuses_the_checkpoint_of_another_model(tmp_path, mae_config, changed, message):
+    DBPViTMAEForPreTraining(mae_config()).save_pretrained(tmp_path)
+    model = DBPViTMAEForPreTraining(mae_config(**changed))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        restore_weights(model, str(tmp_path))
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changed", [{"method": "bp"}, {"method": "stock"}, {"decorrelated_layers": "block_inputs"}])
+def test_a_decorrelated_checkpoint_is_a_start_for_every_method(tmp_path, mae_config, changed):
+    """The same function, whichever layers are decorrelated from now on."""
+    source = DBPViTMAEForPreTraining(mae_config()).eval()
+    with torch.no_grad():
+        for _, layer in decorrelated_layers(source):
+            layer.decorrelation.R.add_(0.05 * torch.randn_like(layer.decorrelation.R))
+    source.save_pretrained(tmp_path)
+    model = build_model(ModelArguments(model_name_or_path=str(tmp_path), **changed), 3, seed=0).eval()
+    kept = {name: layer.decorrelation.R for name, layer in decorrelated_layers(model)}
+    assert len(kept) == (5 if "decorrelated_layers" in changed else 0)
+    assert all(torch.equal(R, source.get_submodule(name).decorrelation.R) for name, R in kept.items())
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "noise": torch.rand(2, 16)}
+    torch.testing.assert_close(model(**batch).loss, source(**batch).loss)
 
 
 def test_a_public_checkpoint_is_a_start(tmp_path, mae_config):
