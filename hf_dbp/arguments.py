@@ -95,8 +95,8 @@ class ModelArguments:
     image_statistics: str = field(
         default="auto",
         metadata={
-            "help": "Mean and std per channel: imagenet's, measured once on the training images, or auto: imagenet's "
-            "for 8-bit RGB, else measured.",
+            "help": "Mean and std per channel: imagenet's, measured once on the training images, or auto: those of "
+            "--model_name_or_path if it has them for as many channels, else imagenet's for 8-bit RGB, else measured.",
             "choices": ["auto", "imagenet", "measured"],
         },
     )
@@ -117,8 +117,15 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Refused: no code of a model or a data set is ever run."}
+    )
 
     def __post_init__(self) -> None:
+        if self.trust_remote_code:
+            raise ValueError("--trust_remote_code: no code of a model or a data set is ever run here; leave it out")
+        if self.method == "dbp" and self.decorrelated_layers == "none":
+            raise ValueError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
         if not 0.0 < self.mask_ratio < 1.0:
             raise ValueError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
         if self.image_size is not None and len(self.image_size) > 2:

@@ -63,11 +63,11 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
     if statistics is None:
         raise ValueError(f"{folder} has no preprocessor_config.json, which tells mean and std")
     channels, size = config.get("num_channels", 3), config.get("image_size", 224)
+    record = RunRecord.read(folder / RECORD) if (folder / RECORD).is_file() else None
     seed = 0
     if image_dir is not None:
         source = ImageSource(train_dir=image_dir, num_channels=channels, max_eval_samples=count)
-    elif (folder / RECORD).is_file():
-        record = RunRecord.read(folder / RECORD)
+    elif record is not None:
         seed = record.seed
         names = ImageSource.__dataclass_fields__.keys() & record.arguments.keys() - {"token", "seed"}
         given = {name: record.arguments[name] for name in names}
@@ -84,6 +84,7 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
         mean=statistics[0],
         std=statistics[1],
         seed=seed,
+        native=record is not None and record.arguments.get("native_tiles", False),
     )
 
 

@@ -28,11 +28,12 @@ from transformers import (
 
 from hf_dbp.arguments import DataArguments, ModelArguments
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
+from hf_dbp.checkpoints import model_folder
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.feeding import augments_on_device, feed_fast, step_images, user_message
-from hf_dbp.data.images import ImageSource, channel_statistics, load_images
+from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.fusing import fuse_run, push_run
@@ -41,7 +42,7 @@ from hf_dbp.model_card import write_card
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
 from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
-from hf_dbp.records import RunRecord, arguments_record
+from hf_dbp.records import RunRecord, arguments_record, write_json
 from hf_dbp.resuming import find_checkpoint
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
@@ -52,6 +53,8 @@ from hf_dbp.warm_start import fits, warm_start_
 __all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "build_model", "main"]
 
 logger = logging.getLogger(__name__)
+
+EVAL_RESULTS = "eval_results.json"
 
 
 @dataclass
@@ -170,6 +173,23 @@ def image_processor(
     )
 
 
+def pixel_statistics(
+    model_args: ModelArguments, images: ImageList, num_channels: int, kept_in: Path
+) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation per channel: of the image processor named, of the checkpoint, or as asked."""
+    if model_args.image_processor_name is not None:
+        found = read_statistics(model_args.image_processor_name, token=model_args.token)
+        if found is None:
+            raise ValueError(f"--image_processor_name {model_args.image_processor_name} has no image processor")
+        return found
+    if model_args.model_name_or_path is not None and model_args.image_statistics == "auto":
+        hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+        found = read_statistics(model_args.model_name_or_path, **hub)
+        if found is not None and len(found[0]) == num_channels:
+            return found
+    return channel_statistics(images, model_args.image_statistics, kept_in)
+
+
 def prepare_data(
     data_args: DataArguments, model_args: ModelArguments, seed: int
 ) -> tuple[MaskedImages, MaskedImages, int]:
@@ -189,13 +209,7 @@ def prepare_data(
         )
     train_images, eval_images = load_images(source)
     num_channels = train_images.readable(0).shape[2]
-    if model_args.image_processor_name is not None:
-        found = read_statistics(model_args.image_processor_name, token=model_args.token)
-        if found is None:
-            raise ValueError(f"--image_processor_name {model_args.image_processor_name} has no image processor")
-        mean, std = found
-    else:
-        mean, std = channel_statistics(train_images, model_args.image_statistics, source.kept_in)
+    mean, std = pixel_statistics(model_args, train_images, num_channels, source.kept_in)
     if len(mean) != num_channels:
         raise ValueError(f"the image processor has statistics of {len(mean)} channels, the images have {num_channels}")
     views: dict[str, Any] = {"size": size, "patch_size": config.patch_size, "mean": mean, "std": std, "seed": seed}
@@ -221,18 +235,11 @@ def training_meter(args: PretrainingArguments) -> EnergyMeter | None:
     return EnergyMeter(args.country, gpus_in_use(gpus))
 
 
-def run(
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    decorrelation_args: DecorrelationArguments,
-    args: PretrainingArguments,
-) -> RunRecord:
-    """Pre-train, evaluate, save; returns the record that is also written to ``output_dir/run.json``."""
-    set_seed(args.seed)
-    train_data, eval_data, num_channels = prepare_data(data_args, model_args, args.seed)
-    check_run(args, train_data)
-    train_data.on_device = augments_on_device(model_args.augment_on_device, args, train_data.images)
-    model = build_model(model_args, num_channels, args.seed)
+def new_record(
+    model_args: ModelArguments, data_args: DataArguments, decorrelation_args: DecorrelationArguments,
+    args: PretrainingArguments, train_data: MaskedImages, eval_data: MaskedImages,
+) -> RunRecord:  # fmt: skip
+    """The record of a run that has not begun."""
     record = RunRecord("pretraining", model_args.method, model_args.optimizer, args.seed)
     record.arguments = arguments_record(model_args, data_args, decorrelation_args, args)
     record.hardware["processes"] = args.world_size
@@ -241,13 +248,51 @@ def run(
         "train_images": len(train_data),
         "validation_images": len(eval_data),
         "size": list(train_data.size),
-        "channels": num_channels,
+        "channels": len(train_data.mean),
         "mean": train_data.mean.tolist(),
         "std": train_data.std.tolist(),
         "augmented_on_device": train_data.on_device,
     }
     if train_data.images.subset:
         record.data["subset"] = train_data.images.subset
+    return record
+
+
+def model_to_evaluate(model_args: ModelArguments, args: PretrainingArguments) -> ModelArguments:
+    """With --do_eval alone: that of --model_name_or_path, else of the run in the output folder, else a fresh one."""
+    if args.push_to_hub:
+        raise ValueError(
+            "--push_to_hub pushes what --do_train trains; a finished run: fuse_checkpoint.py --push_to_hub"
+        )
+    if model_args.model_name_or_path is not None:
+        return model_args
+    try:
+        return dataclasses.replace(model_args, model_name_or_path=str(model_folder(args.output_dir)))
+    except ValueError:
+        logger.warning("no --model_name_or_path and no run in %s: a fresh model is evaluated", args.output_dir)
+        return model_args
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    decorrelation_args: DecorrelationArguments,
+    args: PretrainingArguments,
+) -> RunRecord:
+    """Pre-train, evaluate, save; returns the record that is also written to ``output_dir/run.json``.
+
+    Without ``do_train`` a model is evaluated, and nothing but ``eval_results.json`` written.
+    """
+    if not (args.do_train or args.do_eval):
+        raise ValueError("nothing to do: give --do_train, --do_eval or both")
+    if not args.do_train:
+        model_args = model_to_evaluate(model_args, args)
+    set_seed(args.seed)
+    train_data, eval_data, num_channels = prepare_data(data_args, model_args, args.seed)
+    check_run(args, train_data)
+    train_data.on_device = augments_on_device(model_args.augment_on_device, args, train_data.images)
+    model = build_model(model_args, num_channels, args.seed)
+    record = new_record(model_args, data_args, decorrelation_args, args, train_data, eval_data)
     callback = None
     if any(True for _ in decorrelated_layers(model)):
         callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
@@ -266,12 +311,23 @@ def run(
         eval_dataset=eval_data,
         processing_class=image_processor(model, train_data.mean.tolist(), train_data.std.tolist(), factor),
     )
-    if args.do_train:
-        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    if not args.do_train:
+        evaluate_alone(trainer, model_args.model_name_or_path)
+        return record
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
     if args.do_eval and not (record.rows and record.rows[-1]["step"] == trainer.state.global_step):
         trainer.evaluate()
     finish(trainer, record, eval_data, destination)
     return record
+
+
+def evaluate_alone(trainer: MAETrainer, source: str | None) -> None:
+    """Evaluate, and write ``eval_results.json``: the weights and the record of a run stay as they are."""
+    metrics = trainer.evaluate()
+    if trainer.args.should_save:
+        file, model = Path(trainer.args.output_dir) / EVAL_RESULTS, source or "a fresh model"
+        write_json(file, metrics | {"model": model})
+        print(f"validation loss {metrics['eval_loss']:.4f} of {model}; written to {file}")
 
 
 def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, destination: Destination | None) -> None:

@@ -19,7 +19,8 @@ Schema (version 1):
                       decorrelation {layer: {decorrelation_loss, mean_squared_correlation}}
     best              the row with the lowest eval_loss
     results           figures of the whole run by name; "finished": true once it has come to its end; "guards": layers
-                      and steps at which eta was reduced or R left as it was
+                      and steps at which eta was reduced or R left as it was; "resumed_with":
+                      {step: {argument: [old, new]}} of a run that went on from that step with other settings
 
 Times, kWh and CO2e are those of training alone. A figure that was not measured is absent.
 """

@@ -23,14 +23,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.optimizers import checked_schedule
+from hf_dbp.records import RunRecord
 from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
 from hf_dbp.stopping import StopOnSignal, Stopped
 
-__all__ = ["ResumingTrainer", "find_checkpoint", "restore_weights"]
+__all__ = ["ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights"]
 
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"
+SHAPING = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed",
+    "bf16", "fp16", "eta", "eta_schedule", "eta_stop", "kappa", "update_interval", "sample_fraction", "row_floor",
+    "row_cap", "bound_eta", "mask_ratio", "norm_pix_loss", "native_tiles", "image_statistics", "image_processor_name",
+)  # fmt: skip
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
@@ -49,6 +56,30 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             "--output_dir is taken"
         )
     return named
+
+
+def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dict[str, list[Any]]:
+    """The arguments that shape training and differ from the checkpoint's: {name: [old, new]}.
+
+    Raises:
+        ValueError: method, optimizer or decorrelated layers differ: the checkpoint's tensors and states are of no use.
+    """
+    fixed: dict[str, tuple[Any, Any]] = {
+        "method": (before.method, now.method),
+        "optimizer": (before.optimizer, now.optimizer),
+    }
+    if before.method == "dbp":
+        chosen = now.arguments.get("decorrelated_layers")
+        fixed["decorrelated_layers"] = (before.arguments.get("decorrelated_layers", chosen), chosen)
+    for flag, (old, new) in fixed.items():
+        if old != new:
+            raise ValueError(
+                f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, give --{flag} {old}; to begin "
+                "anew, another --output_dir"
+            )
+    known = [name for name in SHAPING if name in before.arguments and name in now.arguments]
+    pairs = {name: (before.arguments[name], now.arguments[name]) for name in known}
+    return {name: [old, new] for name, (old, new) in pairs.items() if old != new}
 
 
 def restore_weights(model: PreTrainedModel, folder: str) -> None:
@@ -72,7 +103,10 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
     }
     for problem, keys in found.items():
         if keys:
-            raise ValueError(f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}")
+            raise ValueError(
+                f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}; to go on, give "
+                "the flags it was trained with; to begin anew, another --output_dir"
+            )
     model.load_state_dict(saved.state_dict())
 
 

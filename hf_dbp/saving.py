@@ -31,6 +31,7 @@ from hf_dbp.records import write_json
 __all__ = [
     "UNFINISHED",
     "DiskFull",
+    "checkpoint_step",
     "clear",
     "disk_errors",
     "fault",

@@ -10,6 +10,7 @@ It adds what the stock Trainer gets wrong or lacks here:
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -27,9 +28,12 @@ from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
-from hf_dbp.resuming import ResumingTrainer
+from hf_dbp.resuming import ResumingTrainer, changed_arguments
+from hf_dbp.saving import checkpoint_step
 
 __all__ = ["RECORD", "MAETrainer"]
+
+logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
 PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
@@ -117,6 +121,8 @@ class MAETrainer(ResumingTrainer):
             count = len(inputs["pixel_values"])
             total += torch.stack([loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)])
         loss_sum, count = self.accelerator.reduce(total, reduction="sum").tolist()
+        if not count:
+            raise ValueError(f"none of the {len(self.eval_dataset)} validation images can be read")
         return EvalLoopOutput(None, None, {"eval_loss": loss_sum / count}, int(count))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -154,9 +160,16 @@ class MAETrainer(ResumingTrainer):
         resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint is not None and (Path(resume_from_checkpoint) / RECORD).is_file():
             before = RunRecord.read(Path(resume_from_checkpoint) / RECORD)
+            changed = changed_arguments(before, self.record, resume_from_checkpoint)
             if "feeding" in before.data:
                 adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
             self.record.rows, self.record.results = before.rows, before.results
+            if changed:
+                step = str(checkpoint_step(Path(resume_from_checkpoint)))
+                self.record.results["resumed_with"] = before.results.get("resumed_with", {}) | {step: changed}
+                if self.is_world_process_zero():
+                    told = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in changed.items())
+                    logger.warning("%s goes on with other settings: %s", resume_from_checkpoint, told)
             if self.decorrelation is not None:
                 self.decorrelation.shares.preset(before.results.get("guards", {}))
         spent = self.record.results
@@ -205,7 +218,7 @@ class MAETrainer(ResumingTrainer):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             self.record.add_row(self.evaluation_row(metrics["eval_loss"]))
             self.record.results |= self.input_results()
-            if self.args.should_save:  # for whoever watches the run
+            if self.args.should_save and self.is_in_train:  # for whoever watches the run
                 self.record.write(Path(self.args.output_dir) / RECORD)
         return metrics
 
@@ -226,7 +239,8 @@ class MAETrainer(ResumingTrainer):
             mean = self.accelerator.reduce(torch.as_tensor(self._loss_sum / self._loss_count), reduction="mean")
             row["train_loss"] = float(mean)
         self._loss_sum, self._loss_count = 0.0, 0
-        assert self._probe_batch is not None
+        if self._probe_batch is None:  # this rank's share has no readable image, or none at all
+            self._probe_batch = evaluation_collate([self.eval_dataset[0]])
         layers = measure_correlations(
             self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self._probe_batch
         )

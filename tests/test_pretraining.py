@@ -14,9 +14,11 @@ from transformers import ViTMAEForPreTraining, ViTModel
 from hf_dbp.arguments import ModelArguments
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import decorrelated_layers
+from hf_dbp.data.images import ImageSource, channel_statistics, load_images
+from hf_dbp.fusing import check_views
 from hf_dbp.fusing import main as fuse_main
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE
-from hf_dbp.pretraining import build_model, main
+from hf_dbp.pretraining import build_model, main, pixel_statistics
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import restore_weights
 
@@ -99,6 +101,37 @@ def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys, caplog):
+    run = {"num_train_epochs": 1}
+    main(flags(tmp_path, **run))
+    before = contents(tmp_path)
+    for changed, message in (
+        ({"method": "bp"}, "was trained with --method dbp, not bp: to go on, give --method dbp; to begin anew, "),
+        ({"optimizer": "muon"}, "was trained with --optimizer adamw, not muon: to go on, give --optimizer adamw; "),
+        ({"decorrelated_layers": "full"}, "with --decorrelated_layers encoder, not full: to go on, give "),
+        ({"patch_size": 4}, "of another shape than the model, among them .*; to go on, give the flags it was "),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(flags(tmp_path, **run, **changed))
+        assert stop.value.code == 2
+        assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+        assert contents(tmp_path) == before
+    caplog.clear()
+    record = main(flags(tmp_path, num_train_epochs=2, eta=1e-4, logging_steps=1, dataloader_num_workers=0))
+    told = [text for text in caplog.messages if "goes on with" in text]
+    news = "goes on with other settings: --num_train_epochs 1.0 -> 2.0, --eta 0.0005 -> 0.0001"
+    assert told == [f"{tmp_path / 'checkpoint-3'} {news}"]
+    changed = {"num_train_epochs": [1.0, 2.0], "eta": [5e-4, 1e-4]}
+    assert record.results["resumed_with"] == {"3": changed}
+    again = RunRecord.read(tmp_path / "checkpoint-6" / "run.json")
+    assert again.results["resumed_with"] == {"3": changed}
+
+
+def test_a_run_on_native_tiles_is_fused_on_them(tmp_path):
+    main(flags(tmp_path, num_train_epochs=1, native_tiles=True))
+    assert check_views(tmp_path).native
+
+
 def test_the_best_checkpoint_is_what_remains(tmp_path):
     """A learning rate that ruins the model in the end must not ruin what is saved."""
     record = main(flags(tmp_path, learning_rate=20.0, warmup_steps=1000, num_train_epochs=3))  # only ever warms up
@@ -166,6 +199,77 @@ def test_a_decorrelated_checkpoint_is_a_start_for_every_method(tmp_path, mae_con
     torch.testing.assert_close(model(**batch).loss, source(**batch).loss)
 
 
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_evaluation_alone_leaves_a_run_as_it_is(tmp_path, capsys):
+    """The run's own model is evaluated, by the run's own statistics; an unfinished run's best checkpoint too."""
+    run = tmp_path / "run"
+    trained = main(flags(run, num_train_epochs=1))
+    before = contents(run)
+    for source in (run, run / "checkpoint-3"):
+        record = main(flags(run, do_train=False))
+        assert losses(record) == pytest.approx(losses(trained), rel=1e-5)
+        results = json.loads((run / "eval_results.json").read_text())
+        assert (results["eval_loss"], results["model"]) == (losses(record)[0], str(source))
+        (run / "eval_results.json").unlink()
+        assert contents(run) == before
+        (run / "config.json").unlink(missing_ok=True)  # as of a run that is not at its end
+        before.pop(run / "config.json", None)
+    other = tmp_path / "other"
+    named = main(flags(other, do_train=False, model_name_or_path=run / "checkpoint-3"))
+    assert losses(named) == losses(record)
+    assert [file.name for file in contents(other)] == ["eval_results.json"]
+    assert "validation loss" in capsys.readouterr().out
+
+
+def test_evaluation_of_no_model_says_so_and_no_flag_is_a_mistake(tmp_path, caplog, capsys):
+    main(flags(tmp_path / "none", do_train=False))
+    assert f"no --model_name_or_path and no run in {tmp_path / 'none'}: a fresh model is evaluated" in caplog.text
+    assert "of a fresh model" in capsys.readouterr().out
+    assert [file.name for file in contents(tmp_path / "none")] == ["eval_results.json"]
+    for changed, message in (
+        ({"do_eval": False, "eval_strategy": "no"}, "error: nothing to do: give --do_train, --do_eval or both"),
+        ({"push_to_hub": True}, "error: --push_to_hub pushes what --do_train trains"),
+    ):
+        with pytest.raises(SystemExit):
+            main(flags(tmp_path / "nothing", do_train=False, **changed))
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)
+        assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "mean"),
+    [({}, [0.1, 0.2, 0.3]), ({"image_statistics": "imagenet"}, [0.485, 0.456, 0.406]), ({"channels": 2}, None)],
+)
+def test_a_checkpoint_brings_its_statistics(tmp_path, asked, mean):
+    processor = {"image_mean": [0.1, 0.2, 0.3][: asked.pop("channels", 3)], "image_std": [0.5] * 3}
+    processor["image_std"] = processor["image_std"][: len(processor["image_mean"])]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    picture_folder(tmp_path / "pictures", 1)
+    images, _ = load_images(
+        ImageSource(train_dir=str(tmp_path / "pictures"), validation_dir=str(tmp_path / "pictures"))
+    )
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), **asked)
+    found = pixel_statistics(arguments, images, 3, tmp_path)[0]
+    assert found == pytest.approx(mean or channel_statistics(images, "auto", tmp_path)[0])
+
+
+def test_a_share_of_the_validation_images_without_a_readable_one(tmp_path, monkeypatch, capsys):
+    """Of one process: the next readable image is what its layers are measured on. Of all: a mistake."""
+
+    def read_nothing(trainer, _):
+        assert trainer.evaluation_row(0.5)["mean_squared_correlation"] > 0
+        trainer.get_eval_dataloader = lambda *_: [{}]
+        trainer.evaluate()
+
+    monkeypatch.setattr("hf_dbp.pretraining.evaluate_alone", read_nothing)
+    with pytest.raises(SystemExit):
+        main(flags(tmp_path, do_train=False))
+    assert "error: none of the 6 validation images can be read" in capsys.readouterr().err
+
+
 def test_a_public_checkpoint_is_a_start(tmp_path, mae_config):
     stock = RectangularViTMAE(mae_config(num_channels=2))
     ViTMAEForPreTraining.save_pretrained(stock, tmp_path / "public")
@@ -214,6 +318,8 @@ def picture_folder(folder, count, mode="RGB"):
         ({"sample_fraction": 0.0}, r"the sample fraction must lie in \(0, 1\], got 0.0"),
         ({"sample_fraction": 1.5}, r"the sample fraction must lie in \(0, 1\], got 1.5"),
         ({"num_channels": 3}, "wire_bonding images have 2 channels"),
+        ({"trust_remote_code": True}, "--trust_remote_code: no code of a model or a data set is ever run"),
+        ({"decorrelated_layers": "none"}, "is plain backprop: use --method bp"),
         ({"mask_ratio": 1.0}, "--mask_ratio is a share between 0 and 1"),
         ({"max_train_samples": 4}, "4 training images do not fill one batch of 8"),
         ({"dataset_name": None}, "no data: give --train_dir"),
