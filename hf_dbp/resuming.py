@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,7 +26,7 @@ from hf_dbp.data.order import EpochSampler
 from hf_dbp.optimizers import checked_schedule
 from hf_dbp.records import RunRecord
 from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
-from hf_dbp.stopping import StopOnSignal, Stopped
+from hf_dbp.stopping import StopOnSignal, Stopped, start_worker
 
 __all__ = ["ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights"]
 
@@ -150,6 +151,13 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
+
+    def get_train_dataloader(self) -> Any:
+        """The stock one, whose workers leave signals to the run (schedulers send them to the whole group)."""
+        loader = super().get_train_dataloader()
+        workers = loader.base_dataloader
+        workers.worker_init_fn = partial(start_worker, workers.worker_init_fn)
+        return loader
 
     # ---- training ----
 

@@ -5,8 +5,9 @@ largest signal number it has received, and reads the result of the step before, 
 What transformers brings for this (`enable_jit_checkpoint`) knows SIGTERM alone, saves in the middle of a step, at
 whatever step each process is, and then ends the run as if it had been trained to its end.
 
-A second signal ends the process at once. Launchers pass on what a terminal or a scheduler has already sent to the whole
-group: signals within a second count as one.
+Loader workers ignore both: they end with the process that they work for. A second signal ends that process at once.
+Launchers pass on what a terminal or a scheduler has already sent to the whole group: signals within a second count as
+one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,10 +25,18 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-__all__ = ["StopOnSignal", "Stopped"]
+__all__ = ["StopOnSignal", "Stopped", "start_worker"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
+
+
+def start_worker(then: Callable[[int], None] | None, number: int) -> None:
+    """What a loader's worker does first: ignore the signals, then ``then(number)``."""
+    for ignored in SIGNALS:
+        signal.signal(ignored, signal.SIG_IGN)
+    if then is not None:
+        then(number)
 
 
 class Stopped(Exception):

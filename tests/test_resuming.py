@@ -100,6 +100,30 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, undisturbed, caps
     assert signal.getsignal(number) is handler
 
 
+def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path):
+    """As schedulers send it. The command runs in a group of its own and gets the signal after its first checkpoint."""
+    command = [sys.executable, "-W", "ignore:This DataLoader", "-m", "hf_dbp.pretraining"]
+    options = {**STEPS, "max_steps": 2000, "save_steps": 3, "eval_strategy": "no", "load_best_model_at_end": False}
+    run = subprocess.Popen(
+        [*command, *flags(tmp_path, **options, dataloader_num_workers=2)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        limit = time.monotonic() + 120
+        while not whole_checkpoints(tmp_path) and time.monotonic() < limit:
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGTERM)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 143, errors[-2000:]
+    assert "the same command goes on from" in errors.strip().splitlines()[-1]
+
+
 def test_what_an_epoch_ends_with_comes_before_its_checkpoint(tmp_path):
     """A signal in an epoch's last step: evaluated and saved once; in another one: saved, nothing more."""
     for step, rows in ((5, [3, 6]), (4, [3])):
