@@ -78,7 +78,7 @@ class Decorrelation(nn.Module):
         sampling: how many rows each forward contributes.
         gathering: whether forwards in train mode gather rows (an update schedule switches it).
         rows: (M, D) rows gathered since the last update, or None.
-        key: int64 scalar tensor that decides which rows are drawn; `hf_dbp.seed_sampling` sets it.
+        key: int64 scalar tensor that decides which rows are drawn next; `hf_dbp.seed_sampling` sets it, a draw adds 1.
     """
 
     R: nn.Parameter
@@ -113,7 +113,9 @@ class Decorrelation(nn.Module):
         num_samples = self.sampling.num_samples(num_rows, self.num_features)
         if num_samples == num_rows:
             return None
-        return sample_rows(num_rows, num_samples, self.key.to(self.R.device))
+        key = self.key.to(self.R.device)
+        self.key = key + 1  # other rows for the next micro-batch
+        return sample_rows(num_rows, num_samples, key)
 
     def keep(self, x_MD: Tensor) -> None:
         """Add rows to those that the next update uses."""

@@ -84,7 +84,7 @@ def discard_rows(module: nn.Module) -> None:
 
 
 def seed_sampling(module: nn.Module, *, seed: int, step: int, rank: int = 0) -> None:
-    """Make the next draw of rows a function of (seed, step, rank, layer) alone: a resumed run draws the same."""
+    """Let the draws of rows follow from (seed, step, rank, layer) and their count since: a resumed run repeats them."""
     found = [decorrelation for _, decorrelation in decorrelations(module)]
     for decorrelation in found:
         decorrelation.key = decorrelation.key.to(decorrelation.R.device)
@@ -126,7 +126,6 @@ def update_decorrelation(
         if len(layers) > 1:
             torch._foreach_copy_([decorrelation.R for _, decorrelation in layers], list(R_LDD.unbind()))
     discard_rows(module)
-    torch._foreach_add_([d.key for _, d in decorrelations(module)], 1)  # other rows next time, also if never seeded
     return {name: shares[id(d)] for name, d in decorrelations(module) if id(d) in shares}
 
 

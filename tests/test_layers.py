@@ -1,6 +1,7 @@
 """Each layer against the plain layer it stands for, and what a forward keeps for the next update."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -115,6 +116,23 @@ def test_the_sampled_rows_are_input_rows_and_follow_the_key() -> None:
     assert len(drawn[0]) == 10
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_each_micro_batch_draws_rows_of_its_own_once(reentrant: bool | None) -> None:
+    """The forward that gradient checkpointing repeats draws none; the same seed gives the same draws."""
+    x = torch.arange(600, dtype=torch.float64).view(100, 6).requires_grad_()
+    runs = []
+    for checkpointed in (reentrant is not None, False):
+        layer = linear()
+        seed_sampling(layer, seed=3, step=1)
+        for _ in range(3):
+            call = functools.partial(torch.utils.checkpoint.checkpoint, layer, use_reentrant=reentrant)
+            (call if checkpointed else layer)(x).sum().backward()
+        runs.append(layer.decorrelation.rows)
+    first, second, third = runs[0].split(10)
+    assert not torch.equal(first, second) and not torch.equal(second, third) and not torch.equal(first, third)
+    assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
