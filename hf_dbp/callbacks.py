@@ -6,13 +6,17 @@ Symbols (paper section 2.1): eta is R's learning rate, kappa the weight of the w
 from __future__ import annotations
 
 import logging
+import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
+from hf_dbp.correlations import correlation_values, mean_correlations
 from hf_dbp.layers import RowSampling
 from hf_dbp.update import (
     configure_sampling,
@@ -150,25 +154,41 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         self.arguments = arguments or DecorrelationArguments()
         self.seed = seed
         self.last_step = 0
+        self.log_steps: int | None = None  # the correlations are measured every so many steps, and at the first
+        self.switches = ExitStack()  # of torch, set back at the end
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}
         self.shares = ShareCounts()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"this process would train on {args.n_gpu} GPUs with nn.DataParallel, whose replicas lose the rows "
+                f"that R is updated from: start one process per GPU, accelerate launch --multi_gpu --num_processes "
+                f"{args.n_gpu} SCRIPT, or show it one with CUDA_VISIBLE_DEVICES=0"
+            )
+        self.switches.close()
         if args.torch_compile:  # else every checkpointed block breaks the graph: gathering rows is a side effect
-            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+            switch = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+            self.switches.enter_context(switch)
         configure_sampling(model, self.arguments.sampling(args.gradient_accumulation_steps * args.world_size))
         discard_rows(model)
         self.last_step = int(self.arguments.eta_stop * state.max_steps)
+        self.log_steps = steps_between_logs(args, state, kwargs.get("train_dataloader"))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.switches.close()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         step = state.global_step
         updates = self.is_update_step(step)
-        set_gathering(model, updates or self.is_log_step(args, step))
-        if updates or self.is_log_step(args, step):
+        set_gathering(model, updates or self.is_log_step(step))
+        if updates or self.is_log_step(step):
             seed_sampling(model, seed=self.seed, step=step, rank=args.process_index)
 
     def on_optimizer_step(
@@ -178,10 +198,10 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         if kwargs["optimizer"].step_was_skipped or all(p.grad is None for p in model.parameters()):
             discard_rows(model)
             return
-        if self.is_log_step(args, step):
+        if self.is_log_step(step):
             self.measured = measure_decorrelation(model)
         if self.is_update_step(step):
-            eta = self.arguments.eta * self.arguments.update_interval * self.decay(args, state, kwargs["lr_scheduler"])
+            eta = self.arguments.eta * self.arguments.update_interval * self.decay(args, state, kwargs["optimizer"])
             self.shares.add(
                 update_decorrelation(model, eta=eta, kappa=self.arguments.kappa, bound=self.arguments.bound_eta)
             )
@@ -197,39 +217,36 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         if logs is not None and "loss" in logs and self.measured:
-            logs |= self.means() | self.shares.logs()
+            logs |= mean_correlations(self.per_layer) | self.shares.logs()
             state.log_history[-1] |= logs
 
     def is_update_step(self, step: int) -> bool:
         """Whether R is updated at this step (counted from 0)."""
         return step < self.last_step and (step + 1) % self.arguments.update_interval == 0
 
-    def is_log_step(self, args: TrainingArguments, step: int) -> bool:
+    def is_log_step(self, step: int) -> bool:
         """Whether the correlations are measured at this step: where the Trainer logs, and at the first."""
-        return step == 0 or (step + 1) % max(int(args.logging_steps), 1) == 0
+        return self.log_steps is not None and (step == 0 or (step + 1) % self.log_steps == 0)
 
-    def decay(self, args: TrainingArguments, state: TrainerState, scheduler: Any) -> float:
+    def decay(self, args: TrainingArguments, state: TrainerState, optimizer: torch.optim.Optimizer) -> float:
         """How far the weights' learning rate has decayed from its peak, 1 during warm-up."""
         if self.arguments.eta_schedule == "constant" or state.global_step < args.get_warmup_steps(state.max_steps):
             return 1.0
-        now, peak = scheduler.get_last_lr()[0], scheduler.base_lrs[0]
-        return float(now / peak) if peak else 1.0
+        group = optimizer.param_groups[0]
+        peak = group.get("initial_lr", args.learning_rate)  # not every schedule notes it
+        return float(group["lr"] / peak) if peak else 1.0
 
     @property
     def per_layer(self) -> dict[str, dict[str, float]]:
         """The last measurement: layer -> decorrelation_loss, mean_squared_correlation."""
-        if not self.measured:
-            return {}
-        values = torch.stack([torch.stack(pair) for pair in self.measured.values()]).tolist()  # one synchronisation
-        return {
-            name: {"decorrelation_loss": loss, "mean_squared_correlation": correlation}
-            for name, (loss, correlation) in zip(self.measured, values, strict=True)
-        }
+        return correlation_values(self.measured)
 
-    def means(self) -> dict[str, float]:
-        """The last measurement averaged over the layers."""
-        layers = self.per_layer.values()
-        return {
-            key: sum(layer[key] for layer in layers) / len(layers)
-            for key in ("decorrelation_loss", "mean_squared_correlation")
-        }
+
+def steps_between_logs(args: TrainingArguments, state: TrainerState, loader: Any) -> int | None:
+    """After how many optimizer steps the Trainer logs the loss; None if it never does."""
+    if args.logging_strategy == "no":
+        return None
+    if args.logging_strategy == "steps":
+        return int(state.logging_steps)
+    # an epoch; of a stream that has no length the last step of all
+    return math.ceil(len(loader) / args.gradient_accumulation_steps) if has_length(loader) else state.max_steps

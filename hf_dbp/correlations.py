@@ -17,7 +17,7 @@ from hf_dbp.layers import RowSampling
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.update import configure_sampling, measure_decorrelation
 
-__all__ = ["mean_correlations", "measure_correlations"]
+__all__ = ["correlation_values", "mean_correlations", "measure_correlations"]
 
 
 @torch.no_grad()
@@ -35,12 +35,7 @@ def measure_correlations(model: PreTrainedModel, batch: dict[str, Tensor]) -> di
     probe = probing_copy(model).train()
     configure_sampling(probe, RowSampling(fraction=1.0))
     probe(**{key: value.to(model.device) for key, value in batch.items()})
-    measured = measure_decorrelation(probe)
-    values = torch.stack([torch.stack(pair) for pair in measured.values()]).tolist()
-    return {
-        name: {"decorrelation_loss": loss, "mean_squared_correlation": correlation}
-        for name, (loss, correlation) in zip(measured, values, strict=True)
-    }
+    return correlation_values(measure_decorrelation(probe))
 
 
 def probing_copy(model: PreTrainedModel) -> DBPViTMAEForPreTraining:
@@ -58,6 +53,17 @@ def probing_copy(model: PreTrainedModel) -> DBPViTMAEForPreTraining:
     absent = [name for name, parameter in probe.named_parameters() if parameter.is_meta]
     assert not absent, f"{type(model).__name__} lacks {absent[0]}"
     return probe
+
+
+def correlation_values(measured: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """What `measure_decorrelation` found, as numbers by name; one synchronisation."""
+    if not measured:
+        return {}
+    values = torch.stack([torch.stack(pair) for pair in measured.values()]).tolist()
+    return {
+        name: {"decorrelation_loss": loss, "mean_squared_correlation": correlation}
+        for name, (loss, correlation) in zip(measured, values, strict=True)
+    }
 
 
 def mean_correlations(layers: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -20,6 +20,7 @@ FLOW = [
     ["configuration_dbp_vit_mae"],
     ["stock_vit_mae"],
     ["modeling_dbp_vit_mae"],
+    ["correlations"],
     ["callbacks"],
 ]
 POSITIONS = {f"hf_dbp.{name}": i for i, names in enumerate(FLOW) for name in names}

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
+from hf_dbp.correlations import mean_correlations
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.update import update_decorrelation
 
@@ -38,7 +39,7 @@ def trained(tmp_path, callback, **arguments):
     defaults = {"max_steps": STEPS, "per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True}
     defaults |= {"use_cpu": True, "save_strategy": "no", "logging_steps": 4, "learning_rate": 1e-2}
     args = TrainingArguments(tmp_path, **(defaults | arguments))
-    trainer = Trainer(model, args, train_dataset=dataset(), callbacks=[callback])
+    trainer = Trainer(model, args, train_dataset=dataset(), eval_dataset=dataset(8), callbacks=[callback])
     trainer.train()
     return model, trainer
 
@@ -63,6 +64,24 @@ def test_eta_follows_the_decay_of_the_learning_rate_but_not_its_warm_up(tmp_path
     assert etas == pytest.approx([0.01] * 3 + [0.01 * d for d in decay])
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "constant_with_warmup", "inverse_sqrt"])
+def test_eta_follows_schedules_that_do_not_note_their_peak_too(tmp_path, etas, monkeypatch, schedule):
+    """The plateau's learning rate falls to a tenth after the first evaluation that is no better, here the second."""
+    rates = []
+    monkeypatch.setattr(
+        DecorrelationCallback,
+        "on_pre_optimizer_step",
+        lambda self, *_, optimizer, **__: rates.append(optimizer.param_groups[0]["lr"]),
+        raising=False,
+    )
+    plateau = {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}}
+    options = {"lr_scheduler_type": schedule} | (plateau if schedule == "reduce_lr_on_plateau" else {})
+    trained(tmp_path, DecorrelationCallback(DecorrelationArguments(eta=0.01)), **options)
+    assert etas == pytest.approx(rates)  # the peak of both is 0.01
+    if schedule == "reduce_lr_on_plateau":
+        assert rates[-1] < 0.5 * rates[0] == 0.005
+
+
 def test_the_papers_eta_is_constant_and_can_stop(tmp_path, etas):
     arguments = DecorrelationArguments(eta=0.01, eta_schedule="constant", eta_stop=0.75)
     model, _ = trained(tmp_path, DecorrelationCallback(arguments))
@@ -80,20 +99,19 @@ def test_an_interval_takes_larger_steps_less_often(tmp_path, etas):
 def test_a_skipped_optimizer_step_leaves_r_and_drops_its_rows(monkeypatch):
     model = convert_to_decorrelated(Regression()).train()
     callback = DecorrelationCallback(DecorrelationArguments(eta=0.1, sample_fraction=1.0))
-    args = SimpleNamespace(gradient_accumulation_steps=1, world_size=1, logging_steps=100, process_index=0)
-    args.torch_compile = False
+    args = SimpleNamespace(gradient_accumulation_steps=1, world_size=1, logging_strategy="no", process_index=0)
+    args.torch_compile, args.n_gpu = False, 0
     state = SimpleNamespace(global_step=3, max_steps=10)
     callback.on_train_begin(args, state, None, model)
     for skipped in ("scaler", "gradients", None):
         model.zero_grad()
         callback.on_step_begin(args, state, None, model)
         model(torch.randn(16, 6), torch.zeros(16, 1))["loss"].backward()
-        scheduler = SimpleNamespace(get_last_lr=lambda: [1.0], base_lrs=[1.0])
         monkeypatch.setattr(callback, "decay", lambda *_: 1.0)
         optimizer = SimpleNamespace(step_was_skipped=skipped == "scaler")
         if skipped == "gradients":
             model.zero_grad()
-        callback.on_optimizer_step(args, state, None, model, optimizer=optimizer, lr_scheduler=scheduler)
+        callback.on_optimizer_step(args, state, None, model, optimizer=optimizer)
         R = model.layers[0].decorrelation.R
         assert torch.equal(R, torch.eye(6)) == (skipped is not None)
         assert model.layers[0].decorrelation.rows is None
@@ -106,7 +124,49 @@ def test_correlations_join_the_logs_and_fall(tmp_path):
     losses = [row["decorrelation_loss"] for row in logged]
     assert losses[-1] < 0.5 * losses[0]
     assert set(callback.per_layer) == {"layers.0", "layers.2"}
-    assert callback.means()["mean_squared_correlation"] == pytest.approx(logged[-1]["mean_squared_correlation"])
+    assert mean_correlations(callback.per_layer)["mean_squared_correlation"] == pytest.approx(
+        logged[-1]["mean_squared_correlation"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("logging", "measured"),
+    [
+        ({"logging_steps": 0.25}, [0, 1, 3, 5, 7]),
+        ({"logging_steps": 3}, [0, 2, 5]),
+        ({"logging_strategy": "epoch"}, [0, 3, 7]),
+        ({"logging_strategy": "epoch", "gradient_accumulation_steps": 3}, [0, 1, 3, 5, 7]),
+        ({"logging_strategy": "no"}, []),
+    ],
+)
+def test_correlations_are_measured_where_the_trainer_logs(tmp_path, monkeypatch, logging, measured):
+    """At the first step too; 4 batches an epoch."""
+    callback, steps = DecorrelationCallback(), []
+    update = callback.on_optimizer_step
+
+    def on_optimizer_step(args, state, *rest, **kwargs):
+        callback.measured = {}
+        update(args, state, *rest, **kwargs)
+        steps.extend([state.global_step] * bool(callback.measured))
+
+    monkeypatch.setattr(callback, "on_optimizer_step", on_optimizer_step)
+    _, trainer = trained(tmp_path, callback, per_device_train_batch_size=16, **logging)
+    assert steps == measured
+    logs = [row["step"] for row in trainer.state.log_history if "mean_squared_correlation" in row]
+    assert logs == [row["step"] for row in trainer.state.log_history if "loss" in row]
+    assert set(logs) <= {step + 1 for step in measured}
+
+
+def test_several_gpus_of_one_process_are_refused_before_training(tmp_path):
+    """nn.DataParallel runs replicas, and rows that they gather are lost."""
+    torch.manual_seed(0)
+    model = convert_to_decorrelated(Regression())
+    args = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    args._n_gpu = 2
+    trainer = Trainer(model, args, train_dataset=dataset(), callbacks=[DecorrelationCallback()])
+    with pytest.raises(ValueError, match=r"2 GPUs.*accelerate launch --multi_gpu --num_processes 2"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

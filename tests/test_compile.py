@@ -94,7 +94,7 @@ def test_gradient_checkpointing_in_a_compiled_model_counts_rows_once(mae_config:
 def test_a_run_compiles_checkpointed_blocks_without_graph_breaks(
     tmp_path: Path, mae_config: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The callback sets dynamo's switch for any Trainer that compiles."""
+    """The callback sets dynamo's switch for any Trainer that compiles, and back at the end."""
     monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", False)
     model = DBPViTMAEForPreTraining(mae_config(num_hidden_layers=1))
     views = [{"pixel_values": torch.randn(3, 32, 32), "noise": torch.rand(16)} for _ in range(4)]
@@ -105,6 +105,7 @@ def test_a_run_compiles_checkpointed_blocks_without_graph_breaks(
     torch._dynamo.utils.counters.clear()
     Trainer(model, args, train_dataset=views, callbacks=[DecorrelationCallback()]).train()
     assert not torch._dynamo.utils.counters["graph_break"]
+    assert not torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint, "set back"
     assert any(not layer.decorrelation.R.equal(torch.eye(len(layer.decorrelation.R)))
                for _, layer in decorrelated_layers(model))  # fmt: skip
 
