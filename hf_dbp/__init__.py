@@ -19,6 +19,7 @@ from hf_dbp.modeling_dbp_vit_mae import (
     extract_vit,
     initialize_mae_,
 )
+from hf_dbp.resuming import ResumingTrainer
 from hf_dbp.update import configure_sampling, measure_decorrelation, seed_sampling, update_decorrelation
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Decorrelation",
     "DecorrelationArguments",
     "DecorrelationCallback",
+    "ResumingTrainer",
     "RowSampling",
     "all_linears",
     "configure_sampling",

@@ -18,6 +18,7 @@ from transformers.trainer_utils import has_length
 
 from hf_dbp.correlations import correlation_values, mean_correlations
 from hf_dbp.layers import RowSampling
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.update import (
     configure_sampling,
     discard_rows,
@@ -153,6 +154,7 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, arguments: DecorrelationArguments | None = None, seed: int = 0) -> None:
         self.arguments = arguments or DecorrelationArguments()
         self.seed = seed
+        self.restorable = False  # whether the Trainer restores models that are not fused; a ResumingTrainer sets it
         self.last_step = 0
         self.log_steps: int | None = None  # the correlations are measured every so many steps, and at the first
         self.switches = ExitStack()  # of torch, set back at the end
@@ -168,6 +170,8 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
                 f"that R is updated from: start one process per GPU, accelerate launch --multi_gpu --num_processes "
                 f"{args.n_gpu} SCRIPT, or show it one with CUDA_VISIBLE_DEVICES=0"
             )
+        if not self.restorable and isinstance(model, DBPViTMAEModel | DBPViTMAEForPreTraining):
+            refuse_restoring(args)
         self.switches.close()
         if args.torch_compile:  # else every checkpointed block breaks the graph: gathering rows is a side effect
             switch = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
@@ -242,6 +246,18 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         return correlation_values(self.measured)
 
 
+def refuse_restoring(args: TrainingArguments) -> None:
+    """ValueError if a stock Trainer is to go back to a checkpoint of our models: it finds no ``model.safetensors``."""
+    if args.load_best_model_at_end or args.resume_from_checkpoint:
+        raise ValueError(
+            "transformers.Trainer restores no checkpoint of this model (model.unfused.safetensors, so named that no "
+            "stock class takes W for W R): train with hf_dbp.ResumingTrainer, a Trainer with the same arguments, for "
+            "load_best_model_at_end and resume_from_checkpoint"
+        )
+    if args.save_strategy != "no":
+        logger.warning("transformers.Trainer cannot resume the checkpoints it saves here; hf_dbp.ResumingTrainer can")
+
+
 def steps_between_logs(args: TrainingArguments, state: TrainerState, loader: Any) -> int | None:
     """After how many optimizer steps the Trainer logs the loss; None if it never does."""
     if args.logging_strategy == "no":
@@ -249,4 +265,4 @@ def steps_between_logs(args: TrainingArguments, state: TrainerState, loader: Any
     if args.logging_strategy == "steps":
         return int(state.logging_steps)
     # an epoch; of a stream that has no length the last step of all
-    return math.ceil(len(loader) / args.gradient_accumulation_steps) if has_length(loader) else state.max_steps
+    return math.ceil(len(loader) / args.gradient_accumulation_steps) if has_length(loader) else int(state.max_steps)

@@ -43,7 +43,7 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTM
 from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record, write_json
-from hf_dbp.resuming import find_checkpoint
+from hf_dbp.resuming import find_checkpoint, use_one_gpu
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.trainer import RECORD, MAETrainer
@@ -90,6 +90,7 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
         super().__post_init__()
+        use_one_gpu(self)
         if self.base_learning_rate is not None:
             total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * total / 256

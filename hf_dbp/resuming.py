@@ -17,18 +17,21 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.data.order import EpochSampler
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.optimizers import checked_schedule
 from hf_dbp.records import RunRecord
 from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
 from hf_dbp.stopping import StopOnSignal, Stopped, start_worker
 
-__all__ = ["ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights"]
+__all__ = ["ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights", "use_one_gpu"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +86,22 @@ def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dic
     return {name: [old, new] for name, (old, new) in pairs.items() if old != new}
 
 
-def restore_weights(model: PreTrainedModel, folder: str) -> None:
+def restore_weights(model: nn.Module, folder: str) -> None:
     """Load a checkpoint's weights into ``model``, in place.
+
+    Names and shapes of a class of ours are checked by ``from_pretrained``, and of any that the checkpoint has under
+    older names. Another model that was decorrelated is not what its class makes of its configuration.
 
     Raises:
         ValueError: the tensors of the checkpoint are not those of the model; nothing is changed then.
     """
+    if not isinstance(model, DBPViTMAEForPreTraining | DBPViTMAEModel):
+        tensors = {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+        if shapes(tensors) == shapes(model.state_dict()):
+            model.load_state_dict(tensors)
+            return
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"checkpoint {folder} does not have the tensors of the model, {type(model).__name__}")
     saved, info = type(model).from_pretrained(
         folder,
         config=model.config,
@@ -109,6 +122,10 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
                 "the flags it was trained with; to begin anew, another --output_dir"
             )
     model.load_state_dict(saved.state_dict())
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 @contextmanager
@@ -133,13 +150,28 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
         self.sampler.set_epoch(int(state.epoch))
 
 
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Let a process that no launcher started train on one GPU, and say how to use all of them.
+
+    The stock Trainer takes all for nn.DataParallel, whose replicas lose what a forward gathers.
+    """
+    if args.n_gpu > 1:
+        logger.warning(
+            "1 of %d GPUs is used; for all of them: accelerate launch --multi_gpu --num_processes %d SCRIPT ...",
+            args.n_gpu, args.n_gpu,
+        )  # fmt: skip
+        args._n_gpu = 1
+
+
 class ResumingTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the saving of the module's docstring; arguments as there."""
+    """transformers' Trainer with the saving of the module's docstring, on one GPU per process; arguments as there."""
 
-    sampler: EpochSampler
+    sampler: EpochSampler | None = None
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any) -> None:
+        if args is not None:
+            use_one_gpu(args)
+        super().__init__(model, args, **kwargs)
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
         self._unfinished: Path | None = None
@@ -149,8 +181,8 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         self.sampler = sampler
         self.add_callback(EpochCallback(sampler))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        return self.sampler
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def get_train_dataloader(self) -> Any:
         """The stock one, whose workers leave signals to the run (schedulers send them to the whole group)."""
@@ -174,6 +206,9 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             SystemExit: SIGTERM (status 143) or SIGINT (130) came; the checkpoint is saved.
         """
         resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, DecorrelationCallback):
+                callback.restorable = True
         if self.args.should_save:
             clear(Path(self.args.output_dir) / UNFINISHED)
         try:
@@ -266,6 +301,9 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
 
     def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PreTrainedModel):
+            super()._save(str(folder), state_dict)
+            return
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)

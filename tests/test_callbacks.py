@@ -1,17 +1,22 @@
 """When R is updated: schedule, interval, stop, skipped steps, logging, and any Trainer."""
 
 import copy
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
 from hf_dbp.correlations import mean_correlations
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
+from hf_dbp.resuming import ResumingTrainer, restore_weights
 from hf_dbp.update import update_decorrelation
 
 STEPS = 8
@@ -33,14 +38,14 @@ def dataset(count=64):
     return [{"x": row, "labels": row.sum()[None]} for row in x]
 
 
-def trained(tmp_path, callback, **arguments):
+def trained(tmp_path, callback, trainer_class=Trainer, resume=None, **arguments):
     torch.manual_seed(0)
     model = convert_to_decorrelated(Regression())
     defaults = {"max_steps": STEPS, "per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True}
     defaults |= {"use_cpu": True, "save_strategy": "no", "logging_steps": 4, "learning_rate": 1e-2}
     args = TrainingArguments(tmp_path, **(defaults | arguments))
-    trainer = Trainer(model, args, train_dataset=dataset(), eval_dataset=dataset(8), callbacks=[callback])
-    trainer.train()
+    trainer = trainer_class(model, args, train_dataset=dataset(), eval_dataset=dataset(8), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
     return model, trainer
 
 
@@ -167,6 +172,84 @@ def test_several_gpus_of_one_process_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"2 GPUs.*accelerate launch --multi_gpu --num_processes 2"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_our_trainer_takes_one_gpu_and_says_so(tmp_path, caplog):
+    """What the scripts do on a machine with several, started without a launcher."""
+    args = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
+    args._n_gpu = 2
+    model = convert_to_decorrelated(Regression())
+    ResumingTrainer(model, args, train_dataset=dataset(), callbacks=[DecorrelationCallback()]).train()
+    assert "1 of 2 GPUs is used; for all of them: accelerate launch --multi_gpu --num_processes 2" in caplog.text
+    assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
+
+
+# ---- checkpoints ----
+
+
+class Views(torch.utils.data.Dataset):
+    def __init__(self, count):
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(count, 3, 32, 32, generator=generator)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.pixels[index]}
+
+
+def mae_trainer(folder, config, trainer_class=ResumingTrainer, **options):
+    """A plain user's Trainer of our model: stock order of images, masks from the random state."""
+    torch.manual_seed(0)
+    given = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
+    given |= {"use_cpu": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    given |= {"learning_rate": 5e-2, "remove_unused_columns": False, "label_names": ["pixel_values"], "seed": 3}
+    args = TrainingArguments(folder, prediction_loss_only=True, dataloader_pin_memory=False, **(given | options))
+    model = DBPViTMAEForPreTraining(config)
+    data = {"train_dataset": Views(12), "eval_dataset": Views(4)}
+    return trainer_class(model, args, callbacks=[DecorrelationCallback()], **data)
+
+
+def test_our_trainer_is_a_plain_one_that_goes_on_and_ends_with_the_best_model(tmp_path, mae_config):
+    """6 steps; stopped after 4, in the middle of the second epoch."""
+    config = mae_config(num_hidden_layers=1)
+    whole = mae_trainer(tmp_path / "whole", config)
+    whole.train()
+    resumed = mae_trainer(tmp_path / "whole", config)
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-6")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    best = mae_trainer(tmp_path / "best", config, load_best_model_at_end=True, learning_rate=20.0)
+    best.train()
+    folder = Path(best.state.best_model_checkpoint)
+    assert folder.name != "checkpoint-6"
+    saved = load_file(folder / "model.unfused.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in best.model.state_dict().items())
+
+
+def test_a_stock_trainer_is_refused_what_it_cannot_restore(tmp_path, mae_config, caplog):
+    config = mae_config(num_hidden_layers=1)
+    trainer = mae_trainer(tmp_path, config, Trainer, load_best_model_at_end=True)
+    with pytest.raises(ValueError, match=r"train with hf_dbp\.ResumingTrainer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    mae_trainer(tmp_path, config, Trainer, max_steps=1).train()
+    assert "transformers.Trainer cannot resume the checkpoints it saves here" in caplog.text
+
+
+def test_our_trainer_restores_any_model_that_was_decorrelated(tmp_path):
+    """It is not what its class makes of its configuration."""
+    options = {"save_strategy": "steps", "save_steps": 4}
+    whole, _ = trained(tmp_path, DecorrelationCallback(), ResumingTrainer, **options)
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    resumed, trainer = trained(tmp_path, DecorrelationCallback(), ResumingTrainer, resume=True, **options)
+    assert trainer.state.global_step == 8
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    with pytest.raises(ValueError, match="does not have the tensors of the model, Regression"):
+        restore_weights(Regression(), str(tmp_path / "checkpoint-8"))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
