@@ -22,9 +22,10 @@ from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.masked import MaskedImages
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.model_card import write_card
-from hf_dbp.modeling_dbp_vit_mae import extract_vit
+from hf_dbp.modeling_dbp_vit_mae import UNFUSED, extract_vit
 from hf_dbp.publishing import Destination
 from hf_dbp.records import RunRecord
+from hf_dbp.saving import UNFINISHED, clear, move_files
 from hf_dbp.trainer import RECORD
 from hf_dbp.untrusted import load_model, read_config, read_statistics
 
@@ -102,11 +103,14 @@ def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, n
         The largest difference between fused and unfused outputs, both computed in float32.
 
     Raises:
-        ValueError: no checkpoint there, or fused and unfused outputs disagree; nothing was written then.
+        ValueError: no checkpoint there, ``output_dir`` holds a run, or fused and unfused outputs disagree; nothing was
+            written then.
     """
     folder = model_folder(run)
     if output_dir.resolve() in (run.resolve(), folder.resolve()):
         raise ValueError("--output_dir must be another folder than the run's")
+    if any(output_dir.glob(f"model.{UNFUSED}*")):
+        raise ValueError(f"--output_dir {output_dir} holds the model of a run; choose another folder")
     mae = load_model(folder, "dbp_vit_mae", "vit_mae")
     vit = extract_vit(mae)
     mae = mae.float()  # what is compared: in bfloat16 every product rounds in another place
@@ -118,15 +122,21 @@ def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, n
         f"largest difference between fused and unfused outputs on {len(pixels_BCHW)} images: {difference:.2e} "
         f"(of {scale:.1f})"
     )
-    vit.save_pretrained(output_dir)
-    ViTImageProcessorPil.from_pretrained(folder).save_pretrained(output_dir)
-    plot_reconstructions(mae, views, output_dir / "reconstruction.png")
-    if (folder / RECORD).is_file():
-        record = RunRecord.read(folder / RECORD)
-        record.results |= {"fusion_largest_difference": difference, "fusion_images": len(pixels_BCHW)}
-        record.write(output_dir / RECORD)
-        plot_curves(record.rows, output_dir / "curves.png", reference=record.results.get("interpolation_loss"))
-    write_card(output_dir, name)
+    unfinished = output_dir / UNFINISHED
+    clear(unfinished)
+    try:
+        vit.save_pretrained(unfinished)
+        ViTImageProcessorPil.from_pretrained(folder).save_pretrained(unfinished)
+        plot_reconstructions(mae, views, unfinished / "reconstruction.png")
+        if (folder / RECORD).is_file():
+            record = RunRecord.read(folder / RECORD)
+            record.results |= {"fusion_largest_difference": difference, "fusion_images": len(pixels_BCHW)}
+            record.write(unfinished / RECORD)
+            plot_curves(record.rows, unfinished / "curves.png", reference=record.results.get("interpolation_loss"))
+        write_card(unfinished, name or str(output_dir))
+        move_files(unfinished, output_dir)
+    finally:
+        clear(unfinished)
     return difference
 
 

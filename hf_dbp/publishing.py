@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,12 +76,12 @@ class Destination:
             ValueError: it failed (the message says how to repeat it; the files are as they were), or a file holds a
                 token.
         """
-        files = sorted({file for pattern in PUSHED for file in folder.glob(pattern)})
+        matches = {pattern: [*folder.glob(pattern)] for pattern in PUSHED}
+        files = sorted({file for found in matches.values() for file in found})
         self.refuse_tokens(files)
         api = HfApi(token=self.token)
-        private = " --private" if self.private else ""
-        again = f'nothing is lost; push again with: hf upload {self.repo_id} {folder} . --exclude "checkpoint-*/*"'
-        with explained(self.repo_id, remedy=f"; {again}{private}"):
+        again = self.command(folder, [pattern for pattern, found in matches.items() if found])
+        with explained(self.repo_id, remedy=f"; nothing is lost; push again with: {again}"):
             api.create_commit(
                 self.repo_id,
                 [CommitOperationAdd(file.name, file) for file in files],
@@ -88,6 +89,13 @@ class Destination:
                 revision=self.revision,
             )
         return f"{api.endpoint}/{self.repo_id}"
+
+    def command(self, folder: Path, patterns: list[str]) -> str:
+        """The command that pushes the files of these names in ``folder``, and none of its folders, in the same way."""
+        parts = ["hf", "upload", self.repo_id, str(folder), "."]
+        parts += [part for pattern in patterns for part in ("--include", pattern)] + ["--exclude", "*/*"]
+        parts += [] if self.revision is None else ["--revision", self.revision]
+        return shlex.join([*parts, *(["--private"] if self.private else [])])
 
     def refuse_tokens(self, files: list[Path]) -> None:
         """ValueError if one of the text files holds a Hub token."""

@@ -164,8 +164,17 @@ def publish(written: Path, target: Path) -> None:
 
 
 def move_files(written: Path, target: Path) -> None:
-    """Move the files of a model to ``target``, each in one step, ``config.json``, by which a model is known, last."""
-    for path in sorted(written.iterdir(), key=lambda path: path.name == "config.json"):
+    """Move the files of a model to ``target``, each in one step, and take away the weights of an earlier one there.
+
+    ``config.json``, by which a model is known, goes first and comes last: a mixture of two has none.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    new = sorted(written.iterdir(), key=lambda path: path.name == "config.json")
+    (target / "config.json").unlink(missing_ok=True)
+    for old in {*target.glob("model*.safetensors"), *target.glob("model*.safetensors.index*.json")}:
+        if not (written / old.name).exists():
+            old.unlink()
+    for path in new:
         sync(path)
         path.replace(target / path.name)
     sync(target)

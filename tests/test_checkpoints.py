@@ -7,7 +7,7 @@ import torch
 from test_pretraining import flags
 from transformers import ViTModel
 
-from hf_dbp import DBPViTMAEForPreTraining, decorrelated_layers, extract_vit, load_fused_vit
+from hf_dbp import DBPViTMAEForPreTraining, decorrelated_layers, extract_vit, load_fused_vit, saving
 from hf_dbp.checkpoints import model_folder
 from hf_dbp.fusing import main as fuse_main
 from hf_dbp.pretraining import main
@@ -78,3 +78,38 @@ def test_bfloat16_runs_pass_the_check_of_fusing(tmp_path):
     with pytest.raises(SystemExit):
         fuse_main([str(run), "--output_dir", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_a_model_takes_the_place_of_an_earlier_one_whole_or_not_at_all(tmp_path, trained, monkeypatch):
+    """Of an earlier save no shard stays; what breaks off while a model is written leaves the earlier one."""
+    run, fused = tmp_path / "run", tmp_path / "fused"
+    record = main(flags(run, num_train_epochs=1))
+    extract_vit(trained).save_pretrained(fused, max_shard_size="20KB")
+    (fused / "mine.txt").write_text("stays")
+    before = {file.name: file.read_bytes() for file in fused.iterdir()}
+    monkeypatch.setattr("hf_dbp.fusing.write_card", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fuse_main([str(run), "--output_dir", str(fused), "--num_images", "2"])
+    assert {file.name: file.read_bytes() for file in fused.iterdir()} == before
+    monkeypatch.undo()
+    fuse_main([str(run), "--output_dir", str(fused), "--num_images", "2"])
+    assert [file.name for file in fused.glob("*safetensors*")] == ["model.safetensors"]
+    assert (fused / "mine.txt").is_file()
+    assert f'"{fused}"' in (fused / "README.md").read_text()
+    assert same(ViTModel.from_pretrained(fused, add_pooling_layer=False).state_dict(), load_fused_vit(run).state_dict())
+    trained.save_pretrained(run, max_shard_size="20KB")
+    main(flags(run, num_train_epochs=1))  # saves its model once more
+    assert [file.name for file in run.glob("*safetensors*")] == ["model.unfused.safetensors"]
+    assert record.results["finished"]
+    with pytest.raises(SystemExit):
+        fuse_main([str(fused), "--output_dir", str(run)])  # no place for it
+
+
+def test_a_move_that_breaks_off_leaves_no_model_made_of_two(tmp_path, trained, monkeypatch):
+    for name, shard in (("old", "20KB"), ("new", "5GB")):
+        trained.save_pretrained(tmp_path / name, max_shard_size=shard)
+    monkeypatch.setattr(saving, "sync", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        saving.move_files(tmp_path / "new", tmp_path / "old")
+    with pytest.raises(ValueError, match="holds no model"):
+        model_folder(tmp_path / "old")

@@ -1,15 +1,18 @@
 """Models go to a Hub over HTTP and come back the same; what can go wrong says so and loses nothing; no token leaks."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from hub_models import TOKEN, Ended, ModelHub, run_commands
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from loopback import hub_environment
 from test_pretraining import flags
 from transformers import TrainingArguments, ViTModel
@@ -174,10 +177,34 @@ def test_an_upload_that_is_cut_off_leaves_all_or_nothing_and_completes_when_repe
     folder = pushed.folder / "me" / "cut"
     assert ended.status == 2
     assert ended.error.startswith(f"error: the connection to the Hub at {pushed.hub.url} failed or broke off")
-    assert f'push again with: hf upload me/cut {folder} . --exclude "checkpoint-*/*"' in ended.error
+    assert f"; nothing is lost; push again with: hf upload me/cut {folder} . --include README.md " in ended.error
     assert pushed.ended["commit again"].status == 0, pushed.ended["commit again"].output
     assert len(pushed.hub.repositories["me/cut"].commits) == 2
     assert held(pushed, "me/cut") == {name: (folder / name).read_bytes() for name in FUSED}
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"), [({}, []), ({"private": True, "revision": "dev"}, ["--revision", "dev", "--private"])]
+)
+def test_the_command_that_repeats_a_push_takes_the_same_files(tmp_path, monkeypatch, options, ending):
+    """Even of a run's whole folder, with its checkpoints and what else lies there."""
+    for name in (*UNFUSED, "optimizer.pt", ".env", "checkpoint-3/model.safetensors", "fused/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+
+    def cut_off(*args, **kwargs):
+        raise OSError("cut off")
+
+    monkeypatch.setattr(HfApi, "create_commit", cut_off)
+    with pytest.raises(ValueError, match="nothing is lost; push again with: ") as failed:
+        Destination("me/vit-unfused", token="t", **options).push(tmp_path)
+    command = shlex.split(str(failed.value).partition("push again with: ")[2])
+    assert command[:5] == ["hf", "upload", "me/vit-unfused", str(tmp_path), "."]
+    given = list(pairwise(command))
+    include, exclude = ([value for flag, value in given if flag == wanted] for wanted in ("--include", "--exclude"))
+    assert command[command.index("*/*") + 1 :] == ending
+    there = [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()]
+    assert {*filter_repo_objects(there, allow_patterns=include, ignore_patterns=exclude)} == UNFUSED
 
 
 def test_a_large_file_that_is_cut_off_is_sent_again(pushed):
