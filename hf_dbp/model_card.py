@@ -74,6 +74,7 @@ DECORRELATION_SETTINGS = {
     "sample_fraction": "share of the token rows that estimates C",
     "row_floor": "rows for C at least, times the width",
     "row_cap": "rows for C at most, times the width",
+    "bound_eta": "eta kept below 1 / the largest eigenvalue of cov(z)",
 }
 
 
@@ -211,13 +212,18 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         return []
     arguments, hardware = record["arguments"], record["hardware"]
     names = SETTINGS | (DECORRELATION_SETTINGS if record.get("method") == "dbp" else {})
-    rows = [(label, arguments[key]) for key, label in names.items() if arguments.get(key) not in (None, False)]
+    rows = [(label, arguments[key]) for key, label in names.items() if told(key, arguments.get(key))]
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * hardware["processes"]
     rows += [("images per optimizer step", batch), ("seed", record["seed"]), ("hardware", hardware_used(record))]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     if record.get("energy"):
         rows.append(("energy and CO2e", f"{energy_source(record)}; {record['energy']['scope']}"))
     return [*rows, ("versions", versions), ("commit of hf_dbp", record.get("commit") or "unknown")]
+
+
+def told(key: str, value: Any) -> bool:
+    """Whether a setting is worth a row: what is off or not given is not, but for the bound on eta."""
+    return value not in (None, False) or (key == "bound_eta" and value is not None)
 
 
 def limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:

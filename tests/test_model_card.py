@@ -72,6 +72,13 @@ def test_figures_come_from_the_record_and_missing_ones_are_left_out(folder):
     assert "co2_eq_emissions" not in card.data.to_dict()
 
 
+@pytest.mark.parametrize("bound", [True, False])
+def test_the_bound_on_eta_is_told_either_way(folder, monkeypatch, bound):
+    monkeypatch.setitem(ARGUMENTS, "bound_eta", bound)
+    write_record(folder)
+    assert f"eta kept below 1 / the largest eigenvalue of cov(z) | {bound} |" in write_card(folder).read_text("utf-8")
+
+
 def test_emissions_once_measured(folder):
     write_record(folder, energy=ENERGY, results={"kwh": 0.42, "co2e_kg": 0.11277, "train_seconds": 12.5})
     card = ModelCard.load(write_card(folder))

@@ -85,6 +85,7 @@ PAPER = {  # section 2.3 of the paper
     "train_fraction": 0.1,
 }
 PAPER_DBP = {"eta": 5e-4, "eta_schedule": "constant", "sample_fraction": 0.1, "kappa": 0.0, "update_interval": 1}
+PAPER_DBP |= {"bound_eta": False}
 
 
 @pytest.mark.parametrize("recipe", ["imagenet10_dbp.yaml", "imagenet10_bp.yaml"])

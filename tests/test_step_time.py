@@ -53,3 +53,13 @@ def test_every_method_steps_in_four_parts(step_time: ModuleType) -> None:
         assert len(marks) == len(step_time.PARTS) + 1
         assert any(not torch.equal(*pair) for pair in zip(before, method.model.parameters(), strict=True))
     assert flops["bp"] < flops["dbp_fast"] < flops["dbp"] < flops["naive"]
+
+
+def test_fused_inference_compares_the_same_shapes() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "fused_inference.py"
+    spec = importlib.util.spec_from_file_location("fused_inference", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = benchmark.measure("mini", batch=1, repeats=1)
+    assert result["ratio_to_stock"].keys() == {"fused", "unfused", "naive", "stock"}
+    assert result["ratio_to_stock"]["stock"] == 1 and all(ratio > 0 for ratio in result["ratio_to_stock"].values())
