@@ -25,6 +25,7 @@ from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
 from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
+from hf_dbp.data.order import EpochSampler
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
@@ -64,6 +65,8 @@ class MAETrainer(ResumingTrainer):
         meter: measures this node's energy; None in all but one process of a node.
         kwargs: as for `transformers.Trainer`; ``train_dataset`` is a `MaskedImages`.
     """
+
+    sampler: EpochSampler
 
     def __init__(
         self,

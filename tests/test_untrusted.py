@@ -247,6 +247,7 @@ def test_scripts_end_with_one_line(ours, vit, tmp_path, capsys, run, wrong):
         change(folder, hidden_size=10**9)
     name = tmp_path / "nowhere" if wrong == "absent" else folder
     data = ["--dataset_name", "wire_bonding", "--built_in_size", "32", "--report_to", "none", "--use_cpu"]
+    data += ["--do_train"]
     with pytest.raises(SystemExit) as stop:
         (main if run == "pretrain" else finetune)(
             [*data, "--model_name_or_path", str(name), "--output_dir", str(tmp_path / "run")]
