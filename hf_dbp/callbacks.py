@@ -87,6 +87,7 @@ class ShareCounts:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.last = torch.ones(1)  # shares of the last update (layers,)
+        self.judged = True  # whether `pop_left` has seen them
         self.counts = torch.empty(0)  # (3, layers): reduced steps, skipped steps, smallest positive share
         self.before: dict[str, Any] = {}
         self.told = 0
@@ -97,7 +98,7 @@ class ShareCounts:
 
     def add(self, shares: dict[str, Tensor]) -> None:
         """The shares of one update."""
-        self.last = torch.stack(list(shares.values()))
+        self.last, self.judged = torch.stack(list(shares.values())), False
         if not self.names:
             self.names = list(shares)
             self.counts = torch.stack([torch.zeros_like(self.last)] * 2 + [torch.ones_like(self.last)]).double()
@@ -105,6 +106,17 @@ class ShareCounts:
         self.counts[0] += (self.last < 1) & ~skipped
         self.counts[1] += skipped
         self.counts[2] = torch.minimum(self.counts[2], self.last.masked_fill(skipped, 1.0))
+
+    def pop_left(self) -> Tensor:
+        """Whether the last update left an R as it was, a scalar on the device; each update is told once."""
+        left = (self.last == 0).any() & (not self.judged)
+        self.judged = True
+        return left
+
+    @property
+    def last_left(self) -> dict[str, bool]:
+        """Whether the last update left its R, by layer."""
+        return dict(zip(self.names, (self.last == 0).tolist(), strict=False))
 
     def results(self) -> dict[str, Any]:
         """``reduced_eta`` {layer: {steps, largest_factor}} and ``skipped_R`` {layer: steps}; one synchronisation."""

@@ -180,9 +180,9 @@ def decorrelation_step_(
     change_D = eta * ((1.0 - kappa) * d_D - kappa * (d_D - 1.0))
     factor = eta * (1.0 - kappa) / count
     if share is not None:
-        skipped, factor = share == 0, factor * share
-        change_D = (change_D * share.unsqueeze(-1)).masked_fill(skipped.unsqueeze(-1), 0.0)
-        zzR_DD.masked_fill_(skipped[..., None, None], 0.0)
+        factor = factor * share
+        change_D = change_D.nan_to_num(0.0, 0.0, 0.0) * share.unsqueeze(-1)
+        zzR_DD.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite is not 0 when taken 0 times
     return R_DD.mul_((1.0 + change_D).unsqueeze(-1)).addcmul_(zzR_DD, factor[..., None, None], value=-1)
 
 

@@ -37,6 +37,7 @@ from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.fusing import fuse_run, push_run
+from hf_dbp.guards import NonFiniteError
 from hf_dbp.measurement import EnergyMeter, check_country, gpus_in_use
 from hf_dbp.model_card import write_card
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
@@ -73,6 +74,9 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
 
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
+    )
     country: str | None = field(
         default=None,
         metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
@@ -308,6 +312,7 @@ def run(
         optimizer_name=model_args.optimizer,
         decorrelation=callback,
         meter=meter,
+        max_skipped_steps=args.max_skipped_steps,
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=image_processor(model, train_data.mean.tolist(), train_data.std.tolist(), factor),
@@ -386,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
         )
         with disk_errors(parsed[-1].output_dir):
             return run(*parsed)
-    except (ValueError, DiskFull) as error:
+    except (ValueError, DiskFull, NonFiniteError) as error:
         if logger.isEnabledFor(logging.DEBUG):
             raise
         print(f"error: {user_message(error)}", file=sys.stderr)

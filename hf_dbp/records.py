@@ -18,9 +18,10 @@ Schema (version 1):
                       fixed validation batch, decorrelation_loss, mean_squared_correlation and, per layer,
                       decorrelation {layer: {decorrelation_loss, mean_squared_correlation}}
     best              the row with the lowest eval_loss
-    results           figures of the whole run by name; "finished": true once it has come to its end; "guards": layers
-                      and steps at which eta was reduced or R left as it was; "resumed_with":
-                      {step: {argument: [old, new]}} of a run that went on from that step with other settings
+    results           figures of the whole run by name; "finished": true once it has come to its end; "guards":
+                      steps that were skipped (step, cause, layer), layers at which eta was reduced or R left as it was;
+                      "stopped": why the guards ended it; "resumed_with": {step: {argument: [old, new]}} of a run that
+                      went on from that step with other settings
 
 Times, kWh and CO2e are those of training alone. A figure that was not measured is absent.
 """

@@ -20,11 +20,12 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.data.order import EpochSampler
+from hf_dbp.guards import GuardedTrainer
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.optimizers import checked_schedule
 from hf_dbp.records import RunRecord
@@ -163,8 +164,8 @@ def use_one_gpu(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
-class ResumingTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the saving of the module's docstring, on one GPU per process; arguments as there."""
+class ResumingTrainer(GuardedTrainer):
+    """transformers' Trainer with the saving of the module's docstring and numerical guards, on one GPU per process."""
 
     sampler: EpochSampler | None = None
 

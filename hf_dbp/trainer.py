@@ -26,6 +26,7 @@ from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
 from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.data.order import EpochSampler
+from hf_dbp.guards import NonFiniteError
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
@@ -182,6 +183,12 @@ class MAETrainer(ResumingTrainer):
         self.input.preset(spent.get("input", {}), self.clock.seconds)
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except NonFiniteError as error:
+            self.clock.stop()
+            self.record.results |= self.costs() | self.guard_results() | {"stopped": str(error)}
+            if self.args.should_save:
+                self.record.write(Path(self.args.output_dir) / RECORD)
+            raise
         finally:
             self.clock.stop()
         self.record.results |= self.costs() | self.input_results() | self.guard_results()
@@ -207,7 +214,8 @@ class MAETrainer(ResumingTrainer):
 
     def guard_results(self) -> dict[str, Any]:
         """What the numerical guards did so far, for the record."""
-        return {"guards": self.decorrelation.shares.results() if self.decorrelation is not None else {}}
+        of_R = self.decorrelation.shares.results() if self.decorrelation is not None else {}
+        return {"guards": self.skipped_steps() | of_R}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         views = self.train_dataset.finished(self._prepare_inputs(inputs))

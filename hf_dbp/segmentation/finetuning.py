@@ -27,6 +27,7 @@ from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.feeding import feed_fast, unreadable_images, user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
+from hf_dbp.guards import NonFiniteError
 from hf_dbp.model_card import write_card
 from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
@@ -157,6 +158,9 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
     layer_decay: float = field(
         default=1.0, metadata={"help": "Layer-wise learning-rate decay: factor per layer below the heads; 1 for none."}
     )
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Stop when so many steps in a row met a loss or gradient that is not finite."}
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
@@ -250,6 +254,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
         args=args,
         crop_size=data_args.crop_size,
         layer_decay=args.layer_decay,
+        max_skipped_steps=args.max_skipped_steps,
         train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed),
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data),
@@ -313,6 +318,7 @@ def evaluation_record(
         },
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "evaluations": history,
+        "guards": trainer.skipped_steps(),
         "seed": trainer.args.seed,
         "commit": source_commit(),
         "versions": versions(),
@@ -344,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
         with disk_errors(parsed[-1].output_dir):
             return run(*parsed)
-    except (ValueError, DiskFull) as error:
+    except (ValueError, DiskFull, NonFiniteError) as error:
         if logger.isEnabledFor(logging.DEBUG):
             raise
         print(f"error: {user_message(error)}", file=sys.stderr)

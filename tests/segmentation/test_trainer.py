@@ -126,3 +126,32 @@ def test_two_processes_are_one(tmp_path):
     assert metrics[0]["pixels"] == run.confusion_KK.sum()
     whole = one_step(tmp_path / "one", void=0.7, per_device_train_batch_size=4)
     assert_same_weights(torch.load(tmp_path / "weights.pt"), whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["image", "gradient"])
+def test_what_is_not_finite_skips_its_step_and_reaches_no_running_statistics(tmp_path, where, monkeypatch):
+    run, seen = trainer(tmp_path, max_steps=4, logging_steps=1), []
+    training_step = type(run).training_step
+    name = "decode_head.classifier.weight"
+
+    def step(self, model, inputs, *args, **kwargs):
+        optimizer = [v.clone() for state in self.optimizer.state_dict()["state"].values() for v in state.values()]
+        seen.append([*(value.clone() for value in model.state_dict().values()), *optimizer])
+        bad, hooks = self.state.global_step == 1, []
+        if bad and where == "image":
+            inputs["pixel_values"][0, 0, 5, 5] = math.nan
+        if bad and where == "gradient":
+            hooks.append(model.get_parameter(name).register_hook(lambda grad: grad * math.nan))
+        loss = training_step(self, model, inputs, *args, **kwargs)
+        for hook in hooks:
+            hook.remove()
+        return loss
+
+    monkeypatch.setattr(type(run), "training_step", step)
+    run.train()
+    assert all(torch.equal(*pair) for pair in zip(seen[1], seen[2], strict=True))
+    assert not all(torch.equal(*pair) for pair in zip(seen[2], seen[3], strict=True))
+    cause, layer = ("loss", "the batch's pixel_values") if where == "image" else ("gradient", name)
+    assert run.skipped_steps() == {"skipped_steps": 1, "skipped": [{"step": 2, "skipped": cause, "layer": layer}]}
+    assert all(value.isfinite().all() for value in run.model.state_dict().values())
+    assert math.isfinite(run.evaluate()["eval_loss"])
