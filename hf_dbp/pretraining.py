@@ -73,7 +73,6 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
-
     max_skipped_steps: int = field(
         default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
     )
@@ -81,10 +80,7 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
     )
-
-    push_unfused: bool = field(
-        default=False, metadata={"help": "With --push_to_hub: push the unfused model too, to NAME-unfused."}
-    )
+    push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
 
     def __post_init__(self) -> None:
         check_country(self.country)

@@ -11,10 +11,10 @@ import math
 
 import torch
 import yaml
-from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import made_run
+from tiny import TINY
 from transformers import AutoConfig
 
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig, parameters

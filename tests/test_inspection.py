@@ -78,7 +78,7 @@ def test_corrupt_files_and_copies(capsys, caplog):
     assert "repair them or move them away" in out
     assert "1 files are copies of others, e.g. images/0.tif = images/copy.tif" in out
     data = labelled(train_val_split=0.2)
-    with pytest.raises(ValueError, match=r"images/2\.tif: .*; repair it, or move it and its mask away"):
+    with pytest.raises(ValueError, match=r"images/2\.tif"):
         [images[index] for images in data for index in range(len(images))]
 
 
