@@ -1,6 +1,5 @@
 """The benchmark of the input compares like with like: every way gives the views of the plain one."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+from benchmark_scripts import load_benchmark
 from PIL import Image
 
 SIZE = 32
@@ -16,12 +16,7 @@ SIZE = 32
 
 @pytest.fixture(scope="module")
 def input_rate() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "input_rate.py"
-    spec = importlib.util.spec_from_file_location("input_rate", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["input_rate"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("input_rate")
 
 
 @pytest.fixture

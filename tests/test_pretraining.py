@@ -55,6 +55,10 @@ def flags(output_dir, **changed):
     return [part for pair in parts for part in pair]
 
 
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def losses(record):
     return [row["eval_loss"] for row in record.rows]
 
@@ -197,46 +201,6 @@ def test_a_decorrelated_checkpoint_is_a_start_for_every_method(tmp_path, mae_con
     assert all(torch.equal(R, source.get_submodule(name).decorrelation.R) for name, R in kept.items())
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "noise": torch.rand(2, 16)}
     torch.testing.assert_close(model(**batch).loss, source(**batch).loss)
-
-
-def contents(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def test_evaluation_alone_leaves_a_run_as_it_is(tmp_path, capsys):
-    """The run's own model is evaluated, by the run's own statistics; an unfinished run's best checkpoint too."""
-    run = tmp_path / "run"
-    trained = main(flags(run, num_train_epochs=1))
-    before = contents(run)
-    for source in (run, run / "checkpoint-3"):
-        record = main(flags(run, do_train=False))
-        assert losses(record) == pytest.approx(losses(trained), rel=1e-5)
-        results = json.loads((run / "eval_results.json").read_text())
-        assert (results["eval_loss"], results["model"]) == (losses(record)[0], str(source))
-        (run / "eval_results.json").unlink()
-        assert contents(run) == before
-        (run / "config.json").unlink(missing_ok=True)  # as of a run that is not at its end
-        before.pop(run / "config.json", None)
-    other = tmp_path / "other"
-    named = main(flags(other, do_train=False, model_name_or_path=run / "checkpoint-3"))
-    assert losses(named) == losses(record)
-    assert [file.name for file in contents(other)] == ["eval_results.json"]
-    assert "validation loss" in capsys.readouterr().out
-
-
-def test_evaluation_of_no_model_says_so_and_no_flag_is_a_mistake(tmp_path, caplog, capsys):
-    main(flags(tmp_path / "none", do_train=False))
-    assert f"no --model_name_or_path and no run in {tmp_path / 'none'}: a fresh model is evaluated" in caplog.text
-    assert "of a fresh model" in capsys.readouterr().out
-    assert [file.name for file in contents(tmp_path / "none")] == ["eval_results.json"]
-    for changed, message in (
-        ({"do_eval": False, "eval_strategy": "no"}, "error: nothing to do: give --do_train, --do_eval or both"),
-        ({"push_to_hub": True}, "error: --push_to_hub pushes what --do_train trains"),
-    ):
-        with pytest.raises(SystemExit):
-            main(flags(tmp_path / "nothing", do_train=False, **changed))
-        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(message)
-        assert not (tmp_path / "nothing").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,11 @@
 """The benchmark measures what it says: the naive form is the published algorithm, and every step has its parts."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import load_benchmark
 from torch import nn
 
 from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection
@@ -17,12 +15,7 @@ ARGUMENTS = argparse.Namespace(image_size=32, patch_size=16, dtype="fp32")
 
 @pytest.fixture(scope="module")
 def step_time() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "step_time.py"
-    spec = importlib.util.spec_from_file_location("step_time", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["step_time"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("step_time")
 
 
 @pytest.mark.parametrize("kind", ["linear", "patches"])
@@ -56,10 +49,6 @@ def test_every_method_steps_in_four_parts(step_time: ModuleType) -> None:
 
 
 def test_fused_inference_compares_the_same_shapes() -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "fused_inference.py"
-    spec = importlib.util.spec_from_file_location("fused_inference", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    result = benchmark.measure("mini", batch=1, repeats=1)
+    result = load_benchmark("fused_inference").measure("mini", batch=1, repeats=1)
     assert result["ratio_to_stock"].keys() == {"fused", "unfused", "naive", "stock"}
     assert result["ratio_to_stock"]["stock"] == 1 and all(ratio > 0 for ratio in result["ratio_to_stock"].values())
