@@ -98,7 +98,7 @@ class Method:
     def __init__(self, name: str, args: argparse.Namespace, size: str, device: str) -> None:
         self.base, _, compiled = name.partition("+")
         torch.manual_seed(0)
-        fields = SIZES[size] | {"image_size": args.image_size, "patch_size": args.patch_size}
+        fields = SIZES[size] | {"image_size": args.image_size, "patch_size": args.patch_size} | args.fields
         if self.base in ("stock", "naive"):
             model = ViTMAEForPreTraining(ViTMAEConfig(**fields))
             initialize_mae_(model)
@@ -281,6 +281,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="on a CPU")
     parser.add_argument("--output", type=Path, default=Path("step_time.json"))
+    parser.set_defaults(fields={})  # of the configuration, in place of the size's (step_growth.py)
     args = parser.parse_args()
     if "bp" not in args.methods:
         parser.error("--methods must include bp, which the others are compared with")

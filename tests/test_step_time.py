@@ -1,6 +1,7 @@
 """The benchmark measures what it says: the naive form is the published algorithm, and every step has its parts."""
 
 import argparse
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection
 
-ARGUMENTS = argparse.Namespace(image_size=32, patch_size=16, dtype="fp32")
+ARGUMENTS = argparse.Namespace(image_size=32, patch_size=16, dtype="fp32", fields={})
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,17 @@ def test_fused_inference_compares_the_same_shapes() -> None:
     result = load_benchmark("fused_inference").measure("mini", batch=1, repeats=1)
     assert result["ratio_to_stock"].keys() == {"fused", "unfused", "naive", "stock"}
     assert result["ratio_to_stock"]["stock"] == 1 and all(ratio > 0 for ratio in result["ratio_to_stock"].values())
+
+
+def test_growth_is_a_table_and_a_figure_of_every_sweep(step_time: ModuleType, tmp_path: Path) -> None:
+    growth = load_benchmark("step_growth")
+    blocks = {"depth": {1: (2, {"num_hidden_layers": 1}), 2: (2, {"num_hidden_layers": 2})}}
+    args = argparse.Namespace(**vars(ARGUMENTS), device="cpu", clock="cpu", compile=False, repeats=1)
+    args.methods = growth.METHODS
+    found = {name: growth.sweep(args, points) for name, points in blocks.items()}
+    flops = {value: {row["method"]: row["flops"] for row in rows} for value, rows in found["depth"].items()}
+    assert flops[1]["bp"] < flops[2]["bp"] and flops[1]["dbp"] < flops[1]["naive"]
+    assert len(growth.markdown(found).splitlines()) == 2 + len(blocks["depth"])
+    growth.plot(found, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    assert growth.SWEEPS.keys() == {"batch", "width", "depth"}
