@@ -1,7 +1,8 @@
 """Compare ways of training: run what a plan lacks, then report. The main of `training_scripts/run_comparison.py`.
 
 Every run is a process of its own. One that has finished is not run again, one that was interrupted goes on from its
-last checkpoint, one that fails is reported and the others go on. The order: every variant at every searched setting
+last checkpoint, one that fails is reported and the others go on. SIGTERM and SIGINT are passed on to the runs, which
+save, and waited for. The order: every variant at every searched setting
 with the first seed, then the other seeds of each variant at its best setting, then, if asked for, segmentation on each
 encoder.
 """
@@ -27,6 +28,7 @@ from hf_dbp.plans import Plan, PlannedRun, Run, best_settings, collect_runs, pla
 from hf_dbp.recipes import flag_arguments, plan_names, recipe_arguments
 from hf_dbp.records import RunRecord, without_secrets, write_json
 from hf_dbp.report import write_report
+from hf_dbp.stopping import handling, leave
 from hf_dbp.trainer import RECORD
 
 __all__ = ["Runner", "main", "run_plan"]
@@ -225,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plan = plan_of(runs)
         else:
             plan = read_plan(args.plan, extra)
-            runs = run_plan(plan, args.output_dir, jobs=args.jobs, launcher=args.launcher)
+            with handling(leave):
+                runs = run_plan(plan, args.output_dir, jobs=args.jobs, launcher=args.launcher)
         if not any(run.record for run in runs):
             raise ValueError(f"no run has finished; the first says: {runs[0].error}")
         own = without_secrets(sys.argv[1:] if arguments is None else arguments)

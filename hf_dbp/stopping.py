@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-__all__ = ["StopOnSignal", "Stopped", "start_worker"]
+__all__ = ["StopOnSignal", "Stopped", "handling", "leave", "start_worker"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
@@ -37,6 +37,25 @@ def start_worker(then: Callable[[int], None] | None, number: int) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     if then is not None:
         then(number)
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle both signals inside; only a process's main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def leave(number: int, frame: Any) -> None:
+    """Handler that ends the process by SystemExit(128 + signal), so that `finally` ends what it has started."""
+    raise SystemExit(128 + number)
 
 
 class Stopped(Exception):
@@ -58,16 +77,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive signals here; only a process's main thread can."""
-        if threading.current_thread() is not threading.main_thread():
+        """Receive signals here."""
+        with handling(self._receive):
             yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
         now = time.monotonic()

@@ -2,8 +2,11 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -134,6 +137,30 @@ def test_a_run_that_was_interrupted_is_started_again(plan, launcher, tmp_path):
     assert runner.progress(planned[0]) == 1.0
     runner.run(planned)
     assert len(calls(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_runs_too(number, plan, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "def save(*_):\n"
+        "    time.sleep(0.5)\n"
+        "    (here / 'saved').touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(here / 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    command = "from hf_dbp.comparison import main; main()"
+    arguments = ["--plan", plan, "--output_dir", "out", "--launcher", f"{sys.executable} slow.py"]
+    with subprocess.Popen([sys.executable, "-c", command, *arguments], cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and (tmp_path / "saved").exists()
+    assert b"Traceback" not in told
 
 
 def test_runs_with_other_flags_are_not_taken_for_these(plan, launcher, tmp_path):
