@@ -1,16 +1,20 @@
 """What the README and docs tell users to type is what works."""
 
+import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from benchmark_scripts import load_benchmark
 from PIL import Image
 from transformers import BeitImageProcessorPil, ViTConfig, ViTModel
 
+from hf_dbp import cli, comparison, pretraining, probe
 from hf_dbp.callbacks import DecorrelationArguments
-from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
-from hf_dbp.recipes import parse_arguments
+from hf_dbp.pretraining import ModelArguments, PretrainingArguments
+from hf_dbp.segmentation import finetuning
 from hf_dbp.segmentation.upernet import build_upernet
 
 ROOT = Path(__file__).parents[1]
@@ -45,21 +49,77 @@ def test_python_runs_as_written(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def commands():
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+class Taken(Exception):
+    """A main took its arguments and was about to work."""
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_exist_and_take_these_flags(command, tmp_path):
+def typed_commands(text):
+    """The command lines of a page, in bash blocks or indented, without comments and trailing dots."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [line for line in lines if re.match(r"\s*(make|python|accelerate launch|torchrun|hf-dbp) \S", line)]
+    return [[part for part in shlex.split(line, comments=True) if part != "..."] for line in found]
+
+
+def documented():
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "README.md"]
+    for page in pages:
+        if page.name != "industrial.md":  # test_industrial runs it as written
+            for command in typed_commands(page.read_text(encoding="utf-8")):
+                yield pytest.param(command, id=f"{page.name}: {' '.join(command)}")
+
+
+def runner(command):
+    """The main that a command starts, and its arguments."""
+    for number, part in enumerate(command):
+        rest = command[number + 1 :]
+        if part.startswith("training_scripts/"):
+            source = (ROOT / part).read_text(encoding="utf-8")
+            return importlib.import_module(re.search(r"from (\S+) import main", source)[1]).main, rest
+        if part.startswith("benchmarks/"):
+            return load_benchmark(Path(part).stem).main, rest
+        if part == "-m":
+            return importlib.import_module(rest[0]).main, rest[1:]
+        if part == "hf-dbp":
+            return cli.main, rest
+    raise AssertionError(f"what does {command} run?")
+
+
+@pytest.fixture
+def parsing_alone(monkeypatch):
+    """Mains stop with `Taken` once their arguments are parsed."""
+
+    def stop(*args, **kwargs):
+        raise Taken
+
+    def parse_args(self, *args, **kwargs):
+        whole(self, *args, **kwargs)
+        raise Taken
+
+    whole = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    for module, name in ((pretraining, "run"), (finetuning, "run"), (probe, "run"), (comparison, "run_plan")):
+        monkeypatch.setattr(module, name, stop)
+
+
+@pytest.mark.parametrize("command", documented())
+def test_commands_are_taken(command, parsing_alone, monkeypatch):
     if command[0] == "make":
         assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         return
-    script = next(part for part in command if part.endswith(".py"))
-    assert (ROOT / script).is_file()
-    if script.endswith("run_dbp_mae.py"):
-        groups = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
-        parse_arguments(groups, [*command[command.index(script) + 1 :], "--use_cpu"])
+    main, arguments = runner([part.replace("RECIPE", "demo.yaml") for part in command])
+    if "imagenet10_dbp.yaml" in arguments:
+        arguments.append("--use_cpu")  # or bf16 wants a GPU
+    monkeypatch.setattr("sys.argv", [command[0], *arguments])
+    with pytest.raises(Taken):
+        main()
+
+
+def test_a_command_with_a_wrong_flag_is_not_taken(parsing_alone, monkeypatch):
+    for script in sorted((ROOT / "training_scripts").glob("run_*.py")):
+        main, _ = runner([f"training_scripts/{script.name}"])
+        monkeypatch.setattr("sys.argv", ["run", "--learning_rat", "1"])
+        with pytest.raises(SystemExit):
+            main()
 
 
 def test_every_flag_of_the_table_exists():
