@@ -12,7 +12,6 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -30,7 +29,7 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.optimizers import checked_schedule
 from hf_dbp.records import RunRecord
 from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
-from hf_dbp.stopping import StopOnSignal, Stopped, start_worker
+from hf_dbp.stopping import StopOnSignal, Stopped, worker_start
 
 __all__ = ["ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights", "use_one_gpu"]
 
@@ -189,7 +188,7 @@ class ResumingTrainer(GuardedTrainer):
         """The stock one, whose workers leave signals to the run (schedulers send them to the whole group)."""
         loader = super().get_train_dataloader()
         workers = loader.base_dataloader
-        workers.worker_init_fn = partial(start_worker, workers.worker_init_fn)
+        workers.worker_init_fn = worker_start(workers.worker_init_fn)
         return loader
 
     # ---- training ----

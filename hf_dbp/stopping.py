@@ -5,19 +5,23 @@ largest signal number it has received, and reads the result of the step before, 
 What transformers brings for this (`enable_jit_checkpoint`) knows SIGTERM alone, saves in the middle of a step, at
 whatever step each process is, and then ends the run as if it had been trained to its end.
 
-Loader workers ignore both: they end with the process that they work for. A second signal ends that process at once.
+Loader workers ignore both while the process that they work for goes on, and end with it. A second signal ends that
+process at once.
 Launchers pass on what a terminal or a scheduler has already sent to the whole group: signals within a second count as
 one.
 """
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,16 +29,32 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import TrainerCallback
 
-__all__ = ["StopOnSignal", "Stopped", "handling", "leave", "start_worker"]
+__all__ = ["StopOnSignal", "Stopped", "handling", "leave", "worker_start"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
 
 
-def start_worker(then: Callable[[int], None] | None, number: int) -> None:
-    """What a loader's worker does first: ignore the signals, then ``then(number)``."""
-    for ignored in SIGNALS:
-        signal.signal(ignored, signal.SIG_IGN)
+def worker_start(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
+    """The ``worker_init_fn`` of a loader whose workers leave the signals to this process; it ends with ``then``."""
+    return partial(_start_worker, _ending(), then)
+
+
+@cache
+def _ending() -> Any:
+    """A byte shared with the workers: 1 once this process ends, which sends them SIGTERM and waits for them."""
+    ending = multiprocessing.RawValue("b", 0)
+    atexit.register(setattr, ending, "value", 1)
+    return ending
+
+
+def _start_worker(ending: Any, then: Callable[[int], None] | None, number: int) -> None:
+    def end(number: int, frame: Any) -> None:
+        if ending.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
     if then is not None:
         then(number)
 

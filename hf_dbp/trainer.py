@@ -32,6 +32,7 @@ from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import ResumingTrainer, changed_arguments
 from hf_dbp.saving import checkpoint_step
+from hf_dbp.stopping import worker_start
 
 __all__ = ["RECORD", "MAETrainer"]
 
@@ -105,6 +106,7 @@ class MAETrainer(ResumingTrainer):
             batch_size=self.args.eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             collate_fn=evaluation_collate,
+            worker_init_fn=worker_start(),
             pin_memory=self.args.dataloader_pin_memory,
         )
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -100,12 +100,42 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, undisturbed, caps
     assert signal.getsignal(number) is handler
 
 
-def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path):
-    """As schedulers send it. The command runs in a group of its own and gets the signal after its first checkpoint."""
-    command = [sys.executable, "-W", "ignore:This DataLoader", "-m", "hf_dbp.pretraining"]
-    options = {**STEPS, "max_steps": 2000, "save_steps": 3, "eval_strategy": "no", "load_best_model_at_end": False}
+#: what a command of its own does besides: says `in evaluation` from a worker, and stays there; fails in the third step
+EVALUATES = """
+from pathlib import Path
+from hf_dbp.data.masked import EvaluationViews
+stock = EvaluationViews.__getitem__
+def slow(self, index):
+    Path("in_evaluation").touch()
+    time.sleep(0.5)
+    return stock(self, index)
+EvaluationViews.__getitem__ = slow
+"""
+FAILS = """
+from hf_dbp.resuming import ResumingTrainer
+stock = ResumingTrainer.training_step
+def training_step(self, *args, **kwargs):
+    if self.state.global_step == 2:
+        raise RuntimeError("out of memory")
+    return stock(self, *args, **kwargs)
+ResumingTrainer.training_step = training_step
+"""
+
+
+@contextmanager
+def own_group(folder, changes, **options):
+    """The command with two workers, in a process group of its own."""
+    code = f"import sys, time\nfrom hf_dbp.pretraining import main\n{changes}\nmain(sys.argv[1:])"
     run = subprocess.Popen(
-        [*command, *flags(tmp_path, **options, dataloader_num_workers=2)],
+        [
+            sys.executable,
+            "-W",
+            "ignore:This DataLoader",
+            "-c",
+            code,
+            *flags(folder, dataloader_num_workers=2, **options),
+        ],
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -113,15 +143,35 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path):
         start_new_session=True,
     )
     try:
+        yield run
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("changes", ["", EVALUATES], ids=["training", "evaluation"])
+def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path, changes):
+    """As schedulers send it, after the first checkpoint or in the midst of an evaluation."""
+    options = STEPS | {"max_steps": 2000, "save_steps": 3, "eval_steps": 3}
+    if not changes:
+        options |= {"eval_strategy": "no", "load_best_model_at_end": False}
+    with own_group(tmp_path, changes, **options) as run:
         limit = time.monotonic() + 120
-        while not whole_checkpoints(tmp_path) and time.monotonic() < limit:
+        while time.monotonic() < limit:
+            if (tmp_path / "in_evaluation").exists() if changes else whole_checkpoints(tmp_path):
+                break
             time.sleep(0.05)
         os.killpg(run.pid, signal.SIGTERM)
         _, errors = run.communicate(timeout=60)
-    finally:
-        run.kill()
     assert run.returncode == 143, errors[-2000:]
     assert "the same command goes on from" in errors.strip().splitlines()[-1]
+
+
+def test_a_run_that_fails_ends_with_its_workers(tmp_path):
+    """An ending process sends its workers SIGTERM and waits for them: this one they must not ignore."""
+    with own_group(tmp_path, FAILS, **STEPS) as run:
+        _, errors = run.communicate(timeout=90)
+    assert run.returncode == 1 and "out of memory" in errors
 
 
 def test_what_an_epoch_ends_with_comes_before_its_checkpoint(tmp_path):

@@ -25,6 +25,7 @@ from hf_dbp.resuming import ResumingTrainer
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
+from hf_dbp.stopping import worker_start
 
 __all__ = ["SegmentationTrainer"]
 
@@ -129,6 +130,7 @@ class SegmentationTrainer(ResumingTrainer):
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             collate_fn=list,
+            worker_init_fn=worker_start(),
         )
 
     def evaluate(
