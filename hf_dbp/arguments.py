@@ -82,8 +82,12 @@ class ModelArguments:
         default=None, metadata={"help": "Input size in pixels, one number or height and width (default: 224)."}
     )
     patch_size: int | None = field(default=None, metadata={"help": "Side of a patch in pixels (default: 16)."})
-    mask_ratio: float = field(default=0.75, metadata={"help": "Share of the patches that is masked."})
-    norm_pix_loss: bool = field(default=False, metadata={"help": "Normalise each target patch."})
+    mask_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the patches that is masked (default: the checkpoint's, else 0.75)."}
+    )
+    norm_pix_loss: bool | None = field(
+        default=None, metadata={"help": "Normalise each target patch (default: as the checkpoint, else not)."}
+    )
     decorrelated_layers: str = field(
         default="encoder",
         metadata={"help": "Layers that dbp decorrelates.", "choices": ["encoder", "block_inputs", "full", "none"]},
@@ -126,7 +130,7 @@ class ModelArguments:
             raise ValueError("--trust_remote_code: no code of a model or a data set is ever run here; leave it out")
         if self.method == "dbp" and self.decorrelated_layers == "none":
             raise ValueError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
-        if not 0.0 < self.mask_ratio < 1.0:
+        if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
             raise ValueError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
         if self.image_size is not None and len(self.image_size) > 2:
             raise ValueError(f"--image_size takes one number or height and width, got {self.image_size}")

@@ -166,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--push_unfused", action="store_true", help="push the unfused model too, to NAME-unfused")
     args = parser.parse_args(arguments)
     try:
+        if args.num_images < 1:
+            raise ValueError(f"--num_images is how many images to check on, at least 1, got {args.num_images}")
         destination = None
         if args.push_to_hub or args.push_unfused:
             repo_id = args.hub_model_id or args.output_dir.resolve().name

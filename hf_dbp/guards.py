@@ -95,6 +95,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         self._micro_batches, self._last_batch = 0, dict[str, Tensor]()  # of the step under way
         self._buffers: list[tuple[Tensor, Tensor]] = []  # each with its value before the step
         self._lost = self._last_loss = torch.zeros((), device=self.args.device)
+        self.finite = torch.ones((), device=self.args.device)  # 1 or 0: whether the last micro-batch's loss is
 
     @functools.cached_property
     def _bare_model(self) -> nn.Module:
@@ -106,13 +107,14 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
         return {name: p for name, p in self._bare_model.named_parameters() if p.requires_grad}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Loss of a micro-batch, the last finite one if it is not finite; after a step's last one it is judged."""
+        """Loss of a micro-batch, or the last finite one (0 if there was none); after its last one a step is judged."""
         if not self._micro_batches:
             self._lost = torch.zeros_like(self._lost)
             self._buffers = [(buffer, buffer.clone()) for buffer in self._bare_model.buffers()]
         self._micro_batches, self._last_batch = self._micro_batches + 1, inputs
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        self._lost = torch.maximum(self._lost, 1.0 - loss.isfinite().to(self._lost))
+        self.finite = loss.isfinite().to(self._lost)
+        self._lost = torch.maximum(self._lost, 1.0 - self.finite)
         self._last_loss = torch.where(loss.isfinite(), loss, self._last_loss)
         if self.accelerator.sync_gradients:
             self._judge()

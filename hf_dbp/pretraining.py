@@ -71,6 +71,9 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
+    save_strategy: str | None = field(
+        default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
     max_skipped_steps: int = field(
@@ -89,6 +92,8 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
         self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
+        if self.save_strategy is None:
+            self.save_strategy = "steps" if self.eval_strategy == "no" else self.eval_strategy
         super().__post_init__()
         use_one_gpu(self)
         if self.base_learning_rate is not None:
@@ -99,7 +104,8 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
 def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
     """The configuration that the flags describe. ValueError for sizes that cannot be."""
     config_class = ViTMAEConfig if model_args.method == "stock" else DBPViTMAEConfig
-    given: dict[str, Any] = {"mask_ratio": model_args.mask_ratio, "norm_pix_loss": model_args.norm_pix_loss}
+    flags = {"mask_ratio": model_args.mask_ratio, "norm_pix_loss": model_args.norm_pix_loss}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     if model_args.image_size is not None:
         given["image_size"] = model_args.image_size[0] if len(model_args.image_size) == 1 else model_args.image_size
     if model_args.patch_size is not None:
@@ -293,6 +299,8 @@ def run(
     check_run(args, train_data)
     train_data.on_device = augments_on_device(model_args.augment_on_device, args, train_data.images)
     model = build_model(model_args, num_channels, args.seed)
+    task = {name: getattr(model.config, name) for name in ("mask_ratio", "norm_pix_loss")}  # a checkpoint's by default
+    model_args = dataclasses.replace(model_args, **task)
     record = new_record(model_args, data_args, decorrelation_args, args, train_data, eval_data)
     callback = None
     if any(True for _ in decorrelated_layers(model)):

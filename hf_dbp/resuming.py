@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"
 SHAPING = (
+    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "channel_files", "train_val_split",
+    "built_in_size",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "data_seed",
     "bf16", "fp16", "eta", "eta_schedule", "eta_stop", "kappa", "update_interval", "sample_fraction", "row_floor",
     "row_cap", "bound_eta", "mask_ratio", "norm_pix_loss", "native_tiles", "image_statistics", "image_processor_name",
 )  # fmt: skip
@@ -66,20 +68,21 @@ def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dic
     """The arguments that shape training and differ from the checkpoint's: {name: [old, new]}.
 
     Raises:
-        ValueError: method, optimizer or decorrelated layers differ: the checkpoint's tensors and states are of no use.
+        ValueError: method, optimizer or decorrelated layers differ, so that the checkpoint's tensors and states are of
+            no use; or the seed, with which order, views and held-out images change; or the weights to start from.
     """
     fixed: dict[str, tuple[Any, Any]] = {
-        "method": (before.method, now.method),
-        "optimizer": (before.optimizer, now.optimizer),
+        name: (getattr(before, name), getattr(now, name)) for name in ("method", "optimizer", "seed")
     }
-    if before.method == "dbp":
-        chosen = now.arguments.get("decorrelated_layers")
-        fixed["decorrelated_layers"] = (before.arguments.get("decorrelated_layers", chosen), chosen)
+    for flag in ("model_name_or_path", *(["decorrelated_layers"] if before.method == "dbp" else [])):
+        new = now.arguments.get(flag)
+        fixed[flag] = (before.arguments.get(flag, new), new)
     for flag, (old, new) in fixed.items():
         if old != new:
+            remedy = f"leave --{flag} out" if old is None else f"give --{flag} {old}"
             raise ValueError(
-                f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, give --{flag} {old}; to begin "
-                "anew, another --output_dir"
+                f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, {remedy}; to begin anew, another "
+                "--output_dir"
             )
     known = [name for name in SHAPING if name in before.arguments and name in now.arguments]
     pairs = {name: (before.arguments[name], now.arguments[name]) for name in known}

@@ -90,8 +90,7 @@ class MAETrainer(ResumingTrainer):
             self.callback_handler.callbacks.insert(0, decorrelation)
         self.callback_handler.callbacks.insert(0, ClockCallback(self.clock, self.timer))
         self._probe_batch: dict[str, Tensor] | None = None
-        self._loss_sum: Tensor | float = 0.0
-        self._loss_count = 0
+        self._losses = torch.zeros(2, device=self.args.device)  # sum and number of finite ones since the last row
 
     # ---- data and optimizer ----
 
@@ -222,8 +221,9 @@ class MAETrainer(ResumingTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         views = self.train_dataset.finished(self._prepare_inputs(inputs))
         loss: Tensor = super().training_step(model, views, *args, **kwargs)
-        self._loss_sum = self._loss_sum + loss * self.current_gradient_accumulation_steps
-        self._loss_count += 1
+        self._losses = self._losses + self.finite * torch.stack(
+            [loss * self.current_gradient_accumulation_steps, self.finite]
+        )
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -236,7 +236,7 @@ class MAETrainer(ResumingTrainer):
         return metrics
 
     def evaluation_row(self, eval_loss: float) -> dict[str, Any]:
-        """The record's row for an evaluation now; the training loss is the mean since the last one, over all ranks."""
+        """The record's row for an evaluation now; the training loss is the mean of the finite ones since the last."""
         row: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
@@ -248,10 +248,10 @@ class MAETrainer(ResumingTrainer):
             row["step_seconds"] = step_seconds
         if sys.platform != "win32":
             row["load_average"] = os.getloadavg()[0]
-        if self._loss_count:
-            mean = self.accelerator.reduce(torch.as_tensor(self._loss_sum / self._loss_count), reduction="mean")
-            row["train_loss"] = float(mean)
-        self._loss_sum, self._loss_count = 0.0, 0
+        total, count = self.accelerator.reduce(self._losses, reduction="sum").tolist()
+        if count:
+            row["train_loss"] = total / count
+        self._losses = torch.zeros_like(self._losses)
         if self._probe_batch is None:  # this rank's share has no readable image, or none at all
             self._probe_batch = evaluation_collate([self.eval_dataset[0]])
         layers = measure_correlations(

@@ -9,9 +9,9 @@ from hf_dbp.pretraining import main
 
 
 def test_evaluation_alone_leaves_a_run_as_it_is(tmp_path, capsys):
-    """The run's own model is evaluated, by the run's own statistics; an unfinished run's best checkpoint too."""
+    """The run's own model is evaluated, by its own statistics, mask ratio and target; an unfinished run's best too."""
     run = tmp_path / "run"
-    trained = main(flags(run, num_train_epochs=1))
+    trained = main(flags(run, num_train_epochs=1, mask_ratio=0.5, norm_pix_loss=True))
     before = contents(run)
     for source in (run, run / "checkpoint-3"):
         record = main(flags(run, do_train=False))

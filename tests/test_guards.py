@@ -192,6 +192,13 @@ def test_a_nan_is_caught_at_its_step_and_spreads_nowhere(
     assert all(0 < row["train_loss"] < 10 for row in record.rows)
 
 
+def test_steps_that_are_skipped_do_not_count_in_the_training_loss(tmp_path, injected) -> None:
+    """Two of three at the very start, when there is no finite loss yet."""
+    injected("batch", {0, 1})
+    (row,) = main(flags(tmp_path, num_train_epochs=1)).rows
+    assert row["train_loss"] == pytest.approx(row["eval_loss"], rel=0.3)
+
+
 def test_five_in_a_row_stop_the_run_and_leave_good_checkpoints(tmp_path, capsys, injected) -> None:
     before = injected("R", set(range(2, 12)))
     with pytest.raises(SystemExit) as stop:

@@ -18,7 +18,7 @@ from hf_dbp.data.images import ImageSource, channel_statistics, load_images
 from hf_dbp.fusing import check_views
 from hf_dbp.fusing import main as fuse_main
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE
-from hf_dbp.pretraining import build_model, main, pixel_statistics
+from hf_dbp.pretraining import PretrainingArguments, build_model, main, pixel_statistics
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import restore_weights
 
@@ -113,6 +113,11 @@ def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys,
         ({"method": "bp"}, "was trained with --method dbp, not bp: to go on, give --method dbp; to begin anew, "),
         ({"optimizer": "muon"}, "was trained with --optimizer adamw, not muon: to go on, give --optimizer adamw; "),
         ({"decorrelated_layers": "full"}, "with --decorrelated_layers encoder, not full: to go on, give "),
+        ({"seed": 1}, "with --seed 42, not 1: to go on, give --seed 42; to begin anew, another --output_dir"),
+        (
+            {"model_name_or_path": tmp_path},
+            "with --model_name_or_path None, .*: to go on, leave --model_name_or_path out",
+        ),
         ({"patch_size": 4}, "of another shape than the model, among them .*; to go on, give the flags it was "),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -121,14 +126,23 @@ def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys,
         assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
         assert contents(tmp_path) == before
     caplog.clear()
-    record = main(flags(tmp_path, num_train_epochs=2, eta=1e-4, logging_steps=1, dataloader_num_workers=0))
+    record = main(flags(tmp_path, num_train_epochs=2, eta=1e-4, logging_steps=1, built_in_size=40))
     told = [text for text in caplog.messages if "goes on with" in text]
-    news = "goes on with other settings: --num_train_epochs 1.0 -> 2.0, --eta 0.0005 -> 0.0001"
+    news = (
+        "goes on with other settings: --built_in_size 48 -> 40, --num_train_epochs 1.0 -> 2.0, --eta 0.0005 -> 0.0001"
+    )
     assert told == [f"{tmp_path / 'checkpoint-3'} {news}"]
-    changed = {"num_train_epochs": [1.0, 2.0], "eta": [5e-4, 1e-4]}
+    changed = {"built_in_size": [48, 40], "num_train_epochs": [1.0, 2.0], "eta": [5e-4, 1e-4]}
     assert record.results["resumed_with"] == {"3": changed}
     again = RunRecord.read(tmp_path / "checkpoint-6" / "run.json")
     assert again.results["resumed_with"] == {"3": changed}
+
+
+def test_a_run_saves_when_it_evaluates_unless_told_otherwise():
+    given = {"eval_strategy": "epoch", "report_to": "none", "use_cpu": True}
+    assert PretrainingArguments(**given).save_strategy == "epoch"
+    assert PretrainingArguments(**given, save_strategy="no", load_best_model_at_end=False).save_strategy == "no"
+    assert PretrainingArguments(report_to="none", use_cpu=True).save_strategy == "steps"
 
 
 def test_a_run_on_native_tiles_is_fused_on_them(tmp_path):
