@@ -1,9 +1,13 @@
 """The probe's arithmetic, and the whole way from a folder of classes to JSON."""
 
 import json
+import shutil
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from scipy.stats import binomtest
@@ -58,12 +62,107 @@ def test_from_a_folder_of_classes_to_json(folder, pooling):
     flags = ["--model_name_or_path", str(folder / "vit"), "--train_dir", str(folder / "images"), "--pooling", pooling]
     record = main([*flags, "--output_file", str(folder / "probe.json")])
     assert json.loads((folder / "probe.json").read_text()) == json.loads(json.dumps(record))
-    assert record["data"] == {"source": str(folder / "images"), "train_images": 24, "test_images": 6, "classes": 2}
+    assert record["data"] == {
+        "source": str(folder / "images"),
+        "train_images": 24,
+        "test_images": 6,
+        "classes": 2,
+        "unreadable": {"count": 0, "images": {}},
+    }
     assert record["linear"]["accuracy"] == 1.0
     assert record["linear"]["interval_95"][0] < 0.7  # six images prove little
     assert record["commonest_class"]["accuracy"] < 1.0
     again = main([*flags, "--output_file", str(folder / "again.json")])
     assert {k: again[k] for k in ("knn", "linear")} == {k: record[k] for k in ("knn", "linear")}
+
+
+def counts(record):
+    return record["data"]["train_images"], record["data"]["test_images"], record["data"]["classes"]
+
+
+def probed(folder, *flags):
+    arguments = ["--model_name_or_path", str(folder / "vit"), "--train_dir", str(folder / "images"), *flags]
+    return main([*arguments, "--output_file", str(folder / "probe.json")])
+
+
+def test_names_of_files_are_not_taken_for_splits(folder):
+    """`datasets` reads a split out of val_1.png and test_0.png."""
+    for name in ("dark", "bright"):
+        shutil.copytree(folder / "images" / name, folder / "shown" / name)
+        for file in (folder / "shown" / name).iterdir():
+            file.rename(file.with_name(f"ILSVRC2012_val_{file.name}"))
+        (folder / "images" / name / "0.png").rename(folder / "images" / name / "test_0.png")
+    assert counts(probed(folder, "--validation_dir", str(folder / "shown"))) == (30, 30, 2)
+
+
+def test_folders_of_splits_hold_the_classes(folder):
+    """The first folder below the split is the class, however deep the pictures lie."""
+    (folder / "images").rename(folder / "all")
+    (folder / "all" / "dark" / "lot" / "7").mkdir(parents=True)
+    (folder / "all" / "dark" / "0.png").rename(folder / "all" / "dark" / "lot" / "7" / "0.png")
+    shutil.copytree(folder / "all", folder / "images" / "train")
+    shutil.copytree(folder / "all" / "bright", folder / "images" / "val" / "bright")
+    assert counts(probed(folder)) == (30, 15, 2)
+
+
+def test_unreadable_images_are_left_out_and_counted(folder, capsys):
+    (folder / "images" / "dark" / "3.png").write_bytes(b"no picture")
+    (folder / "images" / "dark" / "a.png").write_bytes(b"")
+    (folder / "images" / "bright" / "b.npy").write_bytes(b"")
+    record = probed(folder)
+    assert sum(counts(record)[:2]) == 29
+    assert record["linear"]["accuracy"] == 1.0  # the labels are still those of their images
+    unreadable = record["data"]["unreadable"]
+    assert unreadable["count"] == 3
+    assert {Path(path).name for path in unreadable["images"]} == {"3.png", "a.png", "b.npy"}
+    with pytest.raises(SystemExit):
+        probed(folder, "--max_unreadable", "0")
+    assert "more than 0 unreadable images" in capsys.readouterr().err
+
+
+def test_damaged_images_in_parquet_are_left_out(folder):
+    files = sorted((folder / "images").rglob("*.png"))
+    values = [{"bytes": file.read_bytes() if number else b"no", "path": None} for number, file in enumerate(files)]
+    table = datasets.Dataset.from_dict({"image": values, "label": [file.parent.name for file in files]})
+    shutil.rmtree(folder / "images")
+    (folder / "images").mkdir()
+    table.cast_column("image", datasets.Image()).to_parquet(folder / "images" / "all.parquet")
+    record = probed(folder)
+    assert sum(counts(record)[:2]) == 29
+    assert record["data"]["unreadable"]["count"] == 1
+
+
+def test_two_channels_of_sixteen_bits(folder):
+    """What a ViT that was pre-trained on such files is probed with."""
+    rng = np.random.default_rng(0)
+    shutil.rmtree(folder / "images")
+    for name, low in (("whole", 0), ("broken", 30_000)):
+        (folder / "images" / name).mkdir(parents=True)
+        for index in range(15):
+            pixels = rng.integers(low, low + 35_000, (2, 40, 50), dtype=np.uint16)
+            tifffile.imwrite(folder / "images" / name / f"{index}.tif", pixels, photometric="minisblack")
+    config = ViTConfig.from_pretrained(folder / "vit", num_channels=2)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "vit")
+    record = probed(folder)
+    assert counts(record) == (24, 6, 2)
+    assert record["linear"]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "flag", "message"),
+    [
+        ("absent", "--train_dir", "there is no such folder"),
+        ("absent", "--validation_dir", "there is no such folder"),
+        ("empty", "--train_dir", "holds nothing; expected pictures"),
+        ("images/dark", "--train_dir", "15 of 15 pictures lie in no class folder"),
+        ("images/dark", "--validation_dir", "put each class into a folder of its own"),
+    ],
+)
+def test_folders_without_classes_end_with_one_line(folder, capsys, path, flag, message):
+    (folder / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        probed(folder, flag, str(folder / path))  # the last of two --train_dir counts
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
