@@ -16,8 +16,10 @@ Shapes: N training images, M test images, D features, K classes.
 import logging
 import math
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -251,8 +253,22 @@ def image_list(data: datasets.Dataset, source: ImageSource, name: str) -> ImageL
     return ImageList(data, column, source.num_channels, source.max_unreadable, name)
 
 
+def make_room_for(file: str) -> None:
+    """Make the folder of the output file, before the work that it is to hold. ValueError if it cannot be written."""
+    path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"--output_file {file} is a folder; name a file in it, such as {path / 'probe.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_file {file} cannot be written ({error}); choose another place") from error
+
+
 def run(args: ProbeArguments) -> dict[str, Any]:
     """Probe; returns what is also written to `output_file`."""
+    make_room_for(args.output_file)
     images, labels, names = load_labelled(args)
     vit = load_vit(args.model_name_or_path)
     if args.from_scratch:

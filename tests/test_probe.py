@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from transformers import ViTConfig, ViTModel
 
+from hf_dbp import probe
 from hf_dbp.probe import knn_accuracy, linear_accuracy, main, wilson_interval
 
 
@@ -81,8 +82,9 @@ def counts(record):
 
 
 def probed(folder, *flags):
-    arguments = ["--model_name_or_path", str(folder / "vit"), "--train_dir", str(folder / "images"), *flags]
-    return main([*arguments, "--output_file", str(folder / "probe.json")])
+    arguments = ["--model_name_or_path", str(folder / "vit"), "--train_dir", str(folder / "images")]
+    arguments += ["--output_file", str(folder / "probe.json")]  # of two the last counts
+    return main([*arguments, *flags])
 
 
 def test_names_of_files_are_not_taken_for_splits(folder):
@@ -161,7 +163,24 @@ def test_two_channels_of_sixteen_bits(folder):
 def test_folders_without_classes_end_with_one_line(folder, capsys, path, flag, message):
     (folder / "empty").mkdir()
     with pytest.raises(SystemExit):
-        probed(folder, flag, str(folder / path))  # the last of two --train_dir counts
+        probed(folder, flag, str(folder / path))
+    assert message in capsys.readouterr().err
+
+
+def test_the_folder_of_the_output_is_made(folder):
+    record = probed(folder, "--output_file", str(folder / "new" / "place" / "probe.json"))
+    assert json.loads((folder / "new" / "place" / "probe.json").read_text())["knn"] == record["knn"]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [(".", "is a folder; name a file in it"), ("file/probe.json", "cannot be written")],
+)
+def test_an_output_that_cannot_be_is_refused_before_the_work(folder, capsys, monkeypatch, place, message):
+    monkeypatch.setattr(probe, "load_labelled", None)  # not reached
+    (folder / "file").touch()
+    with pytest.raises(SystemExit):
+        probed(folder, "--output_file", str(folder / place))
     assert message in capsys.readouterr().err
 
 
