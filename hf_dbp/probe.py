@@ -26,6 +26,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import HfArgumentParser, ViTModel
 
@@ -61,7 +62,9 @@ class ProbeArguments:
     validation_dir: str | None = field(default=None, metadata={"help": "The same for testing."})
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
     label_column_name: str = field(default="label", metadata={"help": "Column of the classes, numbers or names."})
-    train_val_split: float = field(default=0.2, metadata={"help": "Share to test on where there is no such split."})
+    train_val_split: float = field(
+        default=0.2, metadata={"help": "Share of each class to test on where there is no such split."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many test images."})
     max_unreadable: int = field(
@@ -213,6 +216,34 @@ def labelled_folder(folder: str, flag: str, source: ImageSource) -> Mapping[str,
     return tables
 
 
+def class_labels(data: datasets.Dataset, args: ProbeArguments) -> list[str]:
+    """The class name of each row. ValueError if there is no such column."""
+    if args.label_column_name not in data.column_names:
+        columns = ", ".join(data.column_names)
+        raise ValueError(f"no column {args.label_column_name!r}; pass --label_column_name with one of {columns}")
+    feature, labels = data.features[args.label_column_name], data[args.label_column_name][:]
+    return feature.int2str(labels) if isinstance(feature, datasets.ClassLabel) else [str(label) for label in labels]
+
+
+def split_classes(labels: Sequence[str], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and test rows, both in order: of each class ``share`` is tested, at least one image and never all.
+
+    Raises:
+        ValueError: no class has two images.
+    """
+    rng, classes = np.random.default_rng(seed), np.asarray(labels)
+    tested = np.zeros(len(classes), np.bool_)
+    for name in np.unique(classes):
+        rows = rng.permutation(np.flatnonzero(classes == name))
+        tested[rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]] = True
+    if not tested.any():
+        raise ValueError(
+            f"no class of the {len(classes)} images has two, one to train and one to test on; add images, or give "
+            "those to test on by --validation_dir"
+        )
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
 def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], list[str]]:
     """Training and test images, their class numbers, and the class names.
 
@@ -222,25 +253,25 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
     source = args.source()
     splits = labelled_splits(source)
     if "validation" not in splits:
-        halves = splits["train"].train_test_split(test_size=args.train_val_split, seed=args.seed)
-        splits = {"train": halves["train"], "validation": halves["test"]}
+        rows = split_classes(class_labels(splits["train"], args), args.train_val_split, args.seed)
+        splits = {name: splits["train"].select(part) for name, part in zip(("train", "validation"), rows, strict=True)}
     images, raw = [], []
     for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
         data = splits[split]
-        if args.label_column_name not in data.column_names:
-            columns = ", ".join(data.column_names)
-            raise ValueError(f"no column {args.label_column_name!r}; pass --label_column_name with one of {columns}")
         if limit is not None and limit < len(data):
             data = data.shuffle(seed=args.seed).select(range(limit))
         images.append(image_list(data, source, f"{split} image"))
-        feature, labels = data.features[args.label_column_name], data[args.label_column_name][:]
-        raw.append(feature.int2str(labels) if isinstance(feature, datasets.ClassLabel) else [str(n) for n in labels])
+        raw.append(class_labels(data, args))
     names = sorted(set(raw[0]))
     if len(names) < 2:
         raise ValueError(f"{source.name}: the training images have {len(names)} class; a probe needs two")
     unknown = sorted(set(raw[1]) - set(names))
     if unknown:
-        raise ValueError(f"{source.name}: {len(unknown)} test classes are not in training, e.g. {unknown[0]!r}")
+        remedy = "" if args.max_train_samples is None else f"raise --max_train_samples {args.max_train_samples}, or "
+        raise ValueError(
+            f"{source.name}: {len(unknown)} test classes are not in training, e.g. {unknown[0]!r}; {remedy}add images "
+            "of them to training or take them out of the test images"
+        )
     number = {name: index for index, name in enumerate(names)}
     return images, [torch.tensor([number[name] for name in labels]) for labels in raw], names
 

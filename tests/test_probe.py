@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from scipy.stats import binomtest
 from transformers import ViTConfig, ViTModel
 
 from hf_dbp import probe
-from hf_dbp.probe import knn_accuracy, linear_accuracy, main, wilson_interval
+from hf_dbp.probe import knn_accuracy, linear_accuracy, main, split_classes, wilson_interval
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 10), (7, 10), (10, 10), (412, 1000)])
@@ -40,6 +41,24 @@ def test_the_linear_probe_finds_a_linear_rule_among_scales():
     noise = torch.randint(0, 2, (400,))
     hits, _ = linear_accuracy(features[:300], noise[:300], features[300:], noise[300:], seed=0)
     assert hits < 70
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_class_is_split_alike_and_one_image_is_trained_on(seed):
+    labels = np.array(["a"] * 50 + ["b"] * 10 + ["c"] * 2 + ["d"])
+    labels = np.random.default_rng(seed).permutation(labels)
+    train, test = split_classes(labels.tolist(), 0.2, seed)
+    assert sorted([*train, *test]) == list(range(len(labels)))
+    assert Counter(labels[test].tolist()) == {"a": 10, "b": 2, "c": 1}
+    assert set(labels[train]) == {"a", "b", "c", "d"}
+    assert len(split_classes(["a"] * 4 + ["b"], 0.9, seed)[1]) == 3
+
+
+def test_single_images_cannot_be_split():
+    with pytest.raises(
+        ValueError, match=r"no class of the 3 images has two, .*; add images, or give .*--validation_dir"
+    ):
+        split_classes(["a", "b", "c"], 0.2, 0)
 
 
 @pytest.fixture
@@ -165,6 +184,17 @@ def test_folders_without_classes_end_with_one_line(folder, capsys, path, flag, m
     with pytest.raises(SystemExit):
         probed(folder, flag, str(folder / path))
     assert message in capsys.readouterr().err
+
+
+def test_a_class_that_training_lacks_is_named_with_what_to_do(folder, capsys):
+    shutil.copytree(folder / "images" / "dark", folder / "shown" / "night")
+    with pytest.raises(SystemExit):
+        probed(folder, "--validation_dir", str(folder / "shown"))
+    message = capsys.readouterr().err
+    assert "1 test classes are not in training, e.g. 'night'; add images of them to training or take" in message
+    with pytest.raises(SystemExit):
+        probed(folder, "--validation_dir", str(folder / "shown"), "--max_train_samples", "20")
+    assert "'night'; raise --max_train_samples 20, or add images" in capsys.readouterr().err
 
 
 def test_the_folder_of_the_output_is_made(folder):
