@@ -28,7 +28,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import HfArgumentParser, ViTModel
+from transformers import ViTModel
 
 from hf_dbp.data.augmentation import center_box, resized, unit_range
 from hf_dbp.data.decoding import UnreadableImageError
@@ -36,6 +36,7 @@ from hf_dbp.data.feeding import unreadable_images
 from hf_dbp.data.folders import file_table, folder_splits
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits
 from hf_dbp.data.sources import any_split, holds_pictures, load_folder, pick_splits
+from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 from hf_dbp.segmentation.data import normalized
 from hf_dbp.segmentation.upernet import load_vit
@@ -79,10 +80,17 @@ class ProbeArguments:
     batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
     seed: int = field(default=0, metadata={"help": "Seed of the draws, the splits and random weights."})
     output_file: str = field(default="probe.json", metadata={"help": "JSON file to write."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
 
     def __post_init__(self) -> None:
         if self.neighbours < 1:
             raise ValueError(f"--neighbours is at least 1, got {self.neighbours}")
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
 
     def source(self) -> ImageSource:
         names = ImageSource.__dataclass_fields__.keys() & asdict(self).keys()
@@ -301,7 +309,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     """Probe; returns what is also written to `output_file`."""
     make_room_for(args.output_file)
     images, labels, names = load_labelled(args)
-    vit = load_vit(args.model_name_or_path)
+    vit = load_vit(args.model_name_or_path, **args.hub_options)
     if args.from_scratch:
         torch.manual_seed(args.seed)
         vit = ViTModel(vit.config, add_pooling_layer=False)
@@ -313,7 +321,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
                 "convert with --num_channels"
             )
         part.num_channels = channels
-    statistics = read_statistics(args.model_name_or_path)
+    statistics = read_statistics(args.model_name_or_path, **args.hub_options)
     if statistics is None:
         logger.warning("%s has no image processor; taking the images' statistics", args.model_name_or_path)
         statistics = channel_statistics(images[0])
@@ -357,13 +365,11 @@ def _score(hits: int, trials: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse flags and probe. User mistakes end with one line on stderr and exit status 2."""
+    """Parse flags and recipe, and probe. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     try:
-        (args,) = HfArgumentParser(ProbeArguments).parse_args_into_dataclasses(
-            None if arguments is None else list(arguments)
-        )
+        (args,) = parse_arguments((ProbeArguments,), arguments)
         record = run(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

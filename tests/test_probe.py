@@ -214,11 +214,29 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(folder, capsys, mon
     assert message in capsys.readouterr().err
 
 
+def test_a_recipe_lies_under_the_flags(folder):
+    (folder / "probe.yaml").write_text("neighbours: 3\npooling: cls\n")
+    record = probed(folder, "--config", str(folder / "probe.yaml"), "--pooling", "mean")
+    assert (record["arguments"]["neighbours"], record["arguments"]["pooling"]) == (3, "mean")
+
+
+def test_a_private_vit_is_asked_for_with_the_token_which_is_not_written(folder, monkeypatch):
+    asked = []
+    for name in ("load_vit", "read_statistics"):
+        whole = getattr(probe, name)
+        monkeypatch.setattr(probe, name, lambda source, whole=whole, **hub: asked.append(hub) or whole(source, **hub))
+    flags = ["--token", "hf_secret", "--model_revision", "v2", "--cache_dir", str(folder / "kept")]
+    assert probed(folder, *flags)["arguments"]["model_revision"] == "v2"
+    assert asked == [{"revision": "v2", "cache_dir": str(folder / "kept"), "token": "hf_secret"}] * 2
+    assert "hf_secret" not in (folder / "probe.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--label_column_name", "breed"], "no column 'breed'; pass --label_column_name with one of image, label"),
         (["--neighbours", "0"], "--neighbours is at least 1"),
+        (["--train_dri", "cls"], "unknown flag --train_dri; did you mean --train_dir?"),
         (["--num_channels", "1"], "takes 3 channels, the images have 1"),
     ],
 )
