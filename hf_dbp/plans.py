@@ -231,18 +231,25 @@ def check_against(against: dict[str, Any], variants: list[str], name: str) -> di
 def best_settings(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, str], ...]]:
     """Each variant's searched values with the lowest best validation loss; runs that diverged only for want of others.
 
-    With several seeds a setting counts by its mean over them. A variant without any finished run is absent.
+    A setting counts by its mean over the seeds that all settings of the variant have. In a plan that is the first one,
+    before the chosen setting's other seeds have run as after: they cannot unmake the choice that they follow from.
+    Settings without a common seed count by their own. A variant without any finished run is absent.
     """
-    losses: dict[str, dict[tuple[tuple[str, str], ...], list[tuple[bool, float]]]] = {}
+    scores: dict[str, dict[tuple[tuple[str, str], ...], dict[int, tuple[bool, float]]]] = {}
     for run in runs:
         if run.best_loss is not None:
-            settings = losses.setdefault(run.planned.variant, {})
-            settings.setdefault(run.planned.searched, []).append((run.diverged, run.best_loss))
+            settings = scores.setdefault(run.planned.variant, {})
+            settings.setdefault(run.planned.searched, {})[run.planned.seed] = (run.diverged, run.best_loss)
 
-    def order(scores: list[tuple[bool, float]]) -> tuple[bool, float]:
-        return any(diverged for diverged, _ in scores), sum(loss for _, loss in scores) / len(scores)
+    def order(by_seed: dict[int, tuple[bool, float]], seeds: set[int]) -> tuple[bool, float]:
+        counted = [by_seed[seed] for seed in seeds or by_seed]
+        return any(diverged for diverged, _ in counted), sum(loss for _, loss in counted) / len(counted)
 
-    return {variant: min(settings, key=lambda s: order(settings[s])) for variant, settings in losses.items()}
+    best = {}
+    for variant, settings in scores.items():
+        shared = set.intersection(*map(set, settings.values()))
+        best[variant] = min(settings, key=lambda s: order(settings[s], shared))
+    return best
 
 
 def read_run(planned: PlannedRun, folder: Path) -> Run | None:

@@ -17,6 +17,7 @@ from test_pretraining import main as pretrain
 from hf_dbp.comparison import Runner, main, run_plan
 from hf_dbp.plans import best_settings, collect_runs, plan_of, read_plan
 from hf_dbp.recipes import plan_names
+from hf_dbp.report.analysis import analyse
 
 PLAN = """
 title: Made up
@@ -38,9 +39,9 @@ with open(CALLS, "a") as calls:
     calls.write(folder.relative_to(RUNS).as_posix() + "\\n")
 if "muon" in folder.parts and arguments["--seed"] == "1":
     raise SystemExit("out of memory")
-loss = 0.5 if arguments["--weight_decay"] == "0.1" else 0.6
+loss = (0.5 if arguments["--weight_decay"] == "0.1" else 0.6) + 0.3 * int(arguments["--seed"])
 record = json.loads(pathlib.Path(RECORD).read_text())
-record["rows"][-1]["eval_loss"] = loss
+record["rows"] = [record["rows"][0], record["rows"][-1] | {"eval_loss": loss}]
 record["seed"] = int(arguments["--seed"])
 (folder / "run.json").write_text(json.dumps(record))
 """
@@ -122,6 +123,8 @@ def test_every_run_runs_once_and_failures_stop_nothing(plan, launcher, tmp_path,
     )
     assert [run.error for run in runs] == [None] * 5 + ["exit status 1: out of memory"]
     assert best_settings(runs)["muon"] == (("weight_decay", "0.1"),)
+    # the second seed is worse than every setting with the first, and yet it counts
+    assert analyse(read_plan(plan), runs)["variants"]["adamw"]["seeds"] == [0, 1]
     # once more: only what failed runs again
     (tmp_path / "calls").unlink()
     run_plan(read_plan(plan, ["--use_cpu", "true"]), tmp_path / "out", launcher=launcher)

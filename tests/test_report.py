@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import NAN, QUICK, SLOW, made_plan, made_run
 
-from hf_dbp.plans import Run
+from hf_dbp.plans import Run, best_settings
 from hf_dbp.report import write_report
 from hf_dbp.report.analysis import analyse
 from hf_dbp.report.tables import headline
@@ -109,6 +109,22 @@ def test_the_best_setting_is_chosen_without_diverged_runs_and_edges_are_named():
     assert analysis["variants"]["adamw"]["setting"] == {"learning_rate": "2e-3"}
     assert not any("edge" in remark for remark in analysis["remarks"])
     assert any("at the edge" in remark for remark in analyse(plan, [runs[0], runs[2]])["remarks"])
+
+
+def searched_run(rate, seed, losses):
+    return made_run("adamw", seed, losses, searched=[("learning_rate", rate)])
+
+
+def test_settings_are_held_against_each_other_on_the_seeds_that_all_have():
+    first = [searched_run("1e-3", 0, QUICK), searched_run("2e-3", 0, SLOW)]
+    harder = [searched_run("1e-3", seed, (1.0, 0.9, 0.8, 0.7)) for seed in (1, 2)]
+    assert best_settings(first + harder) == best_settings(first) == {"adamw": (("learning_rate", "1e-3"),)}
+    diverged = [searched_run("1e-3", 1, (1.0, 0.9, 2.0))]
+    assert best_settings(first + diverged) == best_settings(first)
+    both = [*first, *harder, searched_run("2e-3", 1, QUICK), searched_run("2e-3", 2, QUICK)]
+    assert best_settings(both) == {"adamw": (("learning_rate", "2e-3"),)}  # all have three seeds, and here all count
+    apart = [searched_run("1e-3", 0, SLOW), searched_run("2e-3", 1, QUICK)]
+    assert best_settings(apart) == {"adamw": (("learning_rate", "2e-3"),)}
 
 
 def evaluation(seed, miou):
