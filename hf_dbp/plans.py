@@ -33,6 +33,7 @@ from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path
 from hf_dbp.records import RunRecord
+from hf_dbp.resuming import SHAPING
 from hf_dbp.trainer import RECORD
 
 __all__ = [
@@ -50,6 +51,14 @@ __all__ = [
 FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
 KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation")
 OWN = ("seed", "output_dir", "config")  # set per run by the tool
+#: flags that make two runs of one method runs of two settings; the others leave the result as it is
+SETTINGS = sorted({
+    *SHAPING, "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last",
+    "model_size", "model_name_or_path", "model_revision", "config_name", "config_overrides", "image_size", "patch_size",
+    "decorrelated_layers", "naive_decorrelation", "dataset_name", "dataset_config_name", "train_dir", "validation_dir",
+    "channel_files", "image_column_name", "train_val_split", "max_train_samples", "max_eval_samples", "num_channels",
+    "built_in_size", "train_fraction", "subset_seed", "cache_short_side",
+} - {"seed", "data_seed"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class PlannedRun:
     def setting(self) -> str:
         """The searched values in words; empty if nothing was searched."""
         return ", ".join(f"{name} {value}" for name, value in self.searched)
+
+    @property
+    def name(self) -> str:
+        """Variant, searched values and seed in words."""
+        return ", ".join(part for part in (self.variant, self.setting, f"seed {self.seed}") if part)
 
     @property
     def folder(self) -> Path:
@@ -265,44 +279,48 @@ def read_run(planned: PlannedRun, folder: Path) -> Run | None:
 
 
 def variant_of(record: RunRecord) -> str:
-    """The name of a run's method: adamw, muon, dbp+adamw, ..."""
-    return f"dbp+{record.optimizer}" if record.method == "dbp" else record.optimizer
+    """The name of a run's method: adamw, muon, dbp+adamw, stock+adamw, ..."""
+    return record.optimizer if record.method == "bp" else f"{record.method}+{record.optimizer}"
 
 
 def collect_runs(folders: Sequence[str]) -> list[Run]:
-    """Finished runs made by other means, as if they had been planned: variants by method, settings by what
-    differs between runs of one variant.
+    """Finished runs made by other means, as if they had been planned: variants by method, settings by the flags that
+    shape a result and differ between runs of one variant.
 
     Raises:
-        ValueError: no finished run in a folder.
+        ValueError: no finished run in a folder, or two runs of one variant, setting and seed.
     """
     records = []
     for folder in folders:
         if not (Path(folder) / RECORD).is_file():
             raise ValueError(f"{folder} holds no {RECORD}; name output folders of run_dbp_mae.py")
         records.append(RunRecord.read(Path(folder) / RECORD))
-    varied = sorted(
-        {
-            flag
-            for one, other in itertools.combinations(records, 2)
-            for flag, value in one.arguments.items()
-            if variant_of(one) == variant_of(other) and other.arguments.get(flag) != value
-        }
-        - {*OWN, "data_seed", "run_name", "resume_from_checkpoint"}
-    )
-    runs = []
+    varied = varied_flags(records)
+    runs: dict[PlannedRun, Run] = {}
+    places: dict[PlannedRun, str] = {}
     for folder, record in zip(folders, records, strict=True):
         searched = tuple((flag, str(record.arguments.get(flag))) for flag in varied)
-        run = read_run(PlannedRun(variant_of(record), searched, record.seed), Path(folder))
+        planned = PlannedRun(variant_of(record), searched, record.seed)
+        if planned in places:
+            raise ValueError(f"{places[planned]} and {folder} are both {planned.name}; name one of them")
+        run = read_run(planned, Path(folder))
         if run is None:
             raise ValueError(f"the run in {folder} has not finished; start it again to go on")
-        runs.append(run)
-    return runs
+        runs[planned], places[planned] = run, folder
+    return list(runs.values())
+
+
+def varied_flags(records: Sequence[RunRecord]) -> list[str]:
+    """The flags that shape a result and differ between runs of one variant, where both know them."""
+    pairs = [pair for pair in itertools.combinations(records, 2) if len(set(map(variant_of, pair))) == 1]
+    arguments = [(one.arguments, other.arguments) for one, other in pairs]
+    return [flag for flag in SETTINGS if any(flag in a and flag in b and a[flag] != b[flag] for a, b in arguments)]
 
 
 def plan_of(runs: Sequence[Run]) -> Plan:
     """The plan that collected runs amount to: plain AdamW, if it is there, is what the others are held against."""
-    variants = sorted({run.planned.variant for run in runs}, key=lambda name: (name != "adamw", name))
+    order = sorted({run.planned.variant for run in runs}, key=lambda name: (name.startswith("dbp+"), name))
+    variants = sorted(order, key=lambda name: name != "adamw")
     against = {variants[0]: variants[1:]}
     if "muon" in variants[1:] and "dbp+muon" in variants:
         against["muon"] = ["dbp+muon"]

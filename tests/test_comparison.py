@@ -222,6 +222,43 @@ def test_finished_runs_are_taken_as_they_are(tmp_path):
         collect_runs(folders)
 
 
+def test_flags_that_leave_the_result_as_it_is_make_no_settings(tmp_path):
+    runs = [made_run("adamw", seed) for seed in range(3)]
+    for workers, run in enumerate(runs):
+        run.record.arguments |= {"dataloader_num_workers": workers, "logging_dir": str(workers)}
+    collected = collect_runs([written(tmp_path / str(k), run) for k, run in enumerate(runs)])
+    assert [run.planned.setting for run in collected] == [""] * 3
+    assert analyse(plan_of(collected), collected)["variants"]["adamw"]["seeds"] == [0, 1, 2]
+
+
+def test_collected_runs_that_are_left_out_are_named(tmp_path):
+    runs = [made_run("adamw", 0, QUICK), made_run("adamw", 1, SLOW), made_run("adamw", 0, SLOW)]
+    for run, decay in zip(runs, (0.05, 0.1, 0.1), strict=True):
+        run.record.arguments["weight_decay"] = decay
+    collected = collect_runs([written(tmp_path / str(k), run) for k, run in enumerate(runs)])
+    remarks = analyse(plan_of(collected), collected)["remarks"]
+    message = "adamw, weight_decay 0.1, seed 1 is left out: the setting chosen for adamw is weight_decay 0.05."
+    assert [remark for remark in remarks if "left out" in remark] == [message]
+    alone = analyse(plan_of(collected), collected[:2])["remarks"]  # no seed in common
+    assert message in alone
+
+
+def test_the_stock_class_is_a_variant_of_its_own(tmp_path):
+    runs = [made_run("dbp+adamw"), made_run("adamw"), made_run("adamw")]
+    runs[2].record.method = "stock"
+    collected = collect_runs([written(tmp_path / str(k), run) for k, run in enumerate(runs)])
+    assert plan_of(collected).against == {"adamw": ["stock+adamw", "dbp+adamw"]}
+    assert plan_of([collected[0], collected[2]]).against == {"stock+adamw": ["dbp+adamw"]}
+
+
+def test_two_runs_of_one_setting_and_seed_are_refused(tmp_path):
+    folders = [written(tmp_path / name, made_run("adamw", 1)) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"a and .*b are both adamw, seed 1; name one of them"):
+        collect_runs(folders)
+    with pytest.raises(ValueError, match="are both adamw, seed 1"):
+        collect_runs([folders[0], f"{folders[0]}/"])
+
+
 def test_methods_see_the_same_images_crops_masks_and_weights(tmp_path):
     """Paired seeds: DBP with eta = 0 is BP, so that any difference there is comes from the method."""
     curves = [

@@ -226,7 +226,11 @@ def miou_tables(figures: Figures) -> list[Block]:
 
 def method_notes(num_seeds: int) -> list[Block]:
     """How the figures came about."""
-    choice = " The first seed chose each variant's setting and counts among the pairs." if num_seeds > 1 else ""
+    choice = (
+        " Each variant's setting was chosen on the seeds that all its settings have; they count among the pairs."
+        if num_seeds > 1
+        else ""
+    )
     return [
         Heading("How it was measured"),
         Items(
