@@ -212,6 +212,17 @@ def test_grids_become_heat_maps(tmp_path):
     assert "by one and two" in (tmp_path / "axes" / "README.md").read_text()
 
 
+def test_a_baseline_that_is_best_before_its_first_step_is_reported(tmp_path):
+    """With --eval_on_start the first evaluation costs nothing, and nothing is relative to that."""
+    runs = [made_run("adamw", 0, (0.5, 0.9, 0.8)), made_run("dbp+adamw", 0, (0.6, 0.5, 0.4))]
+    for run in runs:
+        run.record.rows[0] |= dict.fromkeys(("step", "epoch", "train_seconds", "kwh", "co2e_kg"), 0)
+    write_report(tmp_path, made_plan(seeds=[0]), runs, command="c")
+    page = (tmp_path / "README.md").read_text()
+    assert "adamw has its best loss before its first step: there is nothing to save." in page
+    assert "| dbp+adamw to adamw's best | seconds | 1 of 1 | 0 | 20 | - | - |" in page
+
+
 def test_nothing_but_diverged_runs_is_still_reported(tmp_path):
     runs = [made_run("adamw", 0, (1.0, NAN)), made_run("dbp+adamw", 0, (NAN, NAN))]
     write_report(tmp_path, made_plan(seeds=[0]), runs, command="c")

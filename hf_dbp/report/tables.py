@@ -69,6 +69,8 @@ def headline(analysis: Figures) -> list[str]:
         steps, seconds = (target["costs"][name] for name in ("steps", "seconds"))
         if steps is None:
             text += f" It never reaches {row['baseline']}'s best loss."
+        elif steps["percent"] is None:
+            text += f" {row['baseline']} has its best loss before its first step: there is nothing to save."
         else:
             text += (
                 f" To {row['baseline']}'s best loss it saves {percent(steps['percent'], -1)} of the steps and "
