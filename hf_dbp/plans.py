@@ -31,15 +31,17 @@ from typing import Any
 
 from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
-from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path
+from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import SHAPING
+from hf_dbp.segmentation import finetuning
 from hf_dbp.trainer import RECORD
 
 __all__ = [
     "Plan",
     "PlannedRun",
     "Run",
+    "Segmentation",
     "best_settings",
     "collect_runs",
     "plan_of",
@@ -49,7 +51,9 @@ __all__ = [
 ]
 
 FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
+FINETUNING_FLAGS = (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments)
 KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation")
+SEGMENTATION_KEYS = ("recipe", "flags", "random")
 OWN = ("seed", "output_dir", "config")  # set per run by the tool
 #: flags that make two runs of one method runs of two settings; the others leave the result as it is
 SETTINGS = sorted({
@@ -95,12 +99,14 @@ class PlannedRun:
 
 @dataclass
 class Run:
-    """What became of a planned run: its record, and the evaluation of its encoder on segmentation if there is one."""
+    """What became of a planned run: its record, the evaluation of its encoder on segmentation if there is one, and in
+    ``notes`` why there is none."""
 
     planned: PlannedRun
     record: RunRecord | None = None
     error: str | None = None
     segmentation: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -118,6 +124,20 @@ class Run:
         return None if best is None else float(best["eval_loss"])
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """Fine-tuning of each encoder: flags of `run_upernet.py`, and whether random weights are fine-tuned too."""
+
+    arguments: tuple[str, ...] = ()
+    random: bool = False
+
+    def check(self) -> None:
+        """Parse the flags. ValueError for one that a run would refuse, for want of data, or of names of classes."""
+        arguments = [*self.arguments, "--model_name_or_path", "unused", "--output_dir", "unused"]
+        _, data_args, _ = parse_arguments(FINETUNING_FLAGS, arguments)
+        data_args.source(None, None).class_names()
+
+
 @dataclass
 class Plan:
     """A comparison as its YAML file describes it; see the module's docstring."""
@@ -129,7 +149,7 @@ class Plan:
     search: dict[str, list[str]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     against: dict[str, list[str]] = field(default_factory=dict)
-    segmentation: dict[str, Any] | None = None
+    segmentation: Segmentation | None = None
 
     def run(self, variant: str, searched: tuple[tuple[str, str], ...], seed: int) -> PlannedRun:
         flags = self.variants[variant] | dict(searched)
@@ -149,6 +169,11 @@ class Plan:
         """Parse the flags of every run. ValueError for one that a run would refuse."""
         for planned in self.search_runs():
             parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+        if self.segmentation is not None:
+            try:
+                self.segmentation.check()
+            except ValueError as error:
+                raise ValueError(f"segmentation: {error}") from error
 
 
 def slug(text: str) -> str:
@@ -197,7 +222,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
         search=search,
         seeds=check_seeds(content.get("seeds", ["0"]), name),
         against=check_against(parts["against"], list(variants), name),
-        segmentation=parts["segmentation"] or None,
+        segmentation=read_segmentation(parts["segmentation"], name),
     )
 
 
@@ -209,6 +234,21 @@ def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"plan {name}: {key} is {value!r:.80}; expected a mapping")
     return value
+
+
+def read_segmentation(settings: dict[str, Any], name: str) -> Segmentation | None:
+    """What the plan says on segmentation; None if nothing. ValueError for what it cannot say."""
+    unknown = sorted(settings.keys() - set(SEGMENTATION_KEYS))
+    if unknown:
+        raise ValueError(f"plan {name}: segmentation has {', '.join(SEGMENTATION_KEYS)}; not {unknown[0]!r}")
+    random = typed(settings.get("random", "false"))
+    if not isinstance(random, bool):
+        raise ValueError(f"plan {name}: random of segmentation is {random!r:.80}; expected true or false")
+    if not isinstance(settings.get("recipe", ""), str):
+        raise ValueError(f"plan {name}: recipe of segmentation is {settings['recipe']!r:.80}; expected text")
+    arguments = recipe_arguments(settings["recipe"]) if "recipe" in settings else []
+    arguments += flag_arguments(mapping(settings, "flags", name), f"plan {name}, segmentation")
+    return Segmentation(tuple(arguments), random) if settings else None
 
 
 def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:

@@ -14,14 +14,15 @@ from runs import QUICK, SLOW, made_run
 from test_pretraining import flags
 from test_pretraining import main as pretrain
 
-from hf_dbp.comparison import Runner, main, run_plan
+from hf_dbp import comparison
+from hf_dbp.comparison import Runner, main, random_evaluations, run_plan
 from hf_dbp.plans import best_settings, collect_runs, plan_of, read_plan
 from hf_dbp.recipes import plan_names
 from hf_dbp.report.analysis import analyse
 
 PLAN = """
 title: Made up
-flags: {method: bp, max_steps: 40, learning_rate: 1e-3}
+flags: {method: bp, max_steps: 40, learning_rate: 1e-3, dataset_name: wire_bonding}
 axes:
   method:
     adamw: {optimizer: adamw}
@@ -44,6 +45,18 @@ record = json.loads(pathlib.Path(RECORD).read_text())
 record["rows"] = [record["rows"][0], record["rows"][-1] | {"eval_loss": loss}]
 record["seed"] = int(arguments["--seed"])
 (folder / "run.json").write_text(json.dumps(record))
+"""
+
+
+# Stands in for fine-tuning: leaves an evaluation or fails.
+FAKE_FINETUNING = """
+import json, pathlib, sys
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+if arguments["--seed"] == "1" and arguments["--from_scratch"] == "False":
+    raise SystemExit("out of memory")
+score = 0.1 if arguments["--from_scratch"] == "True" else 0.5
+evaluation = {"mean_iou": score, "seed": int(arguments["--seed"])}
+(pathlib.Path(arguments["--output_dir"]) / "eval.json").write_text(json.dumps(evaluation))
 """
 
 
@@ -91,6 +104,8 @@ def test_a_plan_is_read_with_the_users_flags_over_it(plan):
         (("[0, 1]", "[0, 0]"), [], "seeds must be different"),
         (("[0, 1]", "[zero]"), [], "seeds are whole numbers"),
         (("seeds: [0, 1]", "against: {sgd: [muon]}"), [], "against names 'sgd'; the variants are adamw, muon"),
+        (("seeds:", "segmentation: {flag: {}}\nseeds:"), [], "segmentation has recipe, flags, random; not 'flag'"),
+        (("seeds:", "segmentation: {random: maybe}\nseeds:"), [], "random of segmentation is 'maybe'; expected true"),
         (("", ""), ["--weight_decay", "1"], "--weight_decay is set by the plan"),
         (("", ""), ["--optimizer=muon"], "--optimizer is set by the plan"),
         (("", ""), ["--seed", "1"], "--seed is set by the plan"),
@@ -170,6 +185,46 @@ def test_runs_with_other_flags_are_not_taken_for_these(plan, launcher, tmp_path)
     Runner(tmp_path / "out", 1, launcher=launcher).run(read_plan(plan).search_runs()[:1])
     with pytest.raises(ValueError, match="holds a run with other flags; choose another --output_dir"):
         Runner(tmp_path / "out", 1).run(read_plan(plan, ["--max_steps", "7"]).search_runs()[:1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("seeds:", "segmentation: {flags: {crop_sise: 64}}\nseeds:"), "segmentation: unknown flag --crop_sise; did"),
+        (("seeds:", "segmentation: {random: true}\nseeds:"), "segmentation: no data: give --train_dir FOLDER"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before_the_first(changed, message, tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN.replace(*changed))
+    with pytest.raises(ValueError, match=message):
+        run_plan(read_plan(str(tmp_path / "plan.yaml")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+SEGMENTED = PLAN.replace(
+    "seeds:", "segmentation: {flags: {dataset_name: wire_bonding, crop_size: 64}, random: True}\nseeds:"
+)
+
+
+def test_segmentation_that_fails_is_told_and_reported(launcher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "FINETUNE", FAKE_FINETUNING)
+    (tmp_path / "plan.yaml").write_text(SEGMENTED)
+    plan, out = read_plan(str(tmp_path / "plan.yaml"), ["--use_cpu", "true"]), tmp_path / "out"
+    runs = run_plan(plan, out, launcher=launcher)
+    remark = "adamw, weight_decay 0.1, seed 0: its encoder was not evaluated on segmentation: "  # there is no model
+    assert any(text.startswith(remark) for text in analyse(plan, runs)["remarks"])
+    assert remark in capsys.readouterr().out
+    for seed in (0, 1):
+        vit = out / "runs" / "adamw" / "weight_decay=0.1" / f"seed{seed}" / "vit"
+        vit.mkdir()
+        (vit / "config.json").touch()
+    adamw = [run for run in run_plan(plan, out, launcher=launcher) if run.planned.variant == "adamw"]
+    assert [run.segmentation and run.segmentation["mean_iou"] for run in adamw] == [None, 0.5, None]
+    assert adamw[2].notes == ["its encoder was not evaluated on segmentation: exit status 1: out of memory"]
+    assert [one["mean_iou"] for one in random_evaluations(out)] == [0.1, 0.1]
+    (tmp_path / "plan.yaml").write_text(SEGMENTED.replace("64", "128"))
+    with pytest.raises(ValueError, match="segmentation holds a run with other flags"):
+        run_plan(read_plan(str(tmp_path / "plan.yaml"), ["--use_cpu", "true"]), out, launcher=launcher)
 
 
 @pytest.mark.parametrize(

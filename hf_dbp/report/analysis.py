@@ -243,6 +243,7 @@ def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> l
             found.append(f"{name} failed and is left out: {run.error}")
         elif run.diverged:
             found.append(f"{name} diverged: its validation loss ended above where it began, or was not finite.")
+        found += [f"{name}: {note}" for note in run.notes]
     found += left_out(plan, runs, chosen)
     for variant in plan.variants:
         if variant not in chosen:
