@@ -137,9 +137,13 @@ class Runner:
 
 
 def check_flags(folder: Path, arguments: Sequence[str]) -> None:
-    """Refuse a folder whose run was made with other flags: what was run must be what is reported."""
+    """Refuse a folder whose run was made with other flags: what was run must be what is reported.
+
+    A run that left neither a result nor a checkpoint is none: its flags may be put right.
+    """
+    begun = any((folder / name).is_file() for name in (RECORD, EVALUATION)) or any(folder.glob("checkpoint-*"))
     file = folder / FLAGS_FILE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(arguments):
+    if begun and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(arguments):
         raise ValueError(f"{folder} holds a run with other flags; choose another --output_dir or delete it")
 
 

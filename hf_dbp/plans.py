@@ -25,11 +25,12 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_dbp.callbacks import DecorrelationArguments
+from hf_dbp.data.sources import ImageSource
 from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
 from hf_dbp.records import RunRecord
@@ -166,9 +167,10 @@ class Plan:
         return [self.run(variant, best[variant], seed) for seed in self.seeds[1:] for variant in best]
 
     def check(self) -> None:
-        """Parse the flags of every run. ValueError for one that a run would refuse."""
+        """Parse the flags of every run. ValueError for one that a run would refuse, or for want of data."""
         for planned in self.search_runs():
-            parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+            _, data_args, *_ = parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+            ImageSource(**asdict(data_args))
         if self.segmentation is not None:
             try:
                 self.segmentation.check()

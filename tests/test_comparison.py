@@ -187,9 +187,23 @@ def test_runs_with_other_flags_are_not_taken_for_these(plan, launcher, tmp_path)
         Runner(tmp_path / "out", 1).run(read_plan(plan, ["--max_steps", "7"]).search_runs()[:1])
 
 
+def test_flags_are_put_right_after_a_run_that_failed_at_once(plan, launcher, tmp_path):
+    planned = read_plan(plan).seed_runs({"muon": ()})  # of which the stand-in fails
+    (run,) = Runner(tmp_path / "out", 1, launcher=launcher).run(planned)
+    assert run.error == "exit status 1: out of memory"
+    corrected = read_plan(plan, ["--max_steps", "7"]).seed_runs({"muon": ()})
+    runner = Runner(tmp_path / "out", 1, launcher=launcher)
+    runner.run(corrected)
+    assert len(calls(tmp_path)) == 2
+    (runner.path(corrected[0]) / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="holds a run with other flags"):
+        Runner(tmp_path / "out", 1, launcher=launcher).run(planned)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        (("dataset_name: wire_bonding", "streaming: false"), "no data: give --train_dir FOLDER"),
         (("seeds:", "segmentation: {flags: {crop_sise: 64}}\nseeds:"), "segmentation: unknown flag --crop_sise; did"),
         (("seeds:", "segmentation: {random: true}\nseeds:"), "segmentation: no data: give --train_dir FOLDER"),
     ],
