@@ -274,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"no run has finished; the first says: {runs[0].error}")
         own = without_secrets(sys.argv[1:] if arguments is None else arguments)
         here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
-        command = shlex.join(["python", "training_scripts/run_comparison.py", *(one.replace(here, "") for one in own)])
+        program = sys.argv[0] if sys.argv[0] == "hf-dbp compare" else "python training_scripts/run_comparison.py"
+        command = shlex.join([*program.split(), *(one.replace(here, "") for one in own)])
         report = write_report(
             args.report_dir or args.output_dir / "report",
             plan,

@@ -14,7 +14,7 @@ from runs import QUICK, SLOW, made_run
 from test_pretraining import flags
 from test_pretraining import main as pretrain
 
-from hf_dbp import comparison
+from hf_dbp import cli, comparison
 from hf_dbp.comparison import Runner, main, random_evaluations, run_plan
 from hf_dbp.plans import best_settings, collect_runs, plan_of, read_plan
 from hf_dbp.recipes import plan_names
@@ -282,9 +282,13 @@ def test_finished_runs_are_taken_as_they_are(tmp_path):
     ]
     assert best_settings(collected)["dbp+adamw"] == (("learning_rate", "0.001"),)
     assert plan_of(collected).against == {"adamw": ["dbp+adamw"]}
-    main(["--runs", *folders, "--output_dir", str(tmp_path / "out")])
+    cli.main(["compare", "--runs", *folders, "--output_dir", str(tmp_path / "out")])
     content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
     assert content["comparisons"][0]["seeds"] == [0]
+    assert content["command"].startswith("hf-dbp compare --runs ")
+    main(["--runs", *folders, "--output_dir", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    assert content["command"].startswith("python training_scripts/run_comparison.py --runs ")
     runs[0].record.results.pop("finished")
     runs[0].record.write(Path(folders[0]) / "run.json")
     with pytest.raises(ValueError, match="has not finished; start it again"):
