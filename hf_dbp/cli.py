@@ -6,7 +6,7 @@ hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/f
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp compare ...           methods side by side           = training_scripts/run_comparison.py
-hf-dbp demo                  pretrain, fuse and finetune on the built-in images
+hf-dbp demo [FOLDER]         pretrain, fuse and finetune on the built-in images
 """
 
 from __future__ import annotations
@@ -31,11 +31,22 @@ COMMANDS = {
 
 
 def run_command(command: str, arguments: Sequence[str]) -> None:
-    importlib.import_module(COMMANDS[command]).main(list(arguments))
+    """Run a command under its name, by which argparse and the reports call it."""
+    program, sys.argv[0] = sys.argv[0], f"hf-dbp {command}"
+    try:
+        importlib.import_module(COMMANDS[command]).main(list(arguments))
+    finally:
+        sys.argv[0] = program
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Pre-train, fuse and fine-tune on the built-in images, under ``outputs`` or the folder given."""
+    """Pre-train, fuse and fine-tune on the built-in images, under ``outputs`` or the folder given.
+
+    Flags, or more than a folder, end with one line and exit status 2.
+    """
+    if len(arguments) > 1 or any(one.startswith("-") for one in arguments):
+        print(f"error: demo takes a folder alone, hf-dbp demo [FOLDER]; got {' '.join(arguments)}", file=sys.stderr)
+        raise SystemExit(2)
     folder = Path(arguments[0] if arguments else "outputs")
     encoder, fused, segmenter = (str(folder / name) for name in ("demo", "demo-fused", "demo-upernet"))
     run_command("pretrain", ["--config", "demo.yaml", "--output_dir", encoder])

@@ -23,9 +23,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_dbp.fusing import main as fuse_main
+from hf_dbp.fusing import check_views, fuse_run
 from hf_dbp.plans import Plan, PlannedRun, Run, best_settings, collect_runs, plan_of, read_plan, read_run
-from hf_dbp.recipes import flag_arguments, plan_names, recipe_arguments
+from hf_dbp.recipes import plan_names
 from hf_dbp.records import RunRecord, without_secrets, write_json
 from hf_dbp.report import write_report
 from hf_dbp.stopping import handling, leave
@@ -36,6 +36,9 @@ __all__ = ["Runner", "main", "run_plan"]
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+FLAGS_FILE = "flags.json"  # what a run was started with
+EVALUATION = "eval.json"  # what fine-tuning leaves
+FINETUNE = "from hf_dbp.segmentation.finetuning import main; main()"
 
 
 class Runner:
@@ -64,7 +67,7 @@ class Runner:
         """
         planned = list(planned)
         for one in planned:
-            self.check_flags(one)
+            check_flags(self.path(one), one.arguments)
         done: dict[PlannedRun, Run] = {}
         waiting = list(planned)
         running: dict[PlannedRun, subprocess.Popen[bytes]] = {}
@@ -94,16 +97,10 @@ class Runner:
     def path(self, planned: PlannedRun) -> Path:
         return self.folder / "runs" / planned.folder
 
-    def check_flags(self, planned: PlannedRun) -> None:
-        """Refuse a folder whose run was made with other flags: what was run must be what is reported."""
-        file = self.path(planned) / "flags.json"
-        if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(planned.arguments):
-            raise ValueError(f"{file.parent} holds a run with other flags; choose another --output_dir or delete it")
-
     def start(self, planned: PlannedRun) -> subprocess.Popen[bytes]:
         folder = self.path(planned)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "flags.json", without_secrets(planned.arguments))
+        write_json(folder / FLAGS_FILE, without_secrets(planned.arguments))
         command = [*self.launcher, "-m", "hf_dbp.pretraining", *planned.arguments]
         command += ["--output_dir", str(folder), "--disable_tqdm", "true"]
         with (folder / "log.txt").open("ab") as log:
@@ -113,9 +110,7 @@ class Runner:
         """The finished run, or what its log says went wrong."""
         run = read_run(planned, self.path(planned)) if status == 0 else None
         if run is None:
-            log = (self.path(planned) / "log.txt").read_text(encoding="utf-8", errors="replace")
-            last = next((line for line in reversed(log.splitlines()) if line.strip()), "no output")
-            run = Run(planned, error=f"exit status {status}: {last.strip()}")
+            run = Run(planned, error=failure(status, self.path(planned) / "log.txt"))
         what = f"best validation loss {run.best_loss}" if run.error is None else run.error
         self.bar.write(f"{' '.join((planned.variant, planned.setting, f'seed {planned.seed}'))}: {what}")
         return run
@@ -141,6 +136,24 @@ class Runner:
             self.bar.n = before
 
 
+def check_flags(folder: Path, arguments: Sequence[str]) -> None:
+    """Refuse a folder whose run was made with other flags: what was run must be what is reported.
+
+    A run that left neither a result nor a checkpoint is none: its flags may be put right.
+    """
+    begun = any((folder / name).is_file() for name in (RECORD, EVALUATION)) or any(folder.glob("checkpoint-*"))
+    file = folder / FLAGS_FILE
+    if begun and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(arguments):
+        raise ValueError(f"{folder} holds a run with other flags; choose another --output_dir or delete it")
+
+
+def failure(status: int, log: Path) -> str:
+    """Why a process failed: its exit status and the last line of its log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    return f"exit status {status}: {last.strip()}"
+
+
 def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = None) -> list[Run]:
     """Run what is missing of a plan; all its runs, failed ones with their error.
 
@@ -148,6 +161,9 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
         ValueError: a flag of the plan is refused, or a folder holds a run made with other flags.
     """
     plan.check()
+    if plan.segmentation is not None:
+        for file in sorted((folder / "runs").glob(f"**/segmentation/{FLAGS_FILE}")):
+            check_flags(file.parent, plan.segmentation.arguments)
     searched = plan.search_runs()
     runner = Runner(folder, len(searched) + len(plan.variants) * (len(plan.seeds) - 1), jobs, launcher)
     runs = runner.run(searched)
@@ -159,35 +175,60 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
     return runs
 
 
-def finetune_all(plan: Plan, runs: list[Run], folder: Path) -> None:
-    """Fine-tune UperNet on the fused encoder of each run, and on random weights where the plan says so."""
+def finetune_all(plan: Plan, runs: Sequence[Run], folder: Path) -> None:
+    """Fine-tune UperNet on the fused encoder of each run, and on random weights where the plan says so.
+
+    What fails is told and noted on the run, and the others go on.
+    """
     assert plan.segmentation is not None
-    settings = plan.segmentation
-    arguments = [*(recipe_arguments(settings["recipe"]) if "recipe" in settings else [])]
-    arguments += flag_arguments(settings.get("flags") or {}, "segmentation")
-    jobs = [(run, run_folder, False) for run in runs if (run_folder := folder / "runs" / run.planned.folder).is_dir()]
-    if settings.get("random") == "true":
+    finished = [run for run in runs if run.record is not None]
+    jobs = [(run, folder / "runs" / run.planned.folder, False) for run in finished]
+    if plan.segmentation.random:
         baseline = next(iter(plan.against))
-        randoms = [
-            (r, folder / "runs" / "random" / f"seed{r.planned.seed}") for r in runs if r.planned.variant == baseline
-        ]
-        jobs += [(run, random_folder, True) for run, random_folder in randoms]
+        randoms = [run for run in finished if run.planned.variant == baseline]
+        jobs += [(run, folder / "runs" / "random" / f"seed{run.planned.seed}", True) for run in randoms]
     for run, target, is_random in tqdm(jobs, desc="segmentation", unit="run"):
-        if run.record is None:
-            continue
-        evaluation = target / "segmentation" / "eval.json"
-        vit = folder / "runs" / run.planned.folder / "vit"
-        if not vit.is_dir():
-            fuse_main([str(vit.parent), "--output_dir", str(vit)])
+        try:
+            vit = fused(folder / "runs" / run.planned.folder)
+            own = ["--model_name_or_path", str(vit), "--seed", str(run.planned.seed), "--from_scratch", str(is_random)]
+            evaluation = finetune(plan.segmentation.arguments, own, target)
+        except (ValueError, OSError) as error:
+            what = "random weights were" if is_random else "its encoder was"
+            run.notes.append(f"{what} not evaluated on segmentation: {error}")
+            tqdm.write(f"{run.planned.name}: {run.notes[-1]}")
+        else:
+            run.segmentation = run.segmentation if is_random else evaluation
+
+
+def fused(run: Path) -> Path:
+    """The folder of the run's stock ViT, made if it is not there. ValueError or OSError if it cannot be."""
+    vit = run / "vit"
+    if not (vit / "config.json").is_file():
+        fuse_run(run, vit, check_views(run))
+    return vit
+
+
+def finetune(arguments: Sequence[str], own: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The evaluation in ``folder/segmentation``, from a process of its own if it is not there.
+
+    Args:
+        arguments: the plan's flags.
+        own: what is added to them for this run.
+        folder: of the run, or of random weights.
+
+    Raises:
+        ValueError: the process left none; with what its log says.
+    """
+    evaluation, log = folder / "segmentation" / EVALUATION, folder / "segmentation.log"
+    if not evaluation.is_file():
+        evaluation.parent.mkdir(parents=True, exist_ok=True)
+        write_json(evaluation.parent / FLAGS_FILE, without_secrets(arguments))
+        command = [sys.executable, "-c", FINETUNE, *arguments, *own, "--output_dir", str(evaluation.parent)]
+        with log.open("ab") as file:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         if not evaluation.is_file():
-            target.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-c", "from hf_dbp.segmentation.finetuning import main; main()", *arguments]
-            command += ["--model_name_or_path", str(vit), "--seed", str(run.planned.seed)]
-            command += ["--from_scratch", str(is_random), "--output_dir", str(evaluation.parent)]
-            with (target / "segmentation.log").open("ab") as log:
-                subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-        if evaluation.is_file() and not is_random:
-            run.segmentation = json.loads(evaluation.read_text(encoding="utf-8"))
+            raise ValueError(failure(status, log))
+    return json.loads(evaluation.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def random_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -233,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"no run has finished; the first says: {runs[0].error}")
         own = without_secrets(sys.argv[1:] if arguments is None else arguments)
         here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
-        command = shlex.join(["python", "training_scripts/run_comparison.py", *(one.replace(here, "") for one in own)])
+        program = sys.argv[0] if sys.argv[0] == "hf-dbp compare" else "python training_scripts/run_comparison.py"
+        command = shlex.join([*program.split(), *(one.replace(here, "") for one in own)])
         report = write_report(
             args.report_dir or args.output_dir / "report",
             plan,

@@ -25,20 +25,24 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_dbp.callbacks import DecorrelationArguments
+from hf_dbp.data.sources import ImageSource
 from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
-from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path
+from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
 from hf_dbp.records import RunRecord
+from hf_dbp.resuming import SHAPING
+from hf_dbp.segmentation import finetuning
 from hf_dbp.trainer import RECORD
 
 __all__ = [
     "Plan",
     "PlannedRun",
     "Run",
+    "Segmentation",
     "best_settings",
     "collect_runs",
     "plan_of",
@@ -48,8 +52,18 @@ __all__ = [
 ]
 
 FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
+FINETUNING_FLAGS = (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments)
 KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation")
+SEGMENTATION_KEYS = ("recipe", "flags", "random")
 OWN = ("seed", "output_dir", "config")  # set per run by the tool
+#: flags that make two runs of one method runs of two settings; the others leave the result as it is
+SETTINGS = sorted({
+    *SHAPING, "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last",
+    "model_size", "model_name_or_path", "model_revision", "config_name", "config_overrides", "image_size", "patch_size",
+    "decorrelated_layers", "naive_decorrelation", "dataset_name", "dataset_config_name", "train_dir", "validation_dir",
+    "channel_files", "image_column_name", "train_val_split", "max_train_samples", "max_eval_samples", "num_channels",
+    "built_in_size", "train_fraction", "subset_seed", "cache_short_side",
+} - {"seed", "data_seed"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,11 @@ class PlannedRun:
         return ", ".join(f"{name} {value}" for name, value in self.searched)
 
     @property
+    def name(self) -> str:
+        """Variant, searched values and seed in words."""
+        return ", ".join(part for part in (self.variant, self.setting, f"seed {self.seed}") if part)
+
+    @property
     def folder(self) -> Path:
         """The run's place below the comparison's ``runs``."""
         return Path(slug(self.variant), *(slug(f"{name}={value}") for name, value in self.searched), f"seed{self.seed}")
@@ -81,12 +100,14 @@ class PlannedRun:
 
 @dataclass
 class Run:
-    """What became of a planned run: its record, and the evaluation of its encoder on segmentation if there is one."""
+    """What became of a planned run: its record, the evaluation of its encoder on segmentation if there is one, and in
+    ``notes`` why there is none."""
 
     planned: PlannedRun
     record: RunRecord | None = None
     error: str | None = None
     segmentation: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def diverged(self) -> bool:
@@ -104,6 +125,20 @@ class Run:
         return None if best is None else float(best["eval_loss"])
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """Fine-tuning of each encoder: flags of `run_upernet.py`, and whether random weights are fine-tuned too."""
+
+    arguments: tuple[str, ...] = ()
+    random: bool = False
+
+    def check(self) -> None:
+        """Parse the flags. ValueError for one that a run would refuse, for want of data, or of names of classes."""
+        arguments = [*self.arguments, "--model_name_or_path", "unused", "--output_dir", "unused"]
+        _, data_args, _ = parse_arguments(FINETUNING_FLAGS, arguments)
+        data_args.source(None, None).class_names()
+
+
 @dataclass
 class Plan:
     """A comparison as its YAML file describes it; see the module's docstring."""
@@ -115,7 +150,7 @@ class Plan:
     search: dict[str, list[str]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     against: dict[str, list[str]] = field(default_factory=dict)
-    segmentation: dict[str, Any] | None = None
+    segmentation: Segmentation | None = None
 
     def run(self, variant: str, searched: tuple[tuple[str, str], ...], seed: int) -> PlannedRun:
         flags = self.variants[variant] | dict(searched)
@@ -132,9 +167,15 @@ class Plan:
         return [self.run(variant, best[variant], seed) for seed in self.seeds[1:] for variant in best]
 
     def check(self) -> None:
-        """Parse the flags of every run. ValueError for one that a run would refuse."""
+        """Parse the flags of every run. ValueError for one that a run would refuse, or for want of data."""
         for planned in self.search_runs():
-            parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+            _, data_args, *_ = parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+            ImageSource(**asdict(data_args))
+        if self.segmentation is not None:
+            try:
+                self.segmentation.check()
+            except ValueError as error:
+                raise ValueError(f"segmentation: {error}") from error
 
 
 def slug(text: str) -> str:
@@ -183,7 +224,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
         search=search,
         seeds=check_seeds(content.get("seeds", ["0"]), name),
         against=check_against(parts["against"], list(variants), name),
-        segmentation=parts["segmentation"] or None,
+        segmentation=read_segmentation(parts["segmentation"], name),
     )
 
 
@@ -195,6 +236,21 @@ def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"plan {name}: {key} is {value!r:.80}; expected a mapping")
     return value
+
+
+def read_segmentation(settings: dict[str, Any], name: str) -> Segmentation | None:
+    """What the plan says on segmentation; None if nothing. ValueError for what it cannot say."""
+    unknown = sorted(settings.keys() - set(SEGMENTATION_KEYS))
+    if unknown:
+        raise ValueError(f"plan {name}: segmentation has {', '.join(SEGMENTATION_KEYS)}; not {unknown[0]!r}")
+    random = typed(settings.get("random", "false"))
+    if not isinstance(random, bool):
+        raise ValueError(f"plan {name}: random of segmentation is {random!r:.80}; expected true or false")
+    if not isinstance(settings.get("recipe", ""), str):
+        raise ValueError(f"plan {name}: recipe of segmentation is {settings['recipe']!r:.80}; expected text")
+    arguments = recipe_arguments(settings["recipe"]) if "recipe" in settings else []
+    arguments += flag_arguments(mapping(settings, "flags", name), f"plan {name}, segmentation")
+    return Segmentation(tuple(arguments), random) if settings else None
 
 
 def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -231,18 +287,25 @@ def check_against(against: dict[str, Any], variants: list[str], name: str) -> di
 def best_settings(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, str], ...]]:
     """Each variant's searched values with the lowest best validation loss; runs that diverged only for want of others.
 
-    With several seeds a setting counts by its mean over them. A variant without any finished run is absent.
+    A setting counts by its mean over the seeds that all settings of the variant have. In a plan that is the first one,
+    before the chosen setting's other seeds have run as after: they cannot unmake the choice that they follow from.
+    Settings without a common seed count by their own. A variant without any finished run is absent.
     """
-    losses: dict[str, dict[tuple[tuple[str, str], ...], list[tuple[bool, float]]]] = {}
+    scores: dict[str, dict[tuple[tuple[str, str], ...], dict[int, tuple[bool, float]]]] = {}
     for run in runs:
         if run.best_loss is not None:
-            settings = losses.setdefault(run.planned.variant, {})
-            settings.setdefault(run.planned.searched, []).append((run.diverged, run.best_loss))
+            settings = scores.setdefault(run.planned.variant, {})
+            settings.setdefault(run.planned.searched, {})[run.planned.seed] = (run.diverged, run.best_loss)
 
-    def order(scores: list[tuple[bool, float]]) -> tuple[bool, float]:
-        return any(diverged for diverged, _ in scores), sum(loss for _, loss in scores) / len(scores)
+    def order(by_seed: dict[int, tuple[bool, float]], seeds: set[int]) -> tuple[bool, float]:
+        counted = [by_seed[seed] for seed in seeds or by_seed]
+        return any(diverged for diverged, _ in counted), sum(loss for _, loss in counted) / len(counted)
 
-    return {variant: min(settings, key=lambda s: order(settings[s])) for variant, settings in losses.items()}
+    best = {}
+    for variant, settings in scores.items():
+        shared = set.intersection(*map(set, settings.values()))
+        best[variant] = min(settings, key=lambda s: order(settings[s], shared))
+    return best
 
 
 def read_run(planned: PlannedRun, folder: Path) -> Run | None:
@@ -258,44 +321,48 @@ def read_run(planned: PlannedRun, folder: Path) -> Run | None:
 
 
 def variant_of(record: RunRecord) -> str:
-    """The name of a run's method: adamw, muon, dbp+adamw, ..."""
-    return f"dbp+{record.optimizer}" if record.method == "dbp" else record.optimizer
+    """The name of a run's method: adamw, muon, dbp+adamw, stock+adamw, ..."""
+    return record.optimizer if record.method == "bp" else f"{record.method}+{record.optimizer}"
 
 
 def collect_runs(folders: Sequence[str]) -> list[Run]:
-    """Finished runs made by other means, as if they had been planned: variants by method, settings by what
-    differs between runs of one variant.
+    """Finished runs made by other means, as if they had been planned: variants by method, settings by the flags that
+    shape a result and differ between runs of one variant.
 
     Raises:
-        ValueError: no finished run in a folder.
+        ValueError: no finished run in a folder, or two runs of one variant, setting and seed.
     """
     records = []
     for folder in folders:
         if not (Path(folder) / RECORD).is_file():
             raise ValueError(f"{folder} holds no {RECORD}; name output folders of run_dbp_mae.py")
         records.append(RunRecord.read(Path(folder) / RECORD))
-    varied = sorted(
-        {
-            flag
-            for one, other in itertools.combinations(records, 2)
-            for flag, value in one.arguments.items()
-            if variant_of(one) == variant_of(other) and other.arguments.get(flag) != value
-        }
-        - {*OWN, "data_seed", "run_name", "resume_from_checkpoint"}
-    )
-    runs = []
+    varied = varied_flags(records)
+    runs: dict[PlannedRun, Run] = {}
+    places: dict[PlannedRun, str] = {}
     for folder, record in zip(folders, records, strict=True):
         searched = tuple((flag, str(record.arguments.get(flag))) for flag in varied)
-        run = read_run(PlannedRun(variant_of(record), searched, record.seed), Path(folder))
+        planned = PlannedRun(variant_of(record), searched, record.seed)
+        if planned in places:
+            raise ValueError(f"{places[planned]} and {folder} are both {planned.name}; name one of them")
+        run = read_run(planned, Path(folder))
         if run is None:
             raise ValueError(f"the run in {folder} has not finished; start it again to go on")
-        runs.append(run)
-    return runs
+        runs[planned], places[planned] = run, folder
+    return list(runs.values())
+
+
+def varied_flags(records: Sequence[RunRecord]) -> list[str]:
+    """The flags that shape a result and differ between runs of one variant, where both know them."""
+    pairs = [pair for pair in itertools.combinations(records, 2) if len(set(map(variant_of, pair))) == 1]
+    arguments = [(one.arguments, other.arguments) for one, other in pairs]
+    return [flag for flag in SETTINGS if any(flag in a and flag in b and a[flag] != b[flag] for a, b in arguments)]
 
 
 def plan_of(runs: Sequence[Run]) -> Plan:
     """The plan that collected runs amount to: plain AdamW, if it is there, is what the others are held against."""
-    variants = sorted({run.planned.variant for run in runs}, key=lambda name: (name != "adamw", name))
+    order = sorted({run.planned.variant for run in runs}, key=lambda name: (name.startswith("dbp+"), name))
+    variants = sorted(order, key=lambda name: name != "adamw")
     against = {variants[0]: variants[1:]}
     if "muon" in variants[1:] and "dbp+muon" in variants:
         against["muon"] = ["dbp+muon"]

@@ -31,7 +31,7 @@ from hf_dbp.records import RunRecord
 from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
 from hf_dbp.stopping import StopOnSignal, Stopped, worker_start
 
-__all__ = ["ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights", "use_one_gpu"]
+__all__ = ["SHAPING", "ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights", "use_one_gpu"]
 
 logger = logging.getLogger(__name__)
 

@@ -42,13 +42,16 @@ class Mean:
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired comparison as in the module's docstring; ``percent`` is the mean of 100 * d_i / a_i, with interval."""
+    """A paired comparison as in the module's docstring.
+
+    ``percent`` is the mean of 100 * d_i / a_i, with interval, over the pairs whose baseline is not 0; None without any.
+    """
 
     n: int
     baseline: float
     other: float
     difference: Mean
-    percent: Mean
+    percent: Mean | None
     p_value: float | None = None
     effect_size: float | None = None
 
@@ -83,7 +86,8 @@ def paired_test(baseline: Sequence[float], other: Sequence[float]) -> Paired:
         raise ValueError(f"pairs need as many values on both sides, got {len(baseline)} and {len(other)}")
     a, b = np.asarray(baseline, dtype=np.float64), np.asarray(other, dtype=np.float64)
     d = b - a
-    difference, percent = mean_interval(d.tolist()), mean_interval((100 * d / a).tolist())
+    difference, relative = mean_interval(d.tolist()), 100 * d[a != 0] / a[a != 0]
+    percent = mean_interval(relative.tolist()) if relative.size else None
     p_value = effect_size = None
     if difference.sd is not None and difference.sd > ROUNDING * np.abs([a, b]).max():
         p_value = float(stats.ttest_rel(b, a).pvalue)

@@ -22,7 +22,7 @@ def test_every_command_explains_itself(command, capsys):
         cli.main([command, "--help"])
     assert not stop.value.code
     out = capsys.readouterr().out
-    assert "usage: " in out and "--output_" in out
+    assert f"usage: hf-dbp {command} " in " ".join(out.split()) and "--output_" in out
 
 
 @pytest.mark.parametrize(("command", "script"), SCRIPTS.items())
@@ -42,6 +42,15 @@ def test_the_demo_chains_three_commands(monkeypatch):
     assert [command for command, _ in seen] == ["pretrain", "fuse", "finetune"]
     assert seen[1][1][0] == seen[0][1][-1] == "here/demo"
     assert "here/demo-fused" in seen[1][1] and "here/demo-fused" in seen[2][1]
+
+
+@pytest.mark.parametrize("arguments", [["--output_dir", "x"], ["--output_dir=x"], ["here", "there"]])
+def test_the_demo_takes_no_flag_for_a_folder(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "run_command", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["demo", *arguments])
+    assert stop.value.code == 2
+    assert f"hf-dbp demo [FOLDER]; got {' '.join(arguments)}" in capsys.readouterr().err
 
 
 def test_help_lists_every_command_and_a_mistake_ends_with_it(capsys):

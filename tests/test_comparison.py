@@ -14,13 +14,15 @@ from runs import QUICK, SLOW, made_run
 from test_pretraining import flags
 from test_pretraining import main as pretrain
 
-from hf_dbp.comparison import Runner, main, run_plan
+from hf_dbp import cli, comparison
+from hf_dbp.comparison import Runner, main, random_evaluations, run_plan
 from hf_dbp.plans import best_settings, collect_runs, plan_of, read_plan
 from hf_dbp.recipes import plan_names
+from hf_dbp.report.analysis import analyse
 
 PLAN = """
 title: Made up
-flags: {method: bp, max_steps: 40, learning_rate: 1e-3}
+flags: {method: bp, max_steps: 40, learning_rate: 1e-3, dataset_name: wire_bonding}
 axes:
   method:
     adamw: {optimizer: adamw}
@@ -38,11 +40,23 @@ with open(CALLS, "a") as calls:
     calls.write(folder.relative_to(RUNS).as_posix() + "\\n")
 if "muon" in folder.parts and arguments["--seed"] == "1":
     raise SystemExit("out of memory")
-loss = 0.5 if arguments["--weight_decay"] == "0.1" else 0.6
+loss = (0.5 if arguments["--weight_decay"] == "0.1" else 0.6) + 0.3 * int(arguments["--seed"])
 record = json.loads(pathlib.Path(RECORD).read_text())
-record["rows"][-1]["eval_loss"] = loss
+record["rows"] = [record["rows"][0], record["rows"][-1] | {"eval_loss": loss}]
 record["seed"] = int(arguments["--seed"])
 (folder / "run.json").write_text(json.dumps(record))
+"""
+
+
+# Stands in for fine-tuning: leaves an evaluation or fails.
+FAKE_FINETUNING = """
+import json, pathlib, sys
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+if arguments["--seed"] == "1" and arguments["--from_scratch"] == "False":
+    raise SystemExit("out of memory")
+score = 0.1 if arguments["--from_scratch"] == "True" else 0.5
+evaluation = {"mean_iou": score, "seed": int(arguments["--seed"])}
+(pathlib.Path(arguments["--output_dir"]) / "eval.json").write_text(json.dumps(evaluation))
 """
 
 
@@ -90,6 +104,8 @@ def test_a_plan_is_read_with_the_users_flags_over_it(plan):
         (("[0, 1]", "[0, 0]"), [], "seeds must be different"),
         (("[0, 1]", "[zero]"), [], "seeds are whole numbers"),
         (("seeds: [0, 1]", "against: {sgd: [muon]}"), [], "against names 'sgd'; the variants are adamw, muon"),
+        (("seeds:", "segmentation: {flag: {}}\nseeds:"), [], "segmentation has recipe, flags, random; not 'flag'"),
+        (("seeds:", "segmentation: {random: maybe}\nseeds:"), [], "random of segmentation is 'maybe'; expected true"),
         (("", ""), ["--weight_decay", "1"], "--weight_decay is set by the plan"),
         (("", ""), ["--optimizer=muon"], "--optimizer is set by the plan"),
         (("", ""), ["--seed", "1"], "--seed is set by the plan"),
@@ -122,6 +138,8 @@ def test_every_run_runs_once_and_failures_stop_nothing(plan, launcher, tmp_path,
     )
     assert [run.error for run in runs] == [None] * 5 + ["exit status 1: out of memory"]
     assert best_settings(runs)["muon"] == (("weight_decay", "0.1"),)
+    # the second seed is worse than every setting with the first, and yet it counts
+    assert analyse(read_plan(plan), runs)["variants"]["adamw"]["seeds"] == [0, 1]
     # once more: only what failed runs again
     (tmp_path / "calls").unlink()
     run_plan(read_plan(plan, ["--use_cpu", "true"]), tmp_path / "out", launcher=launcher)
@@ -169,6 +187,60 @@ def test_runs_with_other_flags_are_not_taken_for_these(plan, launcher, tmp_path)
         Runner(tmp_path / "out", 1).run(read_plan(plan, ["--max_steps", "7"]).search_runs()[:1])
 
 
+def test_flags_are_put_right_after_a_run_that_failed_at_once(plan, launcher, tmp_path):
+    planned = read_plan(plan).seed_runs({"muon": ()})  # of which the stand-in fails
+    (run,) = Runner(tmp_path / "out", 1, launcher=launcher).run(planned)
+    assert run.error == "exit status 1: out of memory"
+    corrected = read_plan(plan, ["--max_steps", "7"]).seed_runs({"muon": ()})
+    runner = Runner(tmp_path / "out", 1, launcher=launcher)
+    runner.run(corrected)
+    assert len(calls(tmp_path)) == 2
+    (runner.path(corrected[0]) / "checkpoint-5").mkdir()
+    with pytest.raises(ValueError, match="holds a run with other flags"):
+        Runner(tmp_path / "out", 1, launcher=launcher).run(planned)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("dataset_name: wire_bonding", "streaming: false"), "no data: give --train_dir FOLDER"),
+        (("seeds:", "segmentation: {flags: {crop_sise: 64}}\nseeds:"), "segmentation: unknown flag --crop_sise; did"),
+        (("seeds:", "segmentation: {random: true}\nseeds:"), "segmentation: no data: give --train_dir FOLDER"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before_the_first(changed, message, tmp_path):
+    (tmp_path / "plan.yaml").write_text(PLAN.replace(*changed))
+    with pytest.raises(ValueError, match=message):
+        run_plan(read_plan(str(tmp_path / "plan.yaml")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+SEGMENTED = PLAN.replace(
+    "seeds:", "segmentation: {flags: {dataset_name: wire_bonding, crop_size: 64}, random: True}\nseeds:"
+)
+
+
+def test_segmentation_that_fails_is_told_and_reported(launcher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(comparison, "FINETUNE", FAKE_FINETUNING)
+    (tmp_path / "plan.yaml").write_text(SEGMENTED)
+    plan, out = read_plan(str(tmp_path / "plan.yaml"), ["--use_cpu", "true"]), tmp_path / "out"
+    runs = run_plan(plan, out, launcher=launcher)
+    remark = "adamw, weight_decay 0.1, seed 0: its encoder was not evaluated on segmentation: "  # there is no model
+    assert any(text.startswith(remark) for text in analyse(plan, runs)["remarks"])
+    assert remark in capsys.readouterr().out
+    for seed in (0, 1):
+        vit = out / "runs" / "adamw" / "weight_decay=0.1" / f"seed{seed}" / "vit"
+        vit.mkdir()
+        (vit / "config.json").touch()
+    adamw = [run for run in run_plan(plan, out, launcher=launcher) if run.planned.variant == "adamw"]
+    assert [run.segmentation and run.segmentation["mean_iou"] for run in adamw] == [None, 0.5, None]
+    assert adamw[2].notes == ["its encoder was not evaluated on segmentation: exit status 1: out of memory"]
+    assert [one["mean_iou"] for one in random_evaluations(out)] == [0.1, 0.1]
+    (tmp_path / "plan.yaml").write_text(SEGMENTED.replace("64", "128"))
+    with pytest.raises(ValueError, match="segmentation holds a run with other flags"):
+        run_plan(read_plan(str(tmp_path / "plan.yaml"), ["--use_cpu", "true"]), out, launcher=launcher)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -210,13 +282,54 @@ def test_finished_runs_are_taken_as_they_are(tmp_path):
     ]
     assert best_settings(collected)["dbp+adamw"] == (("learning_rate", "0.001"),)
     assert plan_of(collected).against == {"adamw": ["dbp+adamw"]}
-    main(["--runs", *folders, "--output_dir", str(tmp_path / "out")])
+    cli.main(["compare", "--runs", *folders, "--output_dir", str(tmp_path / "out")])
     content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
     assert content["comparisons"][0]["seeds"] == [0]
+    assert content["command"].startswith("hf-dbp compare --runs ")
+    main(["--runs", *folders, "--output_dir", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())
+    assert content["command"].startswith("python training_scripts/run_comparison.py --runs ")
     runs[0].record.results.pop("finished")
     runs[0].record.write(Path(folders[0]) / "run.json")
     with pytest.raises(ValueError, match="has not finished; start it again"):
         collect_runs(folders)
+
+
+def test_flags_that_leave_the_result_as_it_is_make_no_settings(tmp_path):
+    runs = [made_run("adamw", seed) for seed in range(3)]
+    for workers, run in enumerate(runs):
+        run.record.arguments |= {"dataloader_num_workers": workers, "logging_dir": str(workers)}
+    collected = collect_runs([written(tmp_path / str(k), run) for k, run in enumerate(runs)])
+    assert [run.planned.setting for run in collected] == [""] * 3
+    assert analyse(plan_of(collected), collected)["variants"]["adamw"]["seeds"] == [0, 1, 2]
+
+
+def test_collected_runs_that_are_left_out_are_named(tmp_path):
+    runs = [made_run("adamw", 0, QUICK), made_run("adamw", 1, SLOW), made_run("adamw", 0, SLOW)]
+    for run, decay in zip(runs, (0.05, 0.1, 0.1), strict=True):
+        run.record.arguments["weight_decay"] = decay
+    collected = collect_runs([written(tmp_path / str(k), run) for k, run in enumerate(runs)])
+    remarks = analyse(plan_of(collected), collected)["remarks"]
+    message = "adamw, weight_decay 0.1, seed 1 is left out: the setting chosen for adamw is weight_decay 0.05."
+    assert [remark for remark in remarks if "left out" in remark] == [message]
+    alone = analyse(plan_of(collected), collected[:2])["remarks"]  # no seed in common
+    assert message in alone
+
+
+def test_the_stock_class_is_a_variant_of_its_own(tmp_path):
+    runs = [made_run("dbp+adamw"), made_run("adamw"), made_run("adamw")]
+    runs[2].record.method = "stock"
+    collected = collect_runs([written(tmp_path / str(k), run) for k, run in enumerate(runs)])
+    assert plan_of(collected).against == {"adamw": ["stock+adamw", "dbp+adamw"]}
+    assert plan_of([collected[0], collected[2]]).against == {"stock+adamw": ["dbp+adamw"]}
+
+
+def test_two_runs_of_one_setting_and_seed_are_refused(tmp_path):
+    folders = [written(tmp_path / name, made_run("adamw", 1)) for name in ("a", "b")]
+    with pytest.raises(ValueError, match=r"a and .*b are both adamw, seed 1; name one of them"):
+        collect_runs(folders)
+    with pytest.raises(ValueError, match="are both adamw, seed 1"):
+        collect_runs([folders[0], f"{folders[0]}/"])
 
 
 def test_methods_see_the_same_images_crops_masks_and_weights(tmp_path):

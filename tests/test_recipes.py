@@ -59,6 +59,11 @@ def test_what_is_no_recipe_is_refused(tmp_path, text, message):
         recipe_arguments(write(tmp_path, text))
 
 
+def test_a_plan_is_told_from_a_recipe():
+    with pytest.raises(ValueError, match=r"is the plan of a comparison.*: hf-dbp compare --plan compare_methods.yaml"):
+        parse_arguments(PRETRAINING, ["--config", "compare_methods.yaml"])
+
+
 def test_unknown_recipes_and_flags_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"no recipe 'nowhere.yaml'.*demo.yaml"):
         parse_arguments([Flags], ["--config", "nowhere.yaml"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from runs import NAN, QUICK, SLOW, made_plan, made_run
 
-from hf_dbp.plans import Run
+from hf_dbp.plans import Run, best_settings
 from hf_dbp.report import write_report
 from hf_dbp.report.analysis import analyse
 from hf_dbp.report.tables import headline
@@ -111,6 +111,22 @@ def test_the_best_setting_is_chosen_without_diverged_runs_and_edges_are_named():
     assert any("at the edge" in remark for remark in analyse(plan, [runs[0], runs[2]])["remarks"])
 
 
+def searched_run(rate, seed, losses):
+    return made_run("adamw", seed, losses, searched=[("learning_rate", rate)])
+
+
+def test_settings_are_held_against_each_other_on_the_seeds_that_all_have():
+    first = [searched_run("1e-3", 0, QUICK), searched_run("2e-3", 0, SLOW)]
+    harder = [searched_run("1e-3", seed, (1.0, 0.9, 0.8, 0.7)) for seed in (1, 2)]
+    assert best_settings(first + harder) == best_settings(first) == {"adamw": (("learning_rate", "1e-3"),)}
+    diverged = [searched_run("1e-3", 1, (1.0, 0.9, 2.0))]
+    assert best_settings(first + diverged) == best_settings(first)
+    both = [*first, *harder, searched_run("2e-3", 1, QUICK), searched_run("2e-3", 2, QUICK)]
+    assert best_settings(both) == {"adamw": (("learning_rate", "2e-3"),)}  # all have three seeds, and here all count
+    apart = [searched_run("1e-3", 0, SLOW), searched_run("2e-3", 1, QUICK)]
+    assert best_settings(apart) == {"adamw": (("learning_rate", "2e-3"),)}
+
+
 def evaluation(seed, miou):
     rows = [{"epoch": float(k), "eval_mean_iou": miou * k / 3} for k in range(1, 4)]
     data = {"source": "made up", "train_images": 8, "validation_images": 4}
@@ -194,6 +210,17 @@ def test_grids_become_heat_maps(tmp_path):
     axes.axes = {"one": ["a", "b"], "two": ["x", "y"]}
     write_report(tmp_path / "axes", axes, [made_run(name, 0) for name in axes.variants], command="c")
     assert "by one and two" in (tmp_path / "axes" / "README.md").read_text()
+
+
+def test_a_baseline_that_is_best_before_its_first_step_is_reported(tmp_path):
+    """With --eval_on_start the first evaluation costs nothing, and nothing is relative to that."""
+    runs = [made_run("adamw", 0, (0.5, 0.9, 0.8)), made_run("dbp+adamw", 0, (0.6, 0.5, 0.4))]
+    for run in runs:
+        run.record.rows[0] |= dict.fromkeys(("step", "epoch", "train_seconds", "kwh", "co2e_kg"), 0)
+    write_report(tmp_path, made_plan(seeds=[0]), runs, command="c")
+    page = (tmp_path / "README.md").read_text()
+    assert "adamw has its best loss before its first step: there is nothing to save." in page
+    assert "| dbp+adamw to adamw's best | seconds | 1 of 1 | 0 | 20 | - | - |" in page
 
 
 def test_nothing_but_diverged_runs_is_still_reported(tmp_path):

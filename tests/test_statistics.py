@@ -17,10 +17,7 @@ DRUG_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 finite = st.floats(0.1, 10.0)
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero")
 def test_students_sleep_data():
-    with pytest.raises(ValueError, match="finite"):  # a relative difference to 0.0 hours
-        paired_test(DRUG_1, DRUG_2)
     shifted = [[x + 10 for x in drug] for drug in (DRUG_1, DRUG_2)]
     result = paired_test(*shifted)
     assert result.n == 10
@@ -28,6 +25,14 @@ def test_students_sleep_data():
     assert (result.difference.low, result.difference.high) == pytest.approx((0.7001142, 2.4598858))
     assert result.p_value == pytest.approx(0.002833, abs=5e-7)
     assert result.effect_size == pytest.approx(4.0621 / math.sqrt(10), rel=1e-4)
+
+
+def test_nothing_is_relative_to_zero():
+    result = paired_test(DRUG_1, DRUG_2)  # one of them is 0.0 hours
+    assert (result.difference.n, result.percent.n) == (10, 9)
+    kept = [(a, b) for a, b in zip(DRUG_1, DRUG_2, strict=True) if a]
+    assert result.percent == paired_test(*zip(*kept, strict=True)).percent
+    assert paired_test([0.0, 0.0], [0.0, 1.0]).percent is None
 
 
 @given(st.lists(st.tuples(finite, finite), min_size=2, max_size=8))

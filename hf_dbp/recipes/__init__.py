@@ -62,12 +62,14 @@ def recipe_arguments(name: str) -> list[str]:
     """The recipe as command-line arguments.
 
     Raises:
-        ValueError: no such recipe, not YAML, or not one flat mapping.
+        ValueError: no such recipe, not YAML, not one flat mapping, or the plan of a comparison.
     """
     path = recipe_path(name)
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} must be a mapping of flags to values, found {type(content).__name__}")
+    if "axes" in content:
+        raise ValueError(f"{name} is the plan of a comparison, not a recipe: hf-dbp compare --plan {name}")
     return flag_arguments(content, f"recipe {path}")
 
 

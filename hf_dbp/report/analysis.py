@@ -238,13 +238,13 @@ def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> l
     """What a reader must know to judge the figures, found in the runs themselves."""
     found = []
     for run in runs:
-        name = ", ".join(
-            part for part in (run.planned.variant, run.planned.setting, f"seed {run.planned.seed}") if part
-        )
+        name = run.planned.name
         if run.error is not None:
             found.append(f"{name} failed and is left out: {run.error}")
         elif run.diverged:
             found.append(f"{name} diverged: its validation loss ended above where it began, or was not finite.")
+        found += [f"{name}: {note}" for note in run.notes]
+    found += left_out(plan, runs, chosen)
     for variant in plan.variants:
         if variant not in chosen:
             found.append(f"{variant} has no finished run.")
@@ -262,6 +262,18 @@ def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> l
     for key, what in (("data", "Data"), ("hardware", "Hardware"), ("commit", "Code (commit)")):
         if differs(chosen, key):
             found.append(f"{what} differ between runs that are compared.")
+    return found
+
+
+def left_out(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
+    """Finished runs at a setting that was not chosen, but for those that the search with the first seed is made of."""
+    found = []
+    for run in runs:
+        by_seed = chosen.get(run.planned.variant, {})
+        searched = run.planned.seed == plan.seeds[0] and run.planned.seed in by_seed
+        if run.record is not None and by_seed and run not in by_seed.values() and not searched:
+            best = next(iter(by_seed.values())).planned.setting
+            found.append(f"{run.planned.name} is left out: the setting chosen for {run.planned.variant} is {best}.")
     return found
 
 

@@ -96,7 +96,8 @@ def target_chart(comparisons: Sequence[dict[str, Any]]) -> Picture | None:
         axis.barh(height - 0.2, [t["baseline"] for t in tests], height=0.38, color="0.7", label="baseline")
         axis.barh(height + 0.2, [t["other"] for t in tests], height=0.38, color="C1", label="other")
         for y, t in zip(height, tests, strict=True):
-            axis.annotate(f"{t['percent']['mean']:+.0f} %", (t["other"], y + 0.2), va="center", fontsize=8)
+            change = "-" if t["percent"] is None else f"{t['percent']['mean']:+.0f} %"
+            axis.annotate(change, (t["other"], y + 0.2), va="center", fontsize=8)
         axis.set_xlabel(name)
         axis.set_yticks(height, labels, fontsize=8)
         axis.margins(x=0.2)

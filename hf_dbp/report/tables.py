@@ -69,6 +69,8 @@ def headline(analysis: Figures) -> list[str]:
         steps, seconds = (target["costs"][name] for name in ("steps", "seconds"))
         if steps is None:
             text += f" It never reaches {row['baseline']}'s best loss."
+        elif steps["percent"] is None:
+            text += f" {row['baseline']} has its best loss before its first step: there is nothing to save."
         else:
             text += (
                 f" To {row['baseline']}'s best loss it saves {percent(steps['percent'], -1)} of the steps and "
@@ -226,7 +228,11 @@ def miou_tables(figures: Figures) -> list[Block]:
 
 def method_notes(num_seeds: int) -> list[Block]:
     """How the figures came about."""
-    choice = " The first seed chose each variant's setting and counts among the pairs." if num_seeds > 1 else ""
+    choice = (
+        " Each variant's setting was chosen on the seeds that all its settings have; they count among the pairs."
+        if num_seeds > 1
+        else ""
+    )
     return [
         Heading("How it was measured"),
         Items(
