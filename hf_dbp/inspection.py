@@ -66,8 +66,8 @@ def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Fin
     errors = [kind.error for kind in kinds.values() if kind.error]
     if errors:
         found.problems.append(
-            f"{len(errors)} of {len(samples)} images cannot be read and will be left out of pre-training, e.g. "
-            f"{errors[0]}; repair them or move them away (fine-tuning refuses them)"
+            f"{len(errors)} of {len(samples)} images cannot be read and will be left out of training, e.g. "
+            f"{errors[0]}; repair them or move them away"
         )
     copies = duplicates(files)
     if copies:
@@ -126,13 +126,17 @@ def describe_masks(args: argparse.Namespace, samples: Samples, kinds: Mapping[st
     survey = survey_masks({name: files[1] for name, files in pairs.items()})
     found.lines += ["", f"masks      {len(pairs)}; {len(samples) - len(pairs)} images have none and only pre-train"]
     if survey.errors:
-        found.problems.append(f"{len(survey.errors)} masks cannot be read, e.g. {next(iter(survey.errors.values()))}")
+        found.problems.append(
+            f"{len(survey.errors)} masks cannot be read and will be left out of fine-tuning with their images, e.g. "
+            f"{next(iter(survey.errors.values()))}; repair them or move them away"
+        )
     other = [name for name, size in survey.sizes.items() if not kinds[name].error and kinds[name].size != tuple(size)]
     if other:
         (height, width), of = survey.sizes[other[0]], kinds[other[0]].size
         found.problems.append(
             f"{len(other)} masks are of another size than their images, e.g. {other[0]}: {height} x {width} for "
-            f"{of[0]} x {of[1]}; make them again at the images' size, or scale them without interpolation"
+            f"{of[0]} x {of[1]}; such pairs will be left out of fine-tuning: make them again at the images' size, or "
+            "scale them without interpolation"
         )
     found.finetuning = {"train_mask_dir": args.masks, "mask_suffix": args.mask_suffix}
     ids = describe_classes(args, survey, found)

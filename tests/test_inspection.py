@@ -74,8 +74,8 @@ def test_corrupt_files_and_copies(capsys, caplog):
     Path("images/2.tif").write_bytes(Path("images/2.tif").read_bytes()[:900])
     Path("images/copy.tif").write_bytes(Path("images/0.tif").read_bytes())
     out = report(capsys)
-    assert "1 of 7 images cannot be read and will be left out of pre-training, e.g. images/2.tif: " in out
-    assert "repair them or move them away" in out
+    assert "1 of 7 images cannot be read and will be left out of training, e.g. images/2.tif: " in out
+    assert "repair them or move them away" in out and "refuse" not in out  # fine-tuning skips and counts them
     assert "1 files are copies of others, e.g. images/0.tif = images/copy.tif" in out
     data = labelled(train_val_split=0.2)
     with pytest.raises(ValueError, match=r"images/2\.tif"):
@@ -157,7 +157,7 @@ def test_a_class_missing_in_validation(capsys, caplog):
 def test_masks_smaller_than_images(capsys):
     write(mask_size=(16, 20))
     out = report(capsys, "--masks", "masks")
-    assert "6 masks are of another size than their images, e.g. 0: 16 x 20 for 32 x 40; make them again" in out
+    assert "6 masks are of another size than their images, e.g. 0: 16 x 20 for 32 x 40; such pairs will be left out" in out
     with pytest.raises(ValueError, match=r"masks/.*has 16 x 20 pixels .* the image 32 x 40; .*scale it without"):
         labelled()
 
