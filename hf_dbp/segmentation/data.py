@@ -340,7 +340,7 @@ def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool
         mask_HW = images.mask(index)
     except UnreadableImageError:
         return np.zeros(ids, np.bool_)
-    return np.bincount(mask_HW.reshape(-1), minlength=ids)[:ids] > 0
+    return np.bincount(mask_HW[mask_HW >= 0], minlength=ids)[:ids] > 0  # an ignore_index may be negative
 
 
 def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
