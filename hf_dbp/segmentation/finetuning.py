@@ -261,9 +261,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     )
     if args.do_train:
         trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
     metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
     trainer.save_model()
-    record = evaluation_record(trainer, metrics, source)
+    record = evaluation_record(trainer, metrics, source) | {"evaluations": history}
     record["arguments"] = arguments_record(model_args, data_args, args)
     if args.should_save:
         folder = Path(args.output_dir)
@@ -271,7 +272,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
         write_json(folder / "eval.json", record)
         best = trainer.accelerator.unwrap_model(trainer.model).eval()
         plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
-        plot_curves(record["evaluations"], folder / "curves.png", loss="cross-entropy")
+        if history:
+            plot_curves(history, folder / "curves.png", loss="cross-entropy")
         write_card(folder, None if destination is None else destination.repo_id)
         print(summary(record, folder))
         if destination is not None:
@@ -285,8 +287,8 @@ def evaluation_record(
     """The content of `eval.json`.
 
     Scores are shares in [0, 1]; `per_class` has null where a class occurs neither in the labels nor in the predictions;
-    `majority_class_mean_iou` is what predicting the commonest class everywhere would score; `evaluations` has a row
-    per evaluation during training.
+    `majority_class_mean_iou` is what predicting the commonest class everywhere would score. `run` adds `arguments` and
+    `evaluations`, a row per evaluation during training.
     """
     assert trainer.scores is not None
     scores, pixels_K = trainer.scores, trainer.confusion_KK.sum(axis=1)
@@ -299,7 +301,6 @@ def evaluation_record(
         }
         for k in range(len(names))
     }
-    history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
     return {
         "schema": 1,
         "task": "segmentation",
@@ -317,7 +318,6 @@ def evaluation_record(
             "unreadable": unreadable_images({}, trainer.train_dataset.images, trainer.eval_dataset.images),
         },
         "best_checkpoint": trainer.state.best_model_checkpoint,
-        "evaluations": history,
         "guards": trainer.skipped_steps(),
         "seed": trainer.args.seed,
         "commit": source_commit(),
@@ -338,7 +338,8 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     for name, scores in record["per_class"].items():
         iou = "absent" if scores["iou"] is None else f"{scores['iou']:.4f}"
         rows.append(f"    {name:<20} IoU {iou}")
-    rows.append("  model (best), image processor, card, eval.json, curves.png and predictions.png are in that folder")
+    curves = "curves.png, " if record["evaluations"] else ""
+    rows.append(f"  model (best), image processor, card, eval.json, {curves}predictions.png are in that folder")
     return "\n".join(rows)
 
 

@@ -71,7 +71,7 @@ def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
     assert saved == json.loads(json.dumps(record))
     assert list(saved["per_class"]) == ["background", "wire", "ball", "wedge", "epoxy"]
     assert saved["mean_iou"] == max(row["eval_mean_iou"] for row in saved["evaluations"])
-    assert len(saved["evaluations"]) == 3  # steps 2 and 4, and the best one once more
+    assert [row["step"] for row in saved["evaluations"]] == [2, 4]  # without that of the best one at the end
     assert saved["data"] == {
         "source": "wire_bonding",
         "train_images": 8,
@@ -134,7 +134,8 @@ def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tm
 def test_a_random_mini_model_needs_no_checkpoint(tmp_path):
     flags = [*FLAGS, "--model_size", "mini", "--patch_size", "8", "--output_dir", str(tmp_path), "--max_steps", "2"]
     record = main([*flags, "--eval_strategy", "no", "--save_strategy", "no"])
-    assert record["best_checkpoint"] is None
+    assert (record["best_checkpoint"], record["evaluations"]) == (None, [])
+    assert not (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.parametrize(
