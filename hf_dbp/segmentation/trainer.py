@@ -19,8 +19,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-from hf_dbp.data.feeding import step_images
-from hf_dbp.data.order import EpochSampler
+from hf_dbp.data.feeding import make_sampler, step_images
 from hf_dbp.resuming import ResumingTrainer
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
@@ -54,8 +53,7 @@ class SegmentationTrainer(ResumingTrainer):
         model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
         super().__init__(**kwargs)
         self._check(model)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.use_sampler(EpochSampler(len(self.train_dataset), seed, step_images=step_images(args)))
+        self.use_sampler(make_sampler(self.train_dataset.images, args))
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
 
@@ -69,11 +67,17 @@ class SegmentationTrainer(ResumingTrainer):
                 "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
                 "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
             )
-        step = step_images(self.args)
-        if len(self.train_dataset) < step:
+        images, batch, step = len(self.train_dataset), self.args.train_batch_size, step_images(self.args)
+        if self.args.dataloader_drop_last and images < step:
             raise ValueError(
-                f"{len(self.train_dataset)} training images do not fill one step of {step}; "
+                f"{images} training images do not fill one step of {step}; "
                 "lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            )
+        alone = images % batch == 1 and self.args.world_size == 1  # several processes fill their last batches
+        if not self.args.dataloader_drop_last and alone:
+            raise ValueError(
+                f"{images} training images in batches of {batch} leave one image alone, which UperNet cannot "
+                "normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
             )
 
     # ---- data and optimizer ----
