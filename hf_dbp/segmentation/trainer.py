@@ -35,7 +35,8 @@ class SegmentationTrainer(ResumingTrainer):
     Args:
         crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
         layer_decay: as in `parameter_groups`.
-        kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops`, `eval_dataset` a `WholeImages`.
+        kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops` (None to evaluate
+            alone), `eval_dataset` a `WholeImages`.
 
     Raises:
         ValueError: sizes that cannot be trained on.
@@ -52,15 +53,16 @@ class SegmentationTrainer(ResumingTrainer):
         model.accepts_loss_kwargs = False
         model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
         super().__init__(**kwargs)
-        self._check(model)
-        self.use_sampler(make_sampler(self.train_dataset.images, args))
+        patch = model.config.backbone_config.patch_size
+        if crop_size % patch:
+            raise ValueError(f"crop_size {crop_size} is no multiple of the patch size {patch}")
+        if self.train_dataset is not None:
+            self._check_batches(model)
+            self.use_sampler(make_sampler(self.train_dataset.images, args))
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
 
-    def _check(self, model: UperNetForSemanticSegmentation) -> None:
-        patch = model.config.backbone_config.patch_size
-        if self.crop_size % patch:
-            raise ValueError(f"crop_size {self.crop_size} is no multiple of the patch size {patch}")
+    def _check_batches(self, model: UperNetForSemanticSegmentation) -> None:
         synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if self.args.per_device_train_batch_size == 1 and not synchronized:
             raise ValueError(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,3 +186,40 @@ def test_the_recipe_holds_the_papers_values():
         schedule.step()
     assert max(rates) == rates[500] == pytest.approx(2.5e-5)
     assert schedule.get_last_lr()[0] == 0.0
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_evaluation_alone_leaves_a_trained_segmenter_as_it_is(encoder, tmp_path, capsys):
+    """The output folder's own UperNet is evaluated, an unfinished run's best checkpoint too, or the one named."""
+    run, evaluation = tmp_path / "run", [flag for flag in FLAGS if flag != "--do_train"]
+    trained = main([*FLAGS, *encoder, "--output_dir", str(run)])
+    before = contents(run)
+    for source in (run, Path(trained["best_checkpoint"])):
+        found = main([*evaluation, *encoder, "--output_dir", str(run)])
+        assert (found["eval_mean_iou"], found["model"]) == (pytest.approx(trained["mean_iou"]), str(source))
+        assert found["per_class"] == trained["per_class"]
+        assert json.loads((run / "eval_results.json").read_text()) == json.loads(json.dumps(found))
+        (run / "eval_results.json").unlink()
+        assert contents(run) == before
+        (run / "config.json").unlink(missing_ok=True)  # as of a run that is not at its end
+        before.pop(run / "config.json", None)
+    other = tmp_path / "other"
+    named = ["--model_name_or_path", trained["best_checkpoint"], "--output_dir", str(other)]
+    assert main([*evaluation, *named])["eval_loss"] == found["eval_loss"]
+    assert [file.name for file in contents(other)] == ["eval_results.json"]
+    (tmp_path / "names.json").write_text(json.dumps(["background", "ball", "wire", "wedge", "epoxy"]))
+    capsys.readouterr()
+    for flags, message in (
+        (["--eval_strategy", "no"], "nothing to do: give --do_train, --do_eval or both"),
+        (["--push_to_hub"], "--push_to_hub pushes what --do_train trains"),
+        ([], f"no UperNet to evaluate: {tmp_path / 'none'} holds no model"),
+        ([*named[:2], "--id2label", str(tmp_path / "names.json")], "give those of its training"),
+        (["--output_dir", str(tmp_path / "vit")], "is not that of a UperNet"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*evaluation, *encoder, "--output_dir", str(tmp_path / "none"), *flags])
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "none").exists()
