@@ -301,12 +301,13 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     mean, std = pixel_statistics(model_args, train_images)
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
-    destination = claim_push(args, model_args.token)
+    destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
     trainer = SegmentationTrainer(
         model=model,
         args=args,
         crop_size=data_args.crop_size,
         layer_decay=args.layer_decay,
+        arguments=arguments,
         max_skipped_steps=args.max_skipped_steps,
         train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed),
         eval_dataset=eval_data,
@@ -316,8 +317,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
     metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
     trainer.save_model()
-    record = evaluation_record(trainer, metrics, source) | {"evaluations": history}
-    record["arguments"] = arguments_record(model_args, data_args, args)
+    record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
+    if trainer.resumed_with:
+        record["resumed_with"] = trainer.resumed_with
     if args.should_save:
         folder = Path(args.output_dir)
         trainer.save_state()

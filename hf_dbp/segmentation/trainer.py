@@ -7,10 +7,14 @@ It adds what the stock Trainer gets wrong or lacks here:
 - crops are drawn by `EpochSampler`: they follow from (seed, epoch, image);
 - layer-wise learning-rate decay;
 - evaluation over whole images at label resolution, every image once whatever the number of processes;
+- the run's arguments in every checkpoint: with another encoder, data, crop, seed or optimizer no run goes on from it,
+  other changes are told;
 - saving, stopping and resuming, which pre-training shares (`ResumingTrainer`).
 """
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +24,26 @@ from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.feeding import make_sampler, step_images
-from hf_dbp.resuming import ResumingTrainer
+from hf_dbp.records import read_arguments, write_json
+from hf_dbp.resuming import SHAPING, ResumingTrainer, compared_arguments, noted_changes
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
 from hf_dbp.stopping import worker_start
 
 __all__ = ["SegmentationTrainer"]
+
+ARGUMENTS = "arguments.json"
+FIXED = (
+    "model_name_or_path", "model_revision", "model_size", "from_scratch", "dataset_name", "dataset_config_name",
+    "train_dir", "train_mask_dir", "validation_dir", "validation_mask_dir", "mask_suffix", "palette", "channel_files",
+    "image_column_name", "annotation_column_name", "num_labels", "id2label", "ignore_index", "reduce_labels",
+    "train_fraction", "max_train_samples", "max_eval_samples", "train_val_split", "subset_seed", "num_channels",
+    "built_in_size", "crop_size", "seed",
+    # the optimizer's state brings back the old ones, so that a new value would have no effect
+    "optim", "learning_rate", "layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+SHAPING_TOO = ("long_edge", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class SegmentationTrainer(ResumingTrainer):
@@ -35,6 +52,7 @@ class SegmentationTrainer(ResumingTrainer):
     Args:
         crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
         layer_decay: as in `parameter_groups`.
+        arguments: what the run was given, by name, to be kept in its checkpoints and compared on resume.
         kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops` (None to evaluate
             alone), `eval_dataset` a `WholeImages`.
 
@@ -45,8 +63,11 @@ class SegmentationTrainer(ResumingTrainer):
     optimizer: torch.optim.Optimizer | None
     control: Any
 
-    def __init__(self, *, crop_size: int, layer_decay: float = 1.0, **kwargs: Any) -> None:
-        self.crop_size, self.layer_decay = crop_size, layer_decay
+    def __init__(
+        self, *, crop_size: int, layer_decay: float = 1.0, arguments: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.crop_size, self.layer_decay, self.arguments = crop_size, layer_decay, arguments or {}
+        self.resumed_with: dict[str, Any] = {}
         model: UperNetForSemanticSegmentation = kwargs["model"]
         args = kwargs["args"]
         synchronize_batch_norm(model, args.world_size, args.device)
@@ -81,6 +102,33 @@ class SegmentationTrainer(ResumingTrainer):
                 f"{images} training images in batches of {batch} leave one image alone, which UperNet cannot "
                 "normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
             )
+
+    # ---- arguments in checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        checkpoint = self.named_checkpoint(resume_from_checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
+            self._compare(checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _compare(self, checkpoint: str) -> None:
+        """Take over what the checkpoint says of earlier changes, and add those of now.
+
+        Raises:
+            ValueError: an argument of `FIXED` differs: the checkpoint is of another model, not of this one begun.
+        """
+        before, self.resumed_with = read_arguments(Path(checkpoint) / ARGUMENTS)
+        known = [name for name in FIXED if name in before and name in self.arguments]
+        fixed = {name: (before[name], self.arguments[name]) for name in known}
+        changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *SHAPING_TOO), checkpoint)
+        tell = self.is_world_process_zero()
+        self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        super()._write_model(folder, state_dict)
+        if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
+            content = {"arguments": self.arguments, "resumed_with": self.resumed_with}
+            write_json(folder / ARGUMENTS, content)
 
     # ---- data and optimizer ----
 

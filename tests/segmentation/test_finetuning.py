@@ -1,6 +1,7 @@
 """From flags to a folder that stock transformers loads and that predicts what evaluation scored."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,39 @@ def test_stopped_and_started_again_it_continues(encoder, tmp_path):
     curves = [{row["step"]: row["eval_loss"] for row in run["evaluations"]} for run in (whole, again)]
     assert list(curves[0]) == [2, 4]
     assert curves[0] == curves[1]
+
+
+def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, capsys, caplog):
+    """A checkpoint is no start for another model, and what else was changed is told and recorded."""
+    flags = [*FLAGS, *encoder, "--output_dir", str(tmp_path / "run")]
+    main([*flags, "--max_steps", "2"])
+    before = contents(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(tmp_path / "vit", tmp_path / "other")
+    for changed, message in (
+        (["--model_name_or_path", str(tmp_path / "other")], f"--model_name_or_path {tmp_path / 'vit'}, not "),
+        (["--from_scratch"], "--from_scratch False, not True"),
+        (["--max_train_samples", "7"], "--max_train_samples 8, not 7: to go on, give --max_train_samples 8"),
+        (["--crop_size", "40"], "--crop_size 32, not 40"),
+        (["--seed", "1"], "--seed 42, not 1"),
+        (["--learning_rate", "2e-3"], "--learning_rate 0.001, not 0.002"),
+        (["--layer_decay", "0.9"], "--layer_decay 1.0, not 0.9"),
+        (["--num_channels", "2"], "--num_channels None, not 2: to go on, leave --num_channels out; to begin anew"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*flags, *changed])
+        assert f"error: {checkpoint} was trained with {message}" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert contents(tmp_path / "run") == before
+    for _ in range(2):  # as it goes on, and once it is finished
+        record = main([*flags, "--max_grad_norm", "0.5"])
+        assert record["resumed_with"] == {"2": {"max_steps": [2, 4], "max_grad_norm": [1.0, 0.5]}}
+    assert caplog.text.count("goes on with other settings") == 1
+    assert f"{checkpoint} goes on with other settings: --max_steps 2 -> 4, --max_grad_norm 1.0 -> 0.5" in caplog.text
+    kept = tmp_path / "run" / "checkpoint-4" / "arguments.json"
+    kept.write_text("[1]".ljust(kept.stat().st_size))
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "arguments.json does not hold the arguments of a run" in capsys.readouterr().err
 
 
 def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tmp_path):
