@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import DECODING_ERRORS, decode, stored
-from hf_dbp.data.folders import Samples, list_samples
+from hf_dbp.data.folders import Samples
 from hf_dbp.data.masks import Palette
 from hf_dbp.data.survey import file_value
 from hf_dbp.segmentation.figures import class_colours
@@ -49,17 +48,15 @@ def mask_thumbnail(mask: Any, palette: Palette | None) -> Array:
     return np.asarray(class_colours(20)[array.astype(np.int64) % 20] * (array != 255)[..., None])
 
 
-def write_contact_sheet(path: Path, samples: Samples, args: argparse.Namespace, palette: str | None) -> None:
+def write_contact_sheet(path: Path, samples: Samples, masks: Samples, palette: str | None) -> None:
     """Write a PNG of up to 24 images at even steps, labelled ones first, each with its mask if it has one.
 
     Args:
         path: PNG file to write.
         samples: the readable images.
-        args: flags of `hf-dbp inspect`.
+        masks: the files of the masks, by the names of their images.
         palette: palette file or ``binary``, if masks need one.
     """
-    masks = {} if args.masks is None else list_samples(args.masks)
-    masks = {name.removesuffix(args.mask_suffix): files for name, files in masks.items()}
     known = Palette(palette, 255) if palette is not None else None
     names = sorted(samples, key=lambda name: (name not in masks, name))
     labelled = [name for name in names if name in masks] or names

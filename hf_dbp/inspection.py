@@ -18,19 +18,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hf_dbp.contact_sheet import write_contact_sheet
-from hf_dbp.data.folders import Samples, folder_splits, list_samples
-from hf_dbp.data.masks import BINARY, IGNORE, Palette, pair_names
+from hf_dbp.data.folders import Samples, folder_splits
+from hf_dbp.data.masks import BINARY, IGNORE, Palette, pair_splits
+from hf_dbp.data.sources import pick_splits
 from hf_dbp.data.subset import split_rows
 from hf_dbp.data.survey import ImageKind, MaskSurvey, duplicates, survey_images, survey_masks
 from hf_dbp.recipes import read_yaml, recipe_path
 
 __all__ = ["inspect_folder", "main"]
 
+T = TypeVar("T")
 VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
 
 
@@ -50,6 +52,21 @@ def common(counts: Counter[Any], shown: int = 4) -> str:
     return first + (f" and {len(counts) - shown} other kinds" if len(counts) > shown else "")
 
 
+def pooled(splits: Mapping[str, dict[str, T]]) -> dict[str, T]:
+    """All that the splits hold; names outside ``train`` begin with that of their split."""
+    return {
+        name if split == "train" else f"{split}/{name}": value
+        for split, content in splits.items()
+        for name, value in content.items()
+    }
+
+
+def training_share(splits: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many training will see: ``train``, less what is set aside where there is no ``validation``."""
+    count = len(splits["train"])
+    return count if splits.get("validation") else count - max(1, round(count * VALIDATION))
+
+
 def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Findings) -> list[ImageKind]:
     """Counts, sizes, channels, depth, unreadable files and duplicates; returns the kinds of the readable ones."""
     files = [file for sample in samples.values() for file in sample]
@@ -66,8 +83,8 @@ def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Fin
     errors = [kind.error for kind in kinds.values() if kind.error]
     if errors:
         found.problems.append(
-            f"{len(errors)} of {len(samples)} images cannot be read and will be left out of pre-training, e.g. "
-            f"{errors[0]}; repair them or move them away (fine-tuning refuses them)"
+            f"{len(errors)} of {len(samples)} images cannot be read and will be left out of training, e.g. "
+            f"{errors[0]}; repair them or move them away"
         )
     copies = duplicates(files)
     if copies:
@@ -78,8 +95,8 @@ def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Fin
     return readable
 
 
-def choose_pretraining(samples: Samples, readable: Sequence[ImageKind], found: Findings) -> None:
-    """Channels, view size, native tiles or not, batch: what the recipe says and why."""
+def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findings) -> None:
+    """Channels, view size, native tiles or not, batch for so many images: what the recipe says and why."""
     pictures = all(kind.picture for kind in readable)
     counts = Counter((1 if k.channels < 3 else 3) if k.picture else k.channels for k in readable)  # without alpha
     channels = counts.most_common(1)[0][0]
@@ -99,7 +116,6 @@ def choose_pretraining(samples: Samples, readable: Sequence[ImageKind], found: F
     patch = 16 if short >= 128 else 8
     size = max(patch, min(512, short // patch * patch))
     native = short >= 2 * size
-    trained = len(samples) - max(1, round(len(samples) * VALIDATION))
     found.pretraining = {
         "image_size": size,
         "patch_size": patch,
@@ -115,29 +131,36 @@ def choose_pretraining(samples: Samples, readable: Sequence[ImageKind], found: F
     ]
 
 
-def describe_masks(args: argparse.Namespace, samples: Samples, kinds: Mapping[str, ImageKind], found: Findings) -> None:
-    """Pairing, kind of masks, sizes, class balance, and the flags that follow."""
-    masks = list_samples(args.masks)
+def describe_masks(
+    args: argparse.Namespace, splits: Mapping[str, Samples], kinds: Mapping[str, ImageKind], found: Findings
+) -> Samples:
+    """Pairing, kind of masks, sizes, class balance, and the flags that follow; returns the masks by image."""
+    every = folder_splits(args.masks)
     try:
-        pairs = pair_names(args.folder, samples, args.masks, masks, args.mask_suffix)
+        pairs = pair_splits(args.folder, splits, args.masks, every, args.mask_suffix)
     except ValueError as error:
         found.problems.append(str(error))
-        return
-    survey = survey_masks({name: files[1] for name, files in pairs.items()})
-    found.lines += ["", f"masks      {len(pairs)}; {len(samples) - len(pairs)} images have none and only pre-train"]
+        return {}
+    masks = {name: files[1] for name, files in pooled(pairs).items()}
+    survey = survey_masks(masks)
+    found.lines += ["", f"masks      {len(masks)}; {len(kinds) - len(masks)} images have none and only pre-train"]
     if survey.errors:
-        found.problems.append(f"{len(survey.errors)} masks cannot be read, e.g. {next(iter(survey.errors.values()))}")
+        found.problems.append(
+            f"{len(survey.errors)} masks cannot be read and will be left out of fine-tuning with their images, e.g. "
+            f"{next(iter(survey.errors.values()))}; repair them or move them away"
+        )
     other = [name for name, size in survey.sizes.items() if not kinds[name].error and kinds[name].size != tuple(size)]
     if other:
         (height, width), of = survey.sizes[other[0]], kinds[other[0]].size
         found.problems.append(
             f"{len(other)} masks are of another size than their images, e.g. {other[0]}: {height} x {width} for "
-            f"{of[0]} x {of[1]}; make them again at the images' size, or scale them without interpolation"
+            f"{of[0]} x {of[1]}; such pairs will be left out of fine-tuning: make them again at the images' size, or "
+            "scale them without interpolation"
         )
     found.finetuning = {"train_mask_dir": args.masks, "mask_suffix": args.mask_suffix}
     ids = describe_classes(args, survey, found)
-    check_split(ids, found)
-    labelled = max(2, len(pairs) - max(1, round(len(pairs) * VALIDATION)))
+    check_split(ids, [name for name in ids if name in pooled({"validation": pairs.get("validation", {})})], found)
+    labelled = max(2, training_share(pairs))
     size = found.pretraining["image_size"]
     found.finetuning |= {
         "num_channels": found.pretraining["num_channels"],
@@ -145,6 +168,7 @@ def describe_masks(args: argparse.Namespace, samples: Samples, kinds: Mapping[st
         "long_edge": 0 if found.pretraining["native_tiles"] else size,
         "per_device_train_batch_size": max(2, min(16, labelled // 2)),
     }
+    return masks
 
 
 def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:
@@ -190,13 +214,21 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
     return balance
 
 
-def check_split(balance: Mapping[str, Counter[str]], found: Findings) -> None:
-    """Find a seed whose validation masks hold every class; say so if there is none."""
+def check_split(balance: Mapping[str, Counter[str]], validation: Sequence[str], found: Findings) -> None:
+    """Say which classes the validation masks lack; where none are given, find a seed whose draw lacks none."""
     names = list(balance)
     if len(names) < 2:
         return
     every = set().union(*balance.values())
     missing: set[str] = set()
+    if validation:
+        missing = every - set().union(*(balance[name] for name in validation))
+        if missing:
+            found.problems.append(
+                f"{', '.join(sorted(missing))} is in no mask of the validation folder, so its IoU would not count; "
+                "move images and masks with it there"
+            )
+        return
     for seed in range(100):
         held = set().union(*(balance[names[row]] for row in split_rows(len(names), VALIDATION, seed)[1]))
         if held == every:
@@ -233,11 +265,13 @@ def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
 def inspect_folder(args: argparse.Namespace) -> Findings:
     """Read everything, write the files, and return what to print."""
     found = Findings()
-    samples = folder_splits(args.folder, args.channel_files)["train"]
+    splits = folder_splits(args.folder, args.channel_files)
+    taken = pick_splits(splits, args.folder)
+    samples, masks = pooled(taken), {}
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     kinds = survey_images(samples)
-    choose_pretraining(samples, describe_images(samples, kinds, found), found)
+    choose_pretraining(training_share(taken), describe_images(samples, kinds, found), found)
     data = {"train_dir": args.folder, "channel_files": args.channel_files}
     write_recipe(output / "pretrain.yaml", "industrial.yaml", data | found.pretraining)
     commands = [f"hf-dbp pretrain --config {shlex.quote(str(output / 'pretrain.yaml'))}",
@@ -246,13 +280,13 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
         inside = Path(args.folder).resolve() in Path(args.masks).resolve().parents
         if inside:
             raise ValueError(f"{args.masks} lies in {args.folder}, all of whose pictures are images; move it out")
-        describe_masks(args, samples, kinds, found)
+        masks = describe_masks(args, splits, kinds, found)
         if found.finetuning:
             flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
             write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)
             commands.append(f"hf-dbp finetune --config {shlex.quote(str(output / 'finetune.yaml'))}")
     readable = {name: files for name, files in samples.items() if not kinds[name].error}
-    write_contact_sheet(output / "contact_sheet.png", readable, args, found.finetuning.get("palette"))
+    write_contact_sheet(output / "contact_sheet.png", readable, masks, found.finetuning.get("palette"))
     found.lines += ["", *(f"PROBLEM    {problem}" for problem in found.problems)]
     found.lines += [f"written    contact_sheet.png and the recipes, in {output}", "next       " + commands[0]]
     found.lines += [" " * 11 + command for command in commands[1:]]

@@ -41,7 +41,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["RunRecord", "arguments_record", "hardware", "source_commit", "versions", "without_secrets", "write_json"]
+__all__ = [
+    "RunRecord",
+    "arguments_record",
+    "hardware",
+    "read_arguments",
+    "source_commit",
+    "versions",
+    "without_secrets",
+    "write_json",
+]
 
 SCHEMA = 1
 PACKAGES = (
@@ -161,6 +170,18 @@ def arguments_record(*arguments: Any) -> dict[str, Any]:
         fields = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
         record |= {key: value for key, value in fields.items() if key not in SECRETS}
     return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
+
+
+def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`arguments` and `resumed_with` of a JSON file that holds them. ValueError if it does not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        arguments, resumed_with = content["arguments"], content["resumed_with"]
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the arguments of a run: {error!r}") from error
+    if not (isinstance(arguments, dict) and isinstance(resumed_with, dict)):
+        raise ValueError(f"{path} does not hold the arguments of a run: expected two mappings")
+    return arguments, resumed_with
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

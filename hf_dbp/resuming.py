@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,10 +28,29 @@ from hf_dbp.guards import GuardedTrainer
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.optimizers import checked_schedule
 from hf_dbp.records import RunRecord
-from hf_dbp.saving import UNFINISHED, clear, disk_errors, fault, last_checkpoint, move_files, publish, rotate
+from hf_dbp.saving import (
+    UNFINISHED,
+    checkpoint_step,
+    clear,
+    disk_errors,
+    fault,
+    last_checkpoint,
+    move_files,
+    publish,
+    rotate,
+)
 from hf_dbp.stopping import StopOnSignal, Stopped, worker_start
 
-__all__ = ["SHAPING", "ResumingTrainer", "changed_arguments", "find_checkpoint", "restore_weights", "use_one_gpu"]
+__all__ = [
+    "SHAPING",
+    "ResumingTrainer",
+    "changed_arguments",
+    "compared_arguments",
+    "find_checkpoint",
+    "noted_changes",
+    "restore_weights",
+    "use_one_gpu",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +96,21 @@ def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dic
     for flag in ("model_name_or_path", *(["decorrelated_layers"] if before.method == "dbp" else [])):
         new = now.arguments.get(flag)
         fixed[flag] = (before.arguments.get(flag, new), new)
+    return compared_arguments(before.arguments, now.arguments, fixed, SHAPING, checkpoint)
+
+
+def compared_arguments(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    fixed: Mapping[str, tuple[Any, Any]],
+    shaping: Sequence[str],
+    checkpoint: str,
+) -> dict[str, list[Any]]:
+    """The arguments of these names in both records that differ: {name: [old, new]}.
+
+    Raises:
+        ValueError: one of the ``fixed`` differs, given as flag -> (old, new).
+    """
     for flag, (old, new) in fixed.items():
         if old != new:
             remedy = f"leave --{flag} out" if old is None else f"give --{flag} {old}"
@@ -84,9 +118,20 @@ def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dic
                 f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, {remedy}; to begin anew, another "
                 "--output_dir"
             )
-    known = [name for name in SHAPING if name in before.arguments and name in now.arguments]
-    pairs = {name: (before.arguments[name], now.arguments[name]) for name in known}
+    pairs = {name: (before[name], now[name]) for name in shaping if name in before and name in now}
     return {name: [old, new] for name, (old, new) in pairs.items() if old != new}
+
+
+def noted_changes(
+    changed: Mapping[str, list[Any]], earlier: Mapping[str, Any], checkpoint: str, *, tell: bool
+) -> dict[str, Any]:
+    """`resumed_with` of a run that goes on from a checkpoint with other arguments: ``earlier`` changes and these."""
+    if not changed:
+        return {**earlier}
+    if tell:
+        told = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in changed.items())
+        logger.warning("%s goes on with other settings: %s", checkpoint, told)
+    return {**earlier, str(checkpoint_step(Path(checkpoint))): changed}
 
 
 def restore_weights(model: nn.Module, folder: str) -> None:

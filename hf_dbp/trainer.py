@@ -30,8 +30,7 @@ from hf_dbp.guards import NonFiniteError
 from hf_dbp.measurement import Meter, StepTimer, TrainingClock
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
-from hf_dbp.resuming import ResumingTrainer, changed_arguments
-from hf_dbp.saving import checkpoint_step
+from hf_dbp.resuming import ResumingTrainer, changed_arguments, noted_changes
 from hf_dbp.stopping import worker_start
 
 __all__ = ["RECORD", "MAETrainer"]
@@ -170,11 +169,8 @@ class MAETrainer(ResumingTrainer):
                 adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
             self.record.rows, self.record.results = before.rows, before.results
             if changed:
-                step = str(checkpoint_step(Path(resume_from_checkpoint)))
-                self.record.results["resumed_with"] = before.results.get("resumed_with", {}) | {step: changed}
-                if self.is_world_process_zero():
-                    told = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in changed.items())
-                    logger.warning("%s goes on with other settings: %s", resume_from_checkpoint, told)
+                earlier, tell = before.results.get("resumed_with", {}), self.is_world_process_zero()
+                self.record.results["resumed_with"] = noted_changes(changed, earlier, resume_from_checkpoint, tell=tell)
             if self.decorrelation is not None:
                 self.decorrelation.shares.preset(before.results.get("guards", {}))
         spent = self.record.results

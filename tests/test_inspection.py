@@ -74,8 +74,8 @@ def test_corrupt_files_and_copies(capsys, caplog):
     Path("images/2.tif").write_bytes(Path("images/2.tif").read_bytes()[:900])
     Path("images/copy.tif").write_bytes(Path("images/0.tif").read_bytes())
     out = report(capsys)
-    assert "1 of 7 images cannot be read and will be left out of pre-training, e.g. images/2.tif: " in out
-    assert "repair them or move them away" in out
+    assert "1 of 7 images cannot be read and will be left out of training, e.g. images/2.tif: " in out
+    assert "repair them or move them away" in out and "refuse" not in out  # fine-tuning skips and counts them
     assert "1 files are copies of others, e.g. images/0.tif = images/copy.tif" in out
     data = labelled(train_val_split=0.2)
     with pytest.raises(ValueError, match=r"images/2\.tif"):
@@ -157,7 +157,9 @@ def test_a_class_missing_in_validation(capsys, caplog):
 def test_masks_smaller_than_images(capsys):
     write(mask_size=(16, 20))
     out = report(capsys, "--masks", "masks")
-    assert "6 masks are of another size than their images, e.g. 0: 16 x 20 for 32 x 40; make them again" in out
+    assert (
+        "6 masks are of another size than their images, e.g. 0: 16 x 20 for 32 x 40; such pairs will be left out" in out
+    )
     with pytest.raises(ValueError, match=r"masks/.*has 16 x 20 pixels .* the image 32 x 40; .*scale it without"):
         labelled()
 
@@ -203,3 +205,51 @@ def test_mistakes_end_in_one_line(flags, message, capsys):
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def in_splits(count=8):
+    """The images and masks of `write`, the last two moved to folders ``validation``, the others to ``train``."""
+    write(count)
+    for folder in ("images", "masks"):
+        for file in sorted(Path(folder).iterdir()):
+            split = "validation" if int(file.stem) >= count - 2 else "train"
+            Path(folder, split).mkdir(exist_ok=True)
+            file.rename(Path(folder, split, file.name))
+
+
+def seen(images):
+    return {images[index][0].tobytes() for index in range(len(images))}
+
+
+def test_folders_train_and_validation_are_the_splits(capsys):
+    """As in pre-training: what is to be validated on is not trained on."""
+    in_splits()
+    train, validation = labelled()
+    assert [len(train), len(validation)] == [6, 2]
+    stored = {np.moveaxis(tifffile.imread(f"images/validation/{n}.tif"), 0, 2).tobytes() for n in (6, 7)}
+    assert seen(validation) == stored and not seen(train) & stored
+    out = report(capsys, "--masks", "masks")
+    assert "images     8 in 8 files" in out and "masks      8; 0 images have none" in out
+    assert "PROBLEM" not in out
+    recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert (recipe["train_mask_dir"], recipe["per_device_train_batch_size"]) == ("masks", "3")
+
+
+def test_splits_without_masks_or_without_a_class(capsys, caplog):
+    in_splits()
+    for number in (6, 7):
+        cv2.imwrite(f"masks/validation/{number}.png", np.zeros((32, 40), np.uint8) + number % 2)
+    assert "class 2 is in no mask of the validation folder" in report(capsys, "--masks", "masks")
+    for number in (6, 7):
+        Path(f"masks/validation/{number}.png").unlink()
+    Path("masks/validation").rmdir()
+    train, validation = labelled()
+    assert [len(train), len(validation)] == [5, 1]  # set aside from those of `train`
+    assert "0 of 2 images in images (validation) have a mask" in caplog.text
+    assert "masks      6; 2 images have none and only pre-train" in report(capsys, "--masks", "masks")
+    Path("masks/test").mkdir()
+    Path("masks/train/0.png").rename("masks/test/0.png")
+    message = "masks has the folders train, test, images has train, validation: give both the same"
+    with pytest.raises(ValueError, match=message):
+        labelled()
+    assert message in report(capsys, "--masks", "masks")

@@ -56,8 +56,8 @@ def step_images(args: TrainingArguments) -> int:
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
-def make_sampler(images: ImageList, args: TrainingArguments) -> EpochSampler:
-    """The order of the training images for these processes and workers."""
+def make_sampler(images: Any, args: TrainingArguments) -> EpochSampler:
+    """The order of the training images (`ImageList` or `LabelledImages`) for these processes and workers."""
     blocks = getattr(images.samples, "blocks", None)
     return EpochSampler(
         len(images),

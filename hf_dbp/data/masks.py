@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,27 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from hf_dbp.data.folders import Samples, file_table, list_samples
+from hf_dbp.data.folders import Samples, file_table, folder_splits
+from hf_dbp.data.sources import pick_splits
 from hf_dbp.recipes import safe_yaml
 
 __all__ = [
     "BINARY",
     "IGNORE",
+    "Pairs",
     "Palette",
     "colour_names",
     "index_mask",
     "pair_folders",
     "pair_names",
+    "pair_splits",
     "rgb_codes",
 ]
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
+Pairs = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]  # name -> the files of the image and of the mask
 BINARY = "binary"
 IGNORE = "ignore"
 
@@ -159,27 +164,50 @@ def index_mask(mask: Any) -> Array:
 
 def pair_folders(
     image_dir: str, mask_dir: str, mask_suffix: str = "", channel_files: list[str] | None = None
-) -> datasets.Dataset:
-    """The images that have a mask, paired by path without suffix, as a table of `image` and `annotation`.
+) -> dict[str, datasets.Dataset]:
+    """The images that have a mask, paired by path without suffix, as tables of `image` and `annotation`.
 
     Args:
         image_dir, mask_dir: folders; images without a mask are unlabelled and left out.
         mask_suffix: what the names of masks end in beyond those of their images, e.g. ``_mask``.
         channel_files: as in `list_samples`.
 
+    Returns:
+        ``train`` and, where both folders hold such subfolders, ``validation``.
+
     Raises:
         ValueError: a mask without an image.
     """
-    images, masks = list_samples(image_dir, channel_files), list_samples(mask_dir)
-    pairs = pair_names(image_dir, images, mask_dir, masks, mask_suffix)
-    if len(pairs) < len(images):
-        logger.warning("%d of %d images in %s have a mask; the others are left out", len(pairs), len(images), image_dir)
-    return file_table(dict(zip(("image", "annotation"), zip(*pairs.values(), strict=True), strict=True)))
+    images, tables = folder_splits(image_dir, channel_files), {}
+    for split, pairs in pair_splits(image_dir, images, mask_dir, folder_splits(mask_dir), mask_suffix).items():
+        count, name = len(pick_splits(images, image_dir)[split]), f"{image_dir} ({split})"
+        if len(pairs) < count:
+            logger.warning("%d of %d images in %s have a mask; the others are left out", len(pairs), count, name)
+        if pairs:
+            columns = dict(zip(("image", "annotation"), zip(*pairs.values(), strict=True), strict=True))
+            tables[split] = file_table(columns)
+    return tables
 
 
-def pair_names(
-    image_dir: str, images: Samples, mask_dir: str, masks: Samples, mask_suffix: str
-) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+def pair_splits(
+    image_dir: str, images: Mapping[str, Samples], mask_dir: str, masks: Mapping[str, Samples], mask_suffix: str
+) -> dict[str, Pairs]:
+    """`pair_names` in each split that training takes, ``train`` and maybe ``validation``; `folder_splits` found them.
+
+    ValueError also for masks of a split that the images do not have.
+    """
+    if masks.keys() - images.keys():
+        there = f"has {', '.join(images)}" if len(images) > 1 else "has none of them"
+        raise ValueError(f"{mask_dir} has the folders {', '.join(masks)}, {image_dir} {there}: give both the same")
+    found = {}
+    for split, samples in images.items():
+        image_name = f"{image_dir}/{split}" if len(images) > 1 else image_dir
+        mask_name = f"{mask_dir}/{split}" if len(masks) > 1 else mask_dir
+        found[split] = pair_names(image_name, samples, mask_name, masks.get(split, {}), mask_suffix)
+    return pick_splits(found, image_dir)
+
+
+def pair_names(image_dir: str, images: Samples, mask_dir: str, masks: Samples, mask_suffix: str) -> Pairs:
     """The files of image and mask by name, in order; arguments and errors as of `pair_folders`."""
     masks = {name.removesuffix(mask_suffix): files for name, files in masks.items()}
     lost = sorted(masks.keys() - images.keys())

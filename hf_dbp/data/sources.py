@@ -26,9 +26,11 @@ __all__ = [
     "BUILT_IN",
     "IMAGE_FILES",
     "ImageSource",
+    "any_split",
     "encoded_splits",
     "find_column",
     "from_hub",
+    "pick_splits",
     "read_splits",
     "streamed_splits",
 ]

@@ -29,6 +29,7 @@ from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, Unreadab
 from hf_dbp.data.images import BUILT_IN, ImageSource, find_column, read_splits, shared_keys
 from hf_dbp.data.masks import Palette, index_mask, pair_folders
 from hf_dbp.data.shards import in_threads
+from hf_dbp.data.sources import any_split
 from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
 from hf_dbp.segmentation.transforms import Augmentation
@@ -46,7 +47,7 @@ class SegmentationSource(ImageSource):
     """Which labelled images to load; the flags of `ImageSource` and these.
 
     Args:
-        train_mask_dir: folder of masks for the images of `train_dir`, paired by relative path without the suffix.
+        train_mask_dir: folder of masks for the images of `train_dir`, paired as `hf_dbp.data.masks.pair_folders` does.
         validation_mask_dir: the same for `validation_dir`.
         mask_suffix: what the names of masks end in beyond those of their images.
         palette: palette file of colour masks, or ``binary`` for masks of 0 and 255; see `hf_dbp.data.masks`.
@@ -340,7 +341,7 @@ def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool
         mask_HW = images.mask(index)
     except UnreadableImageError:
         return np.zeros(ids, np.bool_)
-    return np.bincount(mask_HW.reshape(-1), minlength=ids)[:ids] > 0
+    return np.bincount(mask_HW[mask_HW >= 0], minlength=ids)[:ids] > 0  # an ignore_index may be negative
 
 
 def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
@@ -391,9 +392,8 @@ def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> d
 
 
 def _paired_folders(source: SegmentationSource) -> dict[str, datasets.Dataset]:
-    suffix, channels = source.mask_suffix, source.channel_files
-    splits = {"train": pair_folders(str(source.train_dir), str(source.train_mask_dir), suffix, channels)}
+    how = source.mask_suffix, source.channel_files
+    splits = pair_folders(str(source.train_dir), str(source.train_mask_dir), *how)
     if source.validation_dir is not None:
-        masks = str(source.validation_mask_dir)
-        splits["validation"] = pair_folders(source.validation_dir, masks, suffix, channels)
+        splits["validation"] = any_split(pair_folders(source.validation_dir, str(source.validation_mask_dir), *how))
     return splits

@@ -4,6 +4,7 @@ The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer
 `eval.json`, pictures, card, and the Hub if asked for. What is wrong with flags or data fails before training starts.
 """
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import transformers
 from transformers import (
     BeitImageProcessorPil,
@@ -22,29 +22,33 @@ from transformers import (
     set_seed,
 )
 
+from hf_dbp.checkpoints import model_folder
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import feed_fast, unreadable_images, user_message
+from hf_dbp.data.feeding import feed_fast, user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
 from hf_dbp.guards import NonFiniteError
 from hf_dbp.model_card import write_card
 from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
-from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
+from hf_dbp.records import arguments_record, write_json
 from hf_dbp.resuming import find_checkpoint
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.segmentation.figures import plot_predictions
 from hf_dbp.segmentation.inference import WholeImages
 from hf_dbp.segmentation.trainer import SegmentationTrainer
 from hf_dbp.segmentation.transforms import Augmentation
-from hf_dbp.segmentation.upernet import build_upernet, load_vit
-from hf_dbp.untrusted import read_statistics
+from hf_dbp.segmentation.upernet import build_upernet, load_upernet, load_vit
+from hf_dbp.untrusted import read_config, read_statistics
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
 
 logger = logging.getLogger(__name__)
+
+EVAL_RESULTS = "eval_results.json"
 
 
 @dataclass
@@ -181,6 +185,14 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
             self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
 
 
+def check_channels(taken: int, there: int | None) -> None:
+    if taken != there:
+        raise ValueError(
+            f"the ViT takes {taken} channels, the images have {there}: "
+            "pre-train on such images, or convert them with --num_channels"
+        )
+
+
 def build_model(
     model_args: ModelArguments, data_args: DataArguments, names: dict[int, str], num_channels: int
 ) -> UperNetForSemanticSegmentation:
@@ -193,11 +205,7 @@ def build_model(
         shape = {name: value for name, value in SIZES[str(model_args.model_size)].items() if "decoder" not in name}
         sizes = {"image_size": data_args.crop_size, "patch_size": model_args.patch_size}
         vit = ViTModel(ViTConfig(**shape, **sizes, num_channels=num_channels), add_pooling_layer=False)
-    if vit.config.num_channels != num_channels:
-        raise ValueError(
-            f"the ViT takes {vit.config.num_channels} channels, the images have {num_channels}: "
-            "pre-train on such images, or convert them with --num_channels"
-        )
+    check_channels(vit.config.num_channels, num_channels)
     return build_upernet(
         vit,
         names,
@@ -239,8 +247,53 @@ def image_processor(data: WholeImages) -> BeitImageProcessorPil:
     return BeitImageProcessorPil(do_center_crop=False, **scaling, **statistics)
 
 
+def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> ModelArguments:
+    """With --do_eval alone: the UperNet of --model_name_or_path, else (that is an encoder) of the run in output_dir.
+
+    Raises:
+        ValueError: neither is there, or a push is asked for.
+    """
+    if args.push_to_hub:
+        raise ValueError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
+    named = model_args.model_name_or_path
+    if named is not None and read_config(named, **model_args.hub_options)["model_type"] == "upernet":
+        return model_args
+    try:
+        folder = str(model_folder(args.output_dir))
+    except ValueError as error:
+        raise ValueError(
+            f"no UperNet to evaluate: {error}; train one with --do_train, or name one by --model_name_or_path"
+        ) from error
+    return dataclasses.replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
+
+
+def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
+    """Evaluate a trained UperNet; returns what is also written to `eval_results.json`, and to nothing else."""
+    model_args = model_to_evaluate(model_args, args)
+    model_source, source = str(model_args.model_name_or_path), data_args.source(model_args.cache_dir, model_args.token)
+    train_images, images = load_labelled_images(source)
+    hub = model_args.hub_options
+    model = load_upernet(model_source, source.class_names(), ignore_index=data_args.ignore_index, **hub)
+    check_channels(model.config.backbone_config.num_channels, images.num_channels)
+    data = WholeImages(images, data_args.scaled_long_edge, *pixel_statistics(model_args, train_images))
+    trainer = SegmentationTrainer(model=model, args=args, crop_size=data_args.crop_size, eval_dataset=data)
+    results = trainer.evaluate() | {"per_class": per_class(trainer), "model": model_source}
+    if args.should_save:
+        file = Path(args.output_dir) / EVAL_RESULTS
+        write_json(file, results)
+        print(f"mean IoU {results['eval_mean_iou']:.4f} of {model_source}; written to {file}")
+    return results
+
+
 def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
-    """Fine-tune, evaluate, save; returns what is also written to `output_dir/eval.json`."""
+    """Fine-tune, evaluate, save; returns what is also written to `output_dir/eval.json`.
+
+    Without ``do_train`` a trained UperNet is evaluated, and nothing but `eval_results.json` written.
+    """
+    if not (args.do_train or args.do_eval):
+        raise ValueError("nothing to do: give --do_train, --do_eval or both")
+    if not args.do_train:
+        return evaluate_alone(model_args, data_args, args)
     source = data_args.source(model_args.cache_dir, model_args.token)
     train_images, eval_images = load_labelled_images(source)
     set_seed(args.seed)
@@ -248,98 +301,38 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     mean, std = pixel_statistics(model_args, train_images)
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
-    destination = claim_push(args, model_args.token)
+    destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
     trainer = SegmentationTrainer(
         model=model,
         args=args,
         crop_size=data_args.crop_size,
         layer_decay=args.layer_decay,
+        arguments=arguments,
         max_skipped_steps=args.max_skipped_steps,
         train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed),
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data),
     )
-    if args.do_train:
-        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
     metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
     trainer.save_model()
-    record = evaluation_record(trainer, metrics, source)
-    record["arguments"] = arguments_record(model_args, data_args, args)
+    record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
+    if trainer.resumed_with:
+        record["resumed_with"] = trainer.resumed_with
     if args.should_save:
         folder = Path(args.output_dir)
         trainer.save_state()
         write_json(folder / "eval.json", record)
         best = trainer.accelerator.unwrap_model(trainer.model).eval()
         plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
-        plot_curves(record["evaluations"], folder / "curves.png", loss="cross-entropy")
+        if history:
+            plot_curves(history, folder / "curves.png", loss="cross-entropy")
         write_card(folder, None if destination is None else destination.repo_id)
         print(summary(record, folder))
         if destination is not None:
             print(f"pushed: {destination.push(folder)}")
     return record
-
-
-def evaluation_record(
-    trainer: SegmentationTrainer, metrics: dict[str, float], source: SegmentationSource
-) -> dict[str, Any]:
-    """The content of `eval.json`.
-
-    Scores are shares in [0, 1]; `per_class` has null where a class occurs neither in the labels nor in the predictions;
-    `majority_class_mean_iou` is what predicting the commonest class everywhere would score; `evaluations` has a row
-    per evaluation during training.
-    """
-    assert trainer.scores is not None
-    scores, pixels_K = trainer.scores, trainer.confusion_KK.sum(axis=1)
-    names = trainer.model.config.id2label
-    per_class = {
-        names[k]: {
-            "iou": _number(scores["per_category_iou"][k]),
-            "accuracy": _number(scores["per_category_accuracy"][k]),
-            "pixels": int(pixels_K[k]),
-        }
-        for k in range(len(names))
-    }
-    history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
-    return {
-        "schema": 1,
-        "task": "segmentation",
-        "mean_iou": scores["mean_iou"],
-        "mean_accuracy": scores["mean_accuracy"],
-        "overall_accuracy": scores["overall_accuracy"],
-        "loss": metrics["eval_loss"],
-        "majority_class_mean_iou": float(pixels_K.max() / pixels_K.sum() / np.count_nonzero(pixels_K)),
-        "per_class": per_class,
-        "data": {
-            "source": source.name,
-            "train_images": len(trainer.train_dataset),
-            "validation_images": len(trainer.eval_dataset),
-            "validation_pixels": int(pixels_K.sum()),
-            "unreadable": unreadable_images({}, trainer.train_dataset.images, trainer.eval_dataset.images),
-        },
-        "best_checkpoint": trainer.state.best_model_checkpoint,
-        "evaluations": history,
-        "guards": trainer.skipped_steps(),
-        "seed": trainer.args.seed,
-        "commit": source_commit(),
-        "versions": versions(),
-        "hardware": hardware() | {"processes": trainer.args.world_size},
-    }
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def summary(record: dict[str, Any], folder: Path) -> str:
-    """What came out and where it lies, for the end of a run."""
-    rows = [f"\nUperNet on {record['data']['source']}: {folder}"]
-    rows.append(f"  mean IoU {record['mean_iou']:.4f} (commonest class everywhere: "
-                f"{record['majority_class_mean_iou']:.4f}), loss {record['loss']:.4f}")  # fmt: skip
-    for name, scores in record["per_class"].items():
-        iou = "absent" if scores["iou"] is None else f"{scores['iou']:.4f}"
-        rows.append(f"    {name:<20} IoU {iou}")
-    rows.append("  model (best), image processor, card, eval.json, curves.png and predictions.png are in that folder")
-    return "\n".join(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

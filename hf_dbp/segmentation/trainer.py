@@ -7,10 +7,14 @@ It adds what the stock Trainer gets wrong or lacks here:
 - crops are drawn by `EpochSampler`: they follow from (seed, epoch, image);
 - layer-wise learning-rate decay;
 - evaluation over whole images at label resolution, every image once whatever the number of processes;
+- the run's arguments in every checkpoint: with another encoder, data, crop, seed or optimizer no run goes on from it,
+  other changes are told;
 - saving, stopping and resuming, which pre-training shares (`ResumingTrainer`).
 """
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +23,27 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-from hf_dbp.data.feeding import step_images
-from hf_dbp.data.order import EpochSampler
-from hf_dbp.resuming import ResumingTrainer
+from hf_dbp.data.feeding import make_sampler, step_images
+from hf_dbp.records import read_arguments, write_json
+from hf_dbp.resuming import SHAPING, ResumingTrainer, compared_arguments, noted_changes
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
 from hf_dbp.stopping import worker_start
 
 __all__ = ["SegmentationTrainer"]
+
+ARGUMENTS = "arguments.json"
+FIXED = (
+    "model_name_or_path", "model_revision", "model_size", "from_scratch", "dataset_name", "dataset_config_name",
+    "train_dir", "train_mask_dir", "validation_dir", "validation_mask_dir", "mask_suffix", "palette", "channel_files",
+    "image_column_name", "annotation_column_name", "num_labels", "id2label", "ignore_index", "reduce_labels",
+    "train_fraction", "max_train_samples", "max_eval_samples", "train_val_split", "subset_seed", "num_channels",
+    "built_in_size", "crop_size", "seed",
+    # the optimizer's state brings back the old ones, so that a new value would have no effect
+    "optim", "learning_rate", "layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+)  # fmt: skip
+SHAPING_TOO = ("long_edge", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 class SegmentationTrainer(ResumingTrainer):
@@ -36,7 +52,9 @@ class SegmentationTrainer(ResumingTrainer):
     Args:
         crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
         layer_decay: as in `parameter_groups`.
-        kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops`, `eval_dataset` a `WholeImages`.
+        arguments: what the run was given, by name, to be kept in its checkpoints and compared on resume.
+        kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops` (None to evaluate
+            alone), `eval_dataset` a `WholeImages`.
 
     Raises:
         ValueError: sizes that cannot be trained on.
@@ -45,36 +63,72 @@ class SegmentationTrainer(ResumingTrainer):
     optimizer: torch.optim.Optimizer | None
     control: Any
 
-    def __init__(self, *, crop_size: int, layer_decay: float = 1.0, **kwargs: Any) -> None:
-        self.crop_size, self.layer_decay = crop_size, layer_decay
+    def __init__(
+        self, *, crop_size: int, layer_decay: float = 1.0, arguments: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.crop_size, self.layer_decay, self.arguments = crop_size, layer_decay, arguments or {}
+        self.resumed_with: dict[str, Any] = {}
         model: UperNetForSemanticSegmentation = kwargs["model"]
         args = kwargs["args"]
         synchronize_batch_norm(model, args.world_size, args.device)
         model.accepts_loss_kwargs = False
         model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
         super().__init__(**kwargs)
-        self._check(model)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        self.use_sampler(EpochSampler(len(self.train_dataset), seed, step_images=step_images(args)))
+        patch = model.config.backbone_config.patch_size
+        if crop_size % patch:
+            raise ValueError(f"crop_size {crop_size} is no multiple of the patch size {patch}")
+        if self.train_dataset is not None:
+            self._check_batches(model)
+            self.use_sampler(make_sampler(self.train_dataset.images, args))
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
 
-    def _check(self, model: UperNetForSemanticSegmentation) -> None:
-        patch = model.config.backbone_config.patch_size
-        if self.crop_size % patch:
-            raise ValueError(f"crop_size {self.crop_size} is no multiple of the patch size {patch}")
+    def _check_batches(self, model: UperNetForSemanticSegmentation) -> None:
         synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if self.args.per_device_train_batch_size == 1 and not synchronized:
             raise ValueError(
                 "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
                 "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
             )
-        step = step_images(self.args)
-        if len(self.train_dataset) < step:
+        images, batch, step = len(self.train_dataset), self.args.train_batch_size, step_images(self.args)
+        if self.args.dataloader_drop_last and images < step:
             raise ValueError(
-                f"{len(self.train_dataset)} training images do not fill one step of {step}; "
+                f"{images} training images do not fill one step of {step}; "
                 "lower --per_device_train_batch_size or --gradient_accumulation_steps"
             )
+        alone = images % batch == 1 and self.args.world_size == 1  # several processes fill their last batches
+        if not self.args.dataloader_drop_last and alone:
+            raise ValueError(
+                f"{images} training images in batches of {batch} leave one image alone, which UperNet cannot "
+                "normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
+            )
+
+    # ---- arguments in checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        checkpoint = self.named_checkpoint(resume_from_checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
+            self._compare(checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _compare(self, checkpoint: str) -> None:
+        """Take over what the checkpoint says of earlier changes, and add those of now.
+
+        Raises:
+            ValueError: an argument of `FIXED` differs: the checkpoint is of another model, not of this one begun.
+        """
+        before, self.resumed_with = read_arguments(Path(checkpoint) / ARGUMENTS)
+        known = [name for name in FIXED if name in before and name in self.arguments]
+        fixed = {name: (before[name], self.arguments[name]) for name in known}
+        changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *SHAPING_TOO), checkpoint)
+        tell = self.is_world_process_zero()
+        self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        super()._write_model(folder, state_dict)
+        if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
+            content = {"arguments": self.arguments, "resumed_with": self.resumed_with}
+            write_json(folder / ARGUMENTS, content)
 
     # ---- data and optimizer ----
 

@@ -14,15 +14,17 @@ relative position biases and LayerScale in fine-tuning, which this does not.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
 
-from hf_dbp.untrusted import load_model, read_config
+from hf_dbp.configuration_dbp_vit_mae import check_fields
+from hf_dbp.untrusted import check_memory, known_fields, load_model, load_weights, read_config
 
-__all__ = ["build_upernet", "load_vit", "parameter_groups", "synchronize_batch_norm"]
+__all__ = ["build_upernet", "load_upernet", "load_vit", "parameter_groups", "synchronize_batch_norm"]
 
 
 def load_vit(source: str, **hub_options: Any) -> ViTModel:
@@ -59,6 +61,54 @@ def build_upernet(
     Raises:
         ValueError: too few layers or classes, class ids with gaps, or an ignored class.
     """
+    config = _upernet_config(vit.config, id2label, ignore_index, hidden_size, auxiliary_channels)
+    model = UperNetForSemanticSegmentation(config)
+    model.backbone.beit.load_state_dict(_beit_state(vit))
+    return model
+
+
+def load_upernet(
+    source: str, id2label: Mapping[int, str], *, ignore_index: int = 255, **hub_options: Any
+) -> UperNetForSemanticSegmentation:
+    """Load a UperNet that `build_upernet` made, trained, from a folder or Hub id; of its config.json sizes alone.
+
+    Args:
+        source: folder or Hub id.
+        id2label: class names of the labels it is to be used with.
+        ignore_index: as in `build_upernet`.
+        hub_options: revision, cache_dir, token.
+
+    Raises:
+        ValueError: no such UperNet, other classes, or `hf_dbp.untrusted` refuses it.
+    """
+    content = read_config(source, **hub_options)
+    backbone, names, name = content.get("backbone_config"), content.get("id2label"), str(Path(source) / "config.json")
+    hidden, auxiliary = (_width(content.get(key)) for key in ("hidden_size", "auxiliary_channels"))
+    ours = content["model_type"] == "upernet" and hidden and auxiliary
+    if not ours or not isinstance(backbone, dict) or backbone.get("model_type") != "beit":
+        raise ValueError(f"{name} is not that of a UperNet over a ViT, as `hf-dbp finetune` writes it")
+    if names != {str(number): label for number, label in id2label.items()}:
+        raise ValueError(
+            f"{name} has the classes {names!r:.200}, the labels {dict(id2label)}: give those of its training"
+        )
+    check_fields(backbone, name)
+    fields = known_fields(backbone, ViTConfig)
+    check_memory(fields, name)
+    config = _upernet_config(ViTConfig(**fields), id2label, ignore_index, hidden, auxiliary)
+    model, missing = load_weights(UperNetForSemanticSegmentation, source, config=config, **hub_options)
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    return model
+
+
+def _width(value: Any) -> int:
+    """The width of a head; 0 for what is none."""
+    return value if type(value) is int and 0 < value <= 32768 else 0
+
+
+def _upernet_config(
+    vit: ViTConfig, id2label: Mapping[int, str], ignore_index: int, hidden_size: int, auxiliary_channels: int
+) -> UperNetConfig:
     classes = len(id2label)
     if classes < 2 or sorted(id2label) != list(range(classes)):
         raise ValueError(f"class ids are {sorted(id2label)}: give 0..K-1 without gaps, at least two")
@@ -66,17 +116,14 @@ def build_upernet(
         raise ValueError(
             f"ignore_index {ignore_index} is the class {id2label[ignore_index]!r}: choose another, e.g. 255"
         )
-    config = UperNetConfig(
-        backbone_config=_beit_config(vit.config),
+    return UperNetConfig(
+        backbone_config=_beit_config(vit),
         id2label=dict(id2label),
         label2id={name: number for number, name in id2label.items()},
         loss_ignore_index=ignore_index,
         hidden_size=hidden_size,
         auxiliary_channels=auxiliary_channels,
     )
-    model = UperNetForSemanticSegmentation(config)
-    model.backbone.beit.load_state_dict(_beit_state(vit))
-    return model
 
 
 def _beit_config(vit: ViTConfig) -> BeitConfig:

@@ -102,6 +102,14 @@ def test_label_reduction_moves_ids_down_and_ignores_zero():
     assert reduced.tolist() == [[255, 0, 1], [2, 255, 0]]
 
 
+def test_an_ignored_id_may_be_negative(tmp_path):
+    """PyTorch's own -100, which no mask can hold but label reduction gives to 0."""
+    flags = write_folders(tmp_path) | {"num_labels": 2, "ignore_index": -100, "reduce_labels": True}
+    train, _ = load_labelled_images(SegmentationSource(**flags))
+    ids = {tuple(np.unique(train[index][1])) for index in range(len(train))}
+    assert ids == {(-100, 0, 1)}
+
+
 @pytest.mark.parametrize(
     ("mask", "options", "message"),
     [

@@ -1,8 +1,10 @@
 """From flags to a folder that stock transformers loads and that predicts what evaluation scored."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
     assert saved == json.loads(json.dumps(record))
     assert list(saved["per_class"]) == ["background", "wire", "ball", "wedge", "epoxy"]
     assert saved["mean_iou"] == max(row["eval_mean_iou"] for row in saved["evaluations"])
-    assert len(saved["evaluations"]) == 3  # steps 2 and 4, and the best one once more
+    assert [row["step"] for row in saved["evaluations"]] == [2, 4]  # without that of the best one at the end
     assert saved["data"] == {
         "source": "wire_bonding",
         "train_images": 8,
@@ -121,6 +123,39 @@ def test_stopped_and_started_again_it_continues(encoder, tmp_path):
     assert curves[0] == curves[1]
 
 
+def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, capsys, caplog):
+    """A checkpoint is no start for another model, and what else was changed is told and recorded."""
+    flags = [*FLAGS, *encoder, "--output_dir", str(tmp_path / "run")]
+    main([*flags, "--max_steps", "2"])
+    before = contents(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(tmp_path / "vit", tmp_path / "other")
+    for changed, message in (
+        (["--model_name_or_path", str(tmp_path / "other")], f"--model_name_or_path {tmp_path / 'vit'}, not "),
+        (["--from_scratch"], "--from_scratch False, not True"),
+        (["--max_train_samples", "7"], "--max_train_samples 8, not 7: to go on, give --max_train_samples 8"),
+        (["--crop_size", "40"], "--crop_size 32, not 40"),
+        (["--seed", "1"], "--seed 42, not 1"),
+        (["--learning_rate", "2e-3"], "--learning_rate 0.001, not 0.002"),
+        (["--layer_decay", "0.9"], "--layer_decay 1.0, not 0.9"),
+        (["--num_channels", "2"], "--num_channels None, not 2: to go on, leave --num_channels out; to begin anew"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*flags, *changed])
+        assert f"error: {checkpoint} was trained with {message}" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert contents(tmp_path / "run") == before
+    for _ in range(2):  # as it goes on, and once it is finished
+        record = main([*flags, "--max_grad_norm", "0.5"])
+        assert record["resumed_with"] == {"2": {"max_steps": [2, 4], "max_grad_norm": [1.0, 0.5]}}
+    assert caplog.text.count("goes on with other settings") == 1
+    assert f"{checkpoint} goes on with other settings: --max_steps 2 -> 4, --max_grad_norm 1.0 -> 0.5" in caplog.text
+    kept = tmp_path / "run" / "checkpoint-4" / "arguments.json"
+    kept.write_text("[1]".ljust(kept.stat().st_size))
+    with pytest.raises(SystemExit):
+        main(flags)
+    assert "arguments.json does not hold the arguments of a run" in capsys.readouterr().err
+
+
 def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tmp_path):
     flags = [*FLAGS, *encoder, "--from_scratch", "--gradient_checkpointing", "--output_dir", str(tmp_path / "a")]
     assert main(flags)["mean_iou"] > 0
@@ -134,7 +169,8 @@ def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tm
 def test_a_random_mini_model_needs_no_checkpoint(tmp_path):
     flags = [*FLAGS, "--model_size", "mini", "--patch_size", "8", "--output_dir", str(tmp_path), "--max_steps", "2"]
     record = main([*flags, "--eval_strategy", "no", "--save_strategy", "no"])
-    assert record["best_checkpoint"] is None
+    assert (record["best_checkpoint"], record["evaluations"]) == (None, [])
+    assert not (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -184,3 +220,40 @@ def test_the_recipe_holds_the_papers_values():
         schedule.step()
     assert max(rates) == rates[500] == pytest.approx(2.5e-5)
     assert schedule.get_last_lr()[0] == 0.0
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_evaluation_alone_leaves_a_trained_segmenter_as_it_is(encoder, tmp_path, capsys):
+    """The output folder's own UperNet is evaluated, an unfinished run's best checkpoint too, or the one named."""
+    run, evaluation = tmp_path / "run", [flag for flag in FLAGS if flag != "--do_train"]
+    trained = main([*FLAGS, *encoder, "--output_dir", str(run)])
+    before = contents(run)
+    for source in (run, Path(trained["best_checkpoint"])):
+        found = main([*evaluation, *encoder, "--output_dir", str(run)])
+        assert (found["eval_mean_iou"], found["model"]) == (pytest.approx(trained["mean_iou"]), str(source))
+        assert found["per_class"] == trained["per_class"]
+        assert json.loads((run / "eval_results.json").read_text()) == json.loads(json.dumps(found))
+        (run / "eval_results.json").unlink()
+        assert contents(run) == before
+        (run / "config.json").unlink(missing_ok=True)  # as of a run that is not at its end
+        before.pop(run / "config.json", None)
+    other = tmp_path / "other"
+    named = ["--model_name_or_path", trained["best_checkpoint"], "--output_dir", str(other)]
+    assert main([*evaluation, *named])["eval_loss"] == found["eval_loss"]
+    assert [file.name for file in contents(other)] == ["eval_results.json"]
+    (tmp_path / "names.json").write_text(json.dumps(["background", "ball", "wire", "wedge", "epoxy"]))
+    capsys.readouterr()
+    for flags, message in (
+        (["--eval_strategy", "no"], "nothing to do: give --do_train, --do_eval or both"),
+        (["--push_to_hub"], "--push_to_hub pushes what --do_train trains"),
+        ([], f"no UperNet to evaluate: {tmp_path / 'none'} holds no model"),
+        ([*named[:2], "--id2label", str(tmp_path / "names.json")], "give those of its training"),
+        (["--output_dir", str(tmp_path / "vit")], "is not that of a UperNet"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*evaluation, *encoder, "--output_dir", str(tmp_path / "none"), *flags])
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "none").exists()

@@ -58,11 +58,21 @@ def test_an_all_void_micro_batch_leaves_the_others_their_gradient(tmp_path):
     [
         ({"per_device_train_batch_size": 1}, "at least 2 images"),
         ({"per_device_train_batch_size": 16}, "8 training images do not fill one step of 16"),
+        ({"per_device_train_batch_size": 7, "dataloader_drop_last": False}, "8 training images in .* leave one image"),
     ],
 )
 def test_batches_that_cannot_be_are_refused_before_training(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **options)
+
+
+@pytest.mark.parametrize(("drop_last", "sizes"), [(True, [4, 4]), (False, [4, 4, 2])])
+def test_the_last_images_of_an_epoch_are_dropped_or_not_as_asked(tmp_path, drop_last, sizes):
+    run = trainer(tmp_path, count=10, dataloader_drop_last=drop_last, num_train_epochs=1)
+    seen = [len(batch["labels"]) for batch in run.get_train_dataloader()]
+    assert seen == sizes
+    run.train()
+    assert run.state.global_step == len(sizes)
 
 
 def test_resume_restores_every_tensor_and_continues_the_curve(tmp_path):

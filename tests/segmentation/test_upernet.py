@@ -1,5 +1,6 @@
 """The ViT inside the stock UperNet computes what the ViT computes, and the result needs no hf_dbp."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from transformers import UperNetForSemanticSegmentation, ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEModel
 
-from hf_dbp.segmentation.upernet import build_upernet, load_vit, parameter_groups, synchronize_batch_norm
+from hf_dbp.segmentation.upernet import build_upernet, load_upernet, load_vit, parameter_groups, synchronize_batch_norm
 
 NAMES = {k: f"class {k}" for k in range(5)}
 
@@ -130,3 +131,27 @@ def test_what_cannot_be_built_is_refused(vit, change, message):
 
 def test_the_model_is_transformers_own_class(upernet):
     assert type(upernet()) is UperNetForSemanticSegmentation
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hidden_size": 2**40}, "is not that of a UperNet over a ViT"),
+        ({"backbone_config": {"model_type": "swin"}}, "is not that of a UperNet over a ViT"),
+        ({"backbone_config": {"model_type": "beit", "hidden_size": -1}}, "hidden_size is -1; expected"),
+        ({"id2label": {"0": "a", "1": "b"}}, "has the classes .*'a'.*give those of its training"),
+        ({"auxiliary_channels": 9}, r"has shape \[.*\] in its weights but"),
+    ],
+)
+def test_a_saved_upernet_loads_by_its_sizes_alone(upernet, tmp_path, changed, message):
+    model, pixels = upernet().eval(), torch.randn(1, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"quantization_config": {"quant_method": "none such"}}))
+    loaded = load_upernet(str(tmp_path), NAMES).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits, rtol=0, atol=0)
+    file.write_text(json.dumps(content | changed))
+    with pytest.raises(ValueError, match=message):
+        load_upernet(str(tmp_path), NAMES)
