@@ -1,12 +1,17 @@
-"""Flags of pre-training: which images, which model, how it sees the images."""
+"""Flags of pre-training: which images, which model, how it sees the images, how it is trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hf_dbp.configuration_dbp_vit_mae import SIZES
+from transformers import TrainingArguments
 
-__all__ = ["DataArguments", "ModelArguments"]
+from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.data.feeding import feed_fast
+from hf_dbp.measurement import check_country
+from hf_dbp.resuming import save_as_evaluated, use_one_gpu
+
+__all__ = ["DataArguments", "ModelArguments", "PretrainingArguments"]
 
 
 @dataclass
@@ -134,3 +139,45 @@ class ModelArguments:
             raise ValueError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
         if self.image_size is not None and len(self.image_size) > 2:
             raise ValueError(f"--image_size takes one number or height and width, got {self.image_size}")
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
+    """TrainingArguments with the defaults that masked autoencoding needs."""
+
+    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (He et al.: 0.95)."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
+    save_strategy: str | None = field(
+        default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
+    )
+    country: str | None = field(
+        default=None,
+        metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
+    )
+    push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
+
+    def __post_init__(self) -> None:
+        check_country(self.country)
+        self.remove_unused_columns = False
+        feed_fast(self)
+        self.metric_for_best_model, self.greater_is_better = "eval_loss", False
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        save_as_evaluated(self)
+        super().__post_init__()
+        use_one_gpu(self)
+        if self.base_learning_rate is not None:
+            total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+            self.learning_rate = self.base_learning_rate * total / 256

@@ -29,9 +29,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_dbp.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.data.sources import ImageSource
-from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import SHAPING

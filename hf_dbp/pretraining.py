@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,86 +18,42 @@ import torch
 import transformers
 from transformers import (
     PreTrainedModel,
-    TrainingArguments,
     ViTImageProcessorPil,
     ViTMAEConfig,
     ViTMAEForPreTraining,
     set_seed,
 )
 
-from hf_dbp.arguments import DataArguments, ModelArguments
+from hf_dbp.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.checkpoints import model_folder
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import augments_on_device, feed_fast, step_images, user_message
+from hf_dbp.data.feeding import augments_on_device, step_images, user_message
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.fusing import fuse_run, push_run
 from hf_dbp.guards import NonFiniteError
-from hf_dbp.measurement import EnergyMeter, check_country, gpus_in_use
+from hf_dbp.measurement import EnergyMeter, gpus_in_use
 from hf_dbp.model_card import write_card
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
 from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record, write_json
-from hf_dbp.resuming import find_checkpoint, use_one_gpu
+from hf_dbp.resuming import find_checkpoint
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.trainer import RECORD, MAETrainer
 from hf_dbp.untrusted import check_memory, known_fields, load_weights, read_config, read_statistics
 from hf_dbp.warm_start import fits, warm_start_
 
-__all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "build_model", "main"]
+__all__ = ["build_model", "main"]
 
 logger = logging.getLogger(__name__)
 
 EVAL_RESULTS = "eval_results.json"
-
-
-@dataclass
-class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
-    """TrainingArguments with the defaults that masked autoencoding needs."""
-
-    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
-    base_learning_rate: float | None = field(
-        default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (He et al.: 0.95)."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
-    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
-    save_strategy: str | None = field(
-        default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
-    )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
-    max_skipped_steps: int = field(
-        default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
-    )
-    country: str | None = field(
-        default=None,
-        metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
-    )
-    push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
-
-    def __post_init__(self) -> None:
-        check_country(self.country)
-        self.remove_unused_columns = False
-        feed_fast(self)
-        self.metric_for_best_model, self.greater_is_better = "eval_loss", False
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end = False
-        if self.save_strategy is None:
-            self.save_strategy = "steps" if self.eval_strategy == "no" else self.eval_strategy
-        super().__post_init__()
-        use_one_gpu(self)
-        if self.base_learning_rate is not None:
-            total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-            self.learning_rate = self.base_learning_rate * total / 256
 
 
 def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:

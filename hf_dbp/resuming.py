@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -49,12 +49,14 @@ __all__ = [
     "find_checkpoint",
     "noted_changes",
     "restore_weights",
+    "save_as_evaluated",
     "use_one_gpu",
 ]
 
 logger = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of the optimizer's groups
 SHAPING = (
     "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "channel_files", "train_val_split",
     "built_in_size",
@@ -211,6 +213,12 @@ def use_one_gpu(args: TrainingArguments) -> None:
         args._n_gpu = 1
 
 
+def save_as_evaluated(args: TrainingArguments) -> None:
+    """Let a run whose ``save_strategy`` is None save when it evaluates, as the best checkpoint needs; else by steps."""
+    if args.save_strategy is None:
+        args.save_strategy = "steps" if args.eval_strategy == "no" else args.eval_strategy
+
+
 class ResumingTrainer(GuardedTrainer):
     """transformers' Trainer with the saving of the module's docstring and numerical guards, on one GPU per process."""
 
@@ -359,8 +367,17 @@ class ResumingTrainer(GuardedTrainer):
     # ---- restoring ----
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """States come from the checkpoint, settings from the arguments of now: a lower learning rate has an effect."""
+        settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
         with tensors_alone(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            if setting.get("initial_lr") and group.get("initial_lr"):
+                group["lr"] *= setting["initial_lr"] / group["initial_lr"]
+            group.update(setting)
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with tensors_alone(checkpoint):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tifffile
 
+from hf_dbp.arguments import DataArguments, ModelArguments
 from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.data.survey import duplicates
 from hf_dbp.inspection import main as inspect
-from hf_dbp.pretraining import DataArguments, ModelArguments
 from hf_dbp.recipes import read_yaml
 from hf_dbp.segmentation.data import SegmentationSource, load_labelled_images
 

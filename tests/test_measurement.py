@@ -8,8 +8,9 @@ import torch
 from test_pretraining import flags
 
 from hf_dbp import measurement, pretraining, resuming
+from hf_dbp.arguments import PretrainingArguments
 from hf_dbp.measurement import EnergyMeter, StepTimer, TrainingClock, check_country
-from hf_dbp.pretraining import PretrainingArguments, main
+from hf_dbp.pretraining import main
 from hf_dbp.trainer import MAETrainer
 
 

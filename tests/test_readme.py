@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +12,8 @@ from PIL import Image
 from transformers import BeitImageProcessorPil, ViTConfig, ViTModel
 
 from hf_dbp import cli, comparison, pretraining, probe
+from hf_dbp.arguments import ModelArguments, PretrainingArguments
 from hf_dbp.callbacks import DecorrelationArguments
-from hf_dbp.pretraining import ModelArguments, PretrainingArguments
 from hf_dbp.segmentation import finetuning
 from hf_dbp.segmentation.upernet import build_upernet
 
@@ -137,22 +136,3 @@ def test_the_file_listing_is_the_package():
     package = ROOT / "hf_dbp"
     actual = {path.stem for path in package.glob("*.py")} | {p.parent.name for p in package.glob("*/__init__.py")}
     assert named == actual - {"__init__"}
-
-
-def test_the_figures_are_those_of_the_report():
-    """Losses and savings of `Does it pay?`, from the comparison's JSON."""
-    report = json.loads((ROOT / "docs" / "results" / "methods" / "report.json").read_text(encoding="utf-8"))
-    savings = {}
-    for row in report["comparisons"]:
-        costs = (row["target"]["costs"][name]["percent"] for name in ("steps", "seconds"))
-        savings[row["other"], row["baseline"]] = [
-            f"{-cost['mean']:.0f} % [{-cost['high']:.0f}, {-cost['low']:.0f}]" for cost in costs
-        ]
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()]
-    for variant, figures in report["variants"].items():
-        loss = figures["validation"]["best"]["loss"]
-        cells = [f"{loss['mean']:.3f} ± {loss['sd']:.3f}"]
-        for baseline in ("adamw", "muon"):
-            cells += savings.get((variant, baseline), ["", ""])
-        name = variant.replace("dbp+", "DBP + ").replace("adamw", "AdamW").replace("muon", "Muon")
-        assert [name, *cells] in table

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from hf_dbp.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.callbacks import DecorrelationArguments
-from hf_dbp.pretraining import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.recipes import parse_arguments, recipe_arguments, recipe_names
 
 PRETRAINING = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hf_dbp.pretraining import ModelArguments
+from hf_dbp.arguments import ModelArguments
 from hf_dbp.records import RunRecord, arguments_record, without_secrets
 
 

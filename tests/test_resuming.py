@@ -1,6 +1,7 @@
 """A run loses nothing to what stops it: signals, a full disk, half a checkpoint, a rank that dies."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -77,6 +78,21 @@ def at_step(step, action):
 
 def send(number):
     return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_goes_on_with_another_learning_rate(tmp_path, optimizer):
+    """As is advised where it was too large: the checkpoint's state must not bring the old one back."""
+    for step, settings in ((4, {}), (10, {"learning_rate": 1e-4, "weight_decay": 0.3})):
+        with at_step(step, send(signal.SIGTERM)), suppress(SystemExit):
+            main(flags(tmp_path, optimizer=optimizer, logging_steps=1, **STEPS | settings))
+    rows = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert len(rates) == 10 and min(rates[:5]) > 4e-4
+    assert rates[5:] == pytest.approx([1e-4 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(5, 10)])
+    state = torch.load(tmp_path / "checkpoint-10" / "optimizer.pt", weights_only=True)
+    groups = [group for part in (state.values() if optimizer == "muon" else [state]) for group in part["param_groups"]]
+    assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
 
 
 # ---- signals ----

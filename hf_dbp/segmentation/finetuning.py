@@ -33,7 +33,7 @@ from hf_dbp.model_card import write_card
 from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
-from hf_dbp.resuming import find_checkpoint
+from hf_dbp.resuming import find_checkpoint, save_as_evaluated
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
 from hf_dbp.segmentation.evaluation import evaluation_record, per_class, summary
@@ -169,6 +169,9 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
+    save_strategy: str | None = field(
+        default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (mean IoU)."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
@@ -180,6 +183,7 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
         self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
+        save_as_evaluated(self)
         super().__post_init__()
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}

@@ -39,9 +39,7 @@ FIXED = (
     "train_dir", "train_mask_dir", "validation_dir", "validation_mask_dir", "mask_suffix", "palette", "channel_files",
     "image_column_name", "annotation_column_name", "num_labels", "id2label", "ignore_index", "reduce_labels",
     "train_fraction", "max_train_samples", "max_eval_samples", "train_val_split", "subset_seed", "num_channels",
-    "built_in_size", "crop_size", "seed",
-    # the optimizer's state brings back the old ones, so that a new value would have no effect
-    "optim", "learning_rate", "layer_decay", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "built_in_size", "crop_size", "seed", "optim", "layer_decay",
 )  # fmt: skip
 SHAPING_TOO = ("long_edge", "per_device_train_batch_size", "gradient_accumulation_steps")
 
