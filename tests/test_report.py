@@ -1,5 +1,6 @@
 """The report says what the runs say, whatever became of them."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -176,31 +177,47 @@ def test_pages_hold_every_table_and_figure_and_nothing_from_elsewhere(tmp_path):
     assert content["comparisons"][0]["target"]["reached"] == [0, 1, 2]
 
 
-def test_the_readme_says_what_the_report_says():
-    root = Path(__file__).parents[1]
-    report = json.loads((root / "docs" / "results" / "methods" / "report.json").read_text(encoding="utf-8"))
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
-    savings = {}
+ROOT = Path(__file__).parents[1]
+FAST = {
+    "bp": "AdamW",
+    "paper": "DBP, R every step",
+    "every 5th step": "DBP, R every 5 steps",
+    "block inputs": "DBP, block inputs",
+    "block inputs, every 5th step": "DBP, block inputs, every 5 steps",
+}
+
+
+def published(name):
+    """Of a report under docs/results: by variant its best loss, and by (variant, baseline) overhead and savings."""
+    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+    losses, overheads, savings = {}, {}, {}
+    for variant, figures in report["variants"].items():
+        loss = figures["validation"]["best"]["loss"]
+        losses[variant] = f"{loss['mean']:.3f} ± {loss['sd']:.3f}"
     for row in report["comparisons"]:
-        costs = (row["target"]["costs"][name]["percent"] for name in ("steps", "seconds"))
-        savings[row["other"], row["baseline"]] = [
-            f"{-cost['mean']:.0f} % [{-cost['high']:.0f}, {-cost['low']:.0f}]" for cost in costs
-        ]
-    for name, variant in report["variants"].items():
-        loss = variant["validation"]["best"]["loss"]
-        cells = [f"{loss['mean']:.3f} ± {loss['sd']:.3f}"]
-        for baseline in ("adamw", "muon"):
-            cells += savings.get((name, baseline), ["", ""])
-        assert [name.replace("dbp+", "DBP + ").replace("adamw", "AdamW").replace("muon", "Muon"), *cells] in table
-    overhead = {
-        (row["other"], row["baseline"]): f"{row['tests']['step time']['percent']['mean']:.0f} %"
-        for row in report["comparisons"]
-    }
-    expected = (
-        f"took {overhead['dbp+adamw', 'adamw']} longer than AdamW's and {overhead['dbp+muon', 'muon']} longer than"
-    )
+        pair = row["other"], row["baseline"]
+        overheads[pair] = row["tests"]["step time"]["percent"]["mean"]
+        costs = (row["target"]["costs"][cost]["percent"] for cost in ("steps", "seconds"))
+        savings[pair] = [f"{-c['mean']:.0f} % [{-c['high']:.0f}, {-c['low']:.0f}]" for c in costs]
+    return losses, overheads, savings
+
+
+def test_the_readme_says_what_the_reports_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
+    losses, overheads, savings = published("methods")
+    for variant, loss in losses.items():
+        label = variant.replace("dbp+", "DBP + ").replace("adamw", "AdamW").replace("muon", "Muon")
+        saved = (savings.get((variant, baseline), ["", ""]) for baseline in ("adamw", "muon"))
+        assert [label, loss, *itertools.chain(*saved)] in table
+    over_adamw, over_muon = overheads["dbp+adamw", "adamw"], overheads["dbp+muon", "muon"]
+    expected = f"took {over_adamw:.0f} % longer than AdamW's and {over_muon:.0f} % longer than Muon's"
     assert expected in " ".join(readme.split())
+    losses, overheads, savings = published("fast_settings")
+    for variant, label in FAST.items():
+        pair = variant, "bp"
+        cells = [f"{overheads[pair]:+.1f} %", *savings[pair]] if pair in savings else ["", "", ""]
+        assert [label, losses[variant], *cells] in table
 
 
 def test_the_report_is_the_same_at_every_call(tmp_path):
