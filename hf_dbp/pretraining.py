@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from transformers import (
 from hf_dbp.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.checkpoints import model_folder
+from hf_dbp.clocked import training_meter
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import unit_range
@@ -36,7 +36,6 @@ from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.fusing import fuse_run, push_run
 from hf_dbp.guards import NonFiniteError
-from hf_dbp.measurement import EnergyMeter, gpus_in_use
 from hf_dbp.model_card import write_card
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
 from hf_dbp.publishing import Destination, claim_push
@@ -189,14 +188,6 @@ def check_run(args: PretrainingArguments, train_data: MaskedImages) -> None:
         )
 
 
-def training_meter(args: PretrainingArguments) -> EnergyMeter | None:
-    """The energy meter of this node, in one of its processes."""
-    if not args.do_train or args.local_process_index > 0:
-        return None
-    gpus = max(args.n_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if args.device.type == "cuda" else 0
-    return EnergyMeter(args.country, gpus_in_use(gpus))
-
-
 def new_record(
     model_args: ModelArguments, data_args: DataArguments, decorrelation_args: DecorrelationArguments,
     args: PretrainingArguments, train_data: MaskedImages, eval_data: MaskedImages,
@@ -262,7 +253,7 @@ def run(
         callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
     factor = unit_range(train_data.images.readable(0).dtype)
     destination = claim_push(args, model_args.token)
-    meter = training_meter(args)
+    meter = training_meter(args, args.country)
     record.energy = meter.description if meter is not None else {}
     trainer = MAETrainer(
         model=model,

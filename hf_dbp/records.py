@@ -172,16 +172,18 @@ def arguments_record(*arguments: Any) -> dict[str, Any]:
     return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
 
 
-def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`arguments` and `resumed_with` of a JSON file that holds them. ValueError if it does not."""
+def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
+    """`arguments`, `resumed_with` and `costs` of a JSON file that holds them. ValueError if it does not."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        arguments, resumed_with = content["arguments"], content["resumed_with"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        parts = content["arguments"], content["resumed_with"], content.get("costs", {})
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold the arguments of a run: {error!r}") from error
-    if not (isinstance(arguments, dict) and isinstance(resumed_with, dict)):
-        raise ValueError(f"{path} does not hold the arguments of a run: expected two mappings")
-    return arguments, resumed_with
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path} does not hold the arguments of a run: expected mappings")
+    if not all(isinstance(value, float) for value in parts[2].values()):
+        raise ValueError(f"{path} does not hold the costs of a run: {parts[2]!r:.80}")
+    return parts
 
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -18,19 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_dbp.callbacks import DecorrelationCallback
+from hf_dbp.clocked import ClockedTrainer
 from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
 from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.guards import NonFiniteError
-from hf_dbp.measurement import Meter, StepTimer, TrainingClock
+from hf_dbp.measurement import Meter
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
-from hf_dbp.resuming import ResumingTrainer, changed_arguments, noted_changes
+from hf_dbp.resuming import changed_arguments, noted_changes
 from hf_dbp.stopping import worker_start
 
 __all__ = ["RECORD", "MAETrainer"]
@@ -41,22 +41,7 @@ RECORD = "run.json"
 PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
 
 
-class ClockCallback(TrainerCallback):  # type: ignore[misc]
-    """Times the steps. The clock starts with the first one: start-up, restoring and replaying data are not training."""
-
-    def __init__(self, clock: TrainingClock, timer: StepTimer) -> None:
-        self.clock, self.timer = clock, timer
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.clock.start()
-        self.timer.begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.timer.end()
-        self.clock.tick()
-
-
-class MAETrainer(ResumingTrainer):
+class MAETrainer(ClockedTrainer):
     """Trainer of masked autoencoders.
 
     Args:
@@ -78,16 +63,14 @@ class MAETrainer(ResumingTrainer):
         meter: Meter | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=collate, **kwargs)
+        super().__init__(data_collator=collate, meter=meter, energy=record.energy, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
-        self.clock, self.timer = TrainingClock(meter), StepTimer()
         self.use_sampler(make_sampler(self.train_dataset.images, self.args))
         self.input = InputMeter()
         record.data["feeding"] = feeding(self.sampler, self.args)
-        if decorrelation is not None:  # first, so that what it adds to the logs reaches every other callback
-            self.callback_handler.callbacks.insert(0, decorrelation)
-        self.callback_handler.callbacks.insert(0, ClockCallback(self.clock, self.timer))
+        if decorrelation is not None:  # right after the clock, so that what it adds to the logs reaches all others
+            self.callback_handler.callbacks.insert(1, decorrelation)
         self._probe_batch: dict[str, Tensor] | None = None
         self._losses = torch.zeros(2, device=self.args.device)  # sum and number of finite ones since the last row
 
@@ -174,32 +157,17 @@ class MAETrainer(ResumingTrainer):
             if self.decorrelation is not None:
                 self.decorrelation.shares.preset(before.results.get("guards", {}))
         spent = self.record.results
-        self.clock.preset(
-            spent.get("train_seconds", 0.0), spent.get("kwh", 0.0) if self.is_world_process_zero() else 0.0
-        )
+        self.preset_costs(spent)
         self.input.preset(spent.get("input", {}), self.clock.seconds)
         try:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except NonFiniteError as error:
-            self.clock.stop()
             self.record.results |= self.costs() | self.guard_results() | {"stopped": str(error)}
             if self.args.should_save:
                 self.record.write(Path(self.args.output_dir) / RECORD)
             raise
-        finally:
-            self.clock.stop()
         self.record.results |= self.costs() | self.input_results() | self.guard_results()
         return output
-
-    def costs(self) -> dict[str, float]:
-        """train_seconds, kwh and co2e_kg so far, over all nodes, for the record; the clock must stand still."""
-        kwh = torch.tensor(self.clock.kwh, device=self.args.device)
-        kwh = self.accelerator.reduce(kwh, reduction="sum")
-        costs = {"train_seconds": self.clock.seconds}
-        if self.record.energy:
-            intensity = self.record.energy["carbon_intensity_g_per_kwh"]
-            costs |= {"kwh": float(kwh), "co2e_kg": float(kwh) * intensity / 1000}
-        return costs
 
     def input_results(self) -> dict[str, Any]:
         """What the input did so far, over all processes, for the record; the clock must stand still."""
@@ -263,7 +231,3 @@ class MAETrainer(ResumingTrainer):
     def _write_model(self, *args: Any, **kwargs: Any) -> None:
         super()._write_model(*args, **kwargs)
         self.record.write(Path(args[0]) / RECORD)
-
-    def _load_best_model(self) -> None:
-        with self.clock.paused():
-            super()._load_best_model()

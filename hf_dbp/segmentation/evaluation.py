@@ -34,7 +34,7 @@ def evaluation_record(
 
     Scores are shares in [0, 1]; `per_class` has null where a class occurs neither in the labels nor in the predictions;
     `majority_class_mean_iou` is what predicting the commonest class everywhere would score. Fine-tuning adds
-    `arguments`, and `evaluations`, a row per evaluation during training.
+    `arguments`; `evaluations`, a row per evaluation during training; and what training alone cost.
     """
     assert trainer.scores is not None
     scores, pixels_K = trainer.scores, trainer.confusion_KK.sum(axis=1)
@@ -75,6 +75,9 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     for name, scores in record["per_class"].items():
         iou = "absent" if scores["iou"] is None else f"{scores['iou']:.4f}"
         rows.append(f"    {name:<20} IoU {iou}")
+    rows.append(
+        f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
+    )
     curves = "curves.png, " if record["evaluations"] else ""
     rows.append(f"  model (best), image processor, card, eval.json, {curves}predictions.png are in that folder")
     return "\n".join(rows)

@@ -23,12 +23,14 @@ from transformers import (
 )
 
 from hf_dbp.checkpoints import model_folder
+from hf_dbp.clocked import training_meter
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.feeding import feed_fast, user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
 from hf_dbp.guards import NonFiniteError
+from hf_dbp.measurement import check_country
 from hf_dbp.model_card import write_card
 from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
@@ -159,6 +161,10 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
 
     output_dir: str = field(default="outputs/upernet", metadata={"help": "Where everything is written."})
     learning_rate: float = field(default=2.5e-5, metadata={"help": "Peak learning rate."})
+    country: str | None = field(
+        default=None,
+        metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
+    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Layer-wise learning-rate decay: factor per layer below the heads; 1 for none."}
     )
@@ -178,6 +184,7 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
     )
 
     def __post_init__(self) -> None:
+        check_country(self.country)
         self.remove_unused_columns = False
         feed_fast(self)
         self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
@@ -306,12 +313,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
     destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
+    meter = training_meter(args, args.country)
     trainer = SegmentationTrainer(
         model=model,
         args=args,
         crop_size=data_args.crop_size,
         layer_decay=args.layer_decay,
         arguments=arguments,
+        meter=meter,
+        energy=meter.description if meter is not None else None,
         max_skipped_steps=args.max_skipped_steps,
         train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed),
         eval_dataset=eval_data,
@@ -322,6 +332,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
     trainer.save_model()
     record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
+    record |= trainer.costs() | {"energy": {**trainer.energy}}
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
     if args.should_save:

@@ -9,7 +9,7 @@ It adds what the stock Trainer gets wrong or lacks here:
 - evaluation over whole images at label resolution, every image once whatever the number of processes;
 - the run's arguments in every checkpoint: with another encoder, data, crop, seed or optimizer no run goes on from it,
   other changes are told;
-- saving, stopping and resuming, which pre-training shares (`ResumingTrainer`).
+- the clock of training alone, saving, stopping and resuming, which pre-training shares (`ClockedTrainer`).
 """
 
 import time
@@ -23,9 +23,10 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
+from hf_dbp.clocked import ClockedTrainer
 from hf_dbp.data.feeding import make_sampler, step_images
 from hf_dbp.records import read_arguments, write_json
-from hf_dbp.resuming import SHAPING, ResumingTrainer, compared_arguments, noted_changes
+from hf_dbp.resuming import SHAPING, compared_arguments, noted_changes
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
@@ -44,7 +45,7 @@ FIXED = (
 SHAPING_TOO = ("long_edge", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-class SegmentationTrainer(ResumingTrainer):
+class SegmentationTrainer(ClockedTrainer):
     """Trainer of a stock UperNet.
 
     Args:
@@ -66,6 +67,7 @@ class SegmentationTrainer(ResumingTrainer):
     ) -> None:
         self.crop_size, self.layer_decay, self.arguments = crop_size, layer_decay, arguments or {}
         self.resumed_with: dict[str, Any] = {}
+        self.paid: dict[str, float] = {}  # `costs` at the last checkpoint
         model: UperNetForSemanticSegmentation = kwargs["model"]
         args = kwargs["args"]
         synchronize_batch_norm(model, args.world_size, args.device)
@@ -110,22 +112,28 @@ class SegmentationTrainer(ResumingTrainer):
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _compare(self, checkpoint: str) -> None:
-        """Take over what the checkpoint says of earlier changes, and add those of now.
+        """Take over what the checkpoint says of earlier changes and costs, and add the changes of now.
 
         Raises:
             ValueError: an argument of `FIXED` differs: the checkpoint is of another model, not of this one begun.
         """
-        before, self.resumed_with = read_arguments(Path(checkpoint) / ARGUMENTS)
+        before, self.resumed_with, spent = read_arguments(Path(checkpoint) / ARGUMENTS)
         known = [name for name in FIXED if name in before and name in self.arguments]
         fixed = {name: (before[name], self.arguments[name]) for name in known}
         changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *SHAPING_TOO), checkpoint)
         tell = self.is_world_process_zero()
         self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
+        self.preset_costs(spent)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.paused():
+            self.paid = self.costs()  # over all processes, of which one writes
+            super()._save_checkpoint(*args, **kwargs)
 
     def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         super()._write_model(folder, state_dict)
         if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
-            content = {"arguments": self.arguments, "resumed_with": self.resumed_with}
+            content = {"arguments": self.arguments, "resumed_with": self.resumed_with, "costs": self.paid}
             write_json(folder / ARGUMENTS, content)
 
     # ---- data and optimizer ----
@@ -188,7 +196,11 @@ class SegmentationTrainer(ResumingTrainer):
     def evaluate(
         self, eval_dataset: WholeImages | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and scores over all pixels of all whole images of all processes."""
+        """Loss and scores over all pixels of all whole images of all processes; the clock stands still."""
+        with self.clock.paused():
+            return self._scored(eval_dataset, metric_key_prefix)
+
+    def _scored(self, eval_dataset: WholeImages | None, metric_key_prefix: str) -> dict[str, float]:
         start, model = time.perf_counter(), self.accelerator.unwrap_model(self.model_wrapped).eval()
         if (
             self.args.world_size > 1

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hf_dbp.recipes import parse_arguments, recipe_names
 from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, load_labelled_images
 from hf_dbp.segmentation.finetuning import DataArguments, FinetuningArguments, ModelArguments, image_processor, main
 from hf_dbp.segmentation.inference import WholeImages, predict_labels
+from hf_dbp.segmentation.trainer import SegmentationTrainer
 
 FLAGS = [
     *("--dataset_name", "wire_bonding", "--built_in_size", "48", "--max_train_samples", "8", "--max_eval_samples", "3"),
@@ -147,12 +149,37 @@ def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, 
         record = main([*flags, "--learning_rate", "2e-3"])
         assert record["resumed_with"] == {"2": {"learning_rate": [1e-3, 2e-3], "max_steps": [2, 4]}}
     assert caplog.text.count("goes on with other settings") == 1
-    assert f"{checkpoint} goes on with other settings: --learning_rate 0.001 -> 0.002, --max_steps 2 -> 4" in caplog.text
+    assert (
+        f"{checkpoint} goes on with other settings: --learning_rate 0.001 -> 0.002, --max_steps 2 -> 4" in caplog.text
+    )
     kept = tmp_path / "run" / "checkpoint-4" / "arguments.json"
     kept.write_text("[1]".ljust(kept.stat().st_size))
     with pytest.raises(SystemExit):
         main(flags)
     assert "arguments.json does not hold the arguments of a run" in capsys.readouterr().err
+
+
+def test_what_training_alone_cost_is_recorded_and_adds_up_over_a_resume(encoder, tmp_path, monkeypatch):
+    """The clock stands still in evaluations, however slow."""
+    stock, stood = SegmentationTrainer._scored, []
+
+    def slow(self, *args):
+        before = self.clock.seconds
+        time.sleep(0.2)
+        scores = stock(self, *args)
+        stood.append(self.clock.seconds == before)
+        return scores
+
+    monkeypatch.setattr(SegmentationTrainer, "_scored", slow)
+    flags = [*FLAGS, *encoder, "--country", "NLD", "--output_dir", str(tmp_path / "run")]
+    first = main([*flags, "--max_steps", "2"])
+    kept = json.loads((tmp_path / "run" / "checkpoint-2" / "arguments.json").read_text())["costs"]
+    assert first["energy"]["country"] == "NLD"
+    assert 0 < kept["train_seconds"] <= first["train_seconds"] and kept["kwh"] > 0 and kept["co2e_kg"] > 0
+    second = main(flags)
+    assert all(second[name] > kept[name] for name in ("train_seconds", "kwh", "co2e_kg"))
+    assert stood == [True] * 4
+    assert "emissions" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tmp_path):
