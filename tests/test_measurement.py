@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_pretraining import flags
 
-from hf_dbp import measurement, pretraining, resuming
+from hf_dbp import clocked, measurement, resuming
 from hf_dbp.arguments import PretrainingArguments
 from hf_dbp.measurement import EnergyMeter, StepTimer, TrainingClock, check_country
 from hf_dbp.pretraining import main
@@ -146,7 +146,7 @@ def timed_training(fake, monkeypatch):
     for name in ("evaluation_loop", "_save", "create_optimizer"):
         lasting(MAETrainer, name, 1000)
     lasting(resuming, "restore_weights", 1000)
-    monkeypatch.setattr(pretraining, "EnergyMeter", lambda *_: Watts(fake))
+    monkeypatch.setattr(clocked, "EnergyMeter", lambda *_: Watts(fake))
 
 
 def test_slow_validation_checkpoints_and_start_do_not_move_the_clocks(tmp_path, timed_training, fake):
