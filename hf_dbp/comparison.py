@@ -1,10 +1,9 @@
 """Compare ways of training: run what a plan lacks, then report. The main of `training_scripts/run_comparison.py`.
 
 Every run is a process of its own. One that has finished is not run again, one that was interrupted goes on from its
-last checkpoint, one that fails is reported and the others go on. SIGTERM and SIGINT are passed on to the runs, which
-save, and waited for. The order: every variant at every searched setting
+last checkpoint, one that fails is reported and the others go on. The order: every variant at every searched setting
 with the first seed, then the other seeds of each variant at its best setting, then, if asked for, segmentation on each
-encoder.
+encoder. At SIGTERM and SIGINT the pre-training runs are told to save and end, and waited for.
 """
 
 from __future__ import annotations

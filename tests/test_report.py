@@ -213,6 +213,12 @@ def test_the_readme_says_what_the_reports_say():
     over_adamw, over_muon = overheads["dbp+adamw", "adamw"], overheads["dbp+muon", "muon"]
     expected = f"took {over_adamw:.0f} % longer than AdamW's and {over_muon:.0f} % longer than Muon's"
     assert expected in " ".join(readme.split())
+    street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
+    random, bp, dbp = (
+        f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
+    )
+    expected = f"was {random} from random weights, {bp} after 2,400 steps of pre-training with Muon and {dbp} with DBP"
+    assert expected in " ".join(readme.split())
     losses, overheads, savings = published("fast_settings")
     for variant, label in FAST.items():
         pair = variant, "bp"
