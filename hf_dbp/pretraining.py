@@ -44,6 +44,7 @@ from hf_dbp.records import RunRecord, arguments_record, write_json
 from hf_dbp.resuming import find_checkpoint
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
+from hf_dbp.stopping import end_processes
 from hf_dbp.trainer import RECORD, MAETrainer
 from hf_dbp.untrusted import check_memory, known_fields, load_weights, read_config, read_statistics
 from hf_dbp.warm_start import fits, warm_start_
@@ -280,6 +281,7 @@ def run(
 def evaluate_alone(trainer: MAETrainer, source: str | None) -> None:
     """Evaluate, and write ``eval_results.json``: the weights and the record of a run stay as they are."""
     metrics = trainer.evaluate()
+    end_processes(trainer)
     if trainer.args.should_save:
         file, model = Path(trainer.args.output_dir) / EVAL_RESULTS, source or "a fresh model"
         write_json(file, metrics | {"model": model})
@@ -290,6 +292,7 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
     """Save the model, the record, the pictures and the card, say where they are, and push the fused model."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     trainer.save_model()
+    end_processes(trainer)
     if not args.should_save:
         return
     trainer.save_state()

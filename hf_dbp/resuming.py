@@ -39,7 +39,7 @@ from hf_dbp.saving import (
     publish,
     rotate,
 )
-from hf_dbp.stopping import StopOnSignal, Stopped, worker_start
+from hf_dbp.stopping import StopOnSignal, Stopped, end_processes, worker_start
 
 __all__ = [
     "SHAPING",
@@ -278,6 +278,7 @@ class ResumingTrainer(GuardedTrainer):
                     f"the same command goes on from {self.checkpoint}",
                     file=sys.stderr,
                 )
+            end_processes(self)
             raise SystemExit(stopped.status) from None
 
     def named_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-__all__ = ["StopOnSignal", "Stopped", "handling", "leave", "worker_start"]
+__all__ = ["StopOnSignal", "Stopped", "end_processes", "handling", "leave", "worker_start"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
@@ -76,6 +76,17 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def leave(number: int, frame: Any) -> None:
     """Handler that ends the process by SystemExit(128 + signal), so that `finally` ends what it has started."""
     raise SystemExit(128 + number)
+
+
+def end_processes(trainer: Trainer) -> None:
+    """After the last thing that the processes of a run do together: end their group while Python is whole.
+
+    Gloo's threads may still hold tensors of the last collective, which aborts a process that exits without this
+    (pytorch/pytorch#179291); a DDP model that outlives the group can hang, so it goes first.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 class Stopped(Exception):

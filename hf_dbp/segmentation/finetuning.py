@@ -44,6 +44,7 @@ from hf_dbp.segmentation.inference import WholeImages
 from hf_dbp.segmentation.trainer import SegmentationTrainer
 from hf_dbp.segmentation.transforms import Augmentation
 from hf_dbp.segmentation.upernet import build_upernet, load_upernet, load_vit
+from hf_dbp.stopping import end_processes
 from hf_dbp.untrusted import read_config, read_statistics
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
@@ -289,6 +290,7 @@ def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: F
     data = WholeImages(images, data_args.scaled_long_edge, *pixel_statistics(model_args, train_images))
     trainer = SegmentationTrainer(model=model, args=args, crop_size=data_args.crop_size, eval_dataset=data)
     results = trainer.evaluate() | {"per_class": per_class(trainer), "model": model_source}
+    end_processes(trainer)
     if args.should_save:
         file = Path(args.output_dir) / EVAL_RESULTS
         write_json(file, results)
@@ -333,6 +335,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     trainer.save_model()
     record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
     record |= trainer.costs() | {"energy": {**trainer.energy}}
+    end_processes(trainer)
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
     if args.should_save:

@@ -1,6 +1,7 @@
 """From flags to a folder that stock transformers loads and that predicts what evaluation scored."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hf_dbp.segmentation.finetuning import DataArguments, FinetuningArguments, M
 from hf_dbp.segmentation.inference import WholeImages, predict_labels
 from hf_dbp.segmentation.trainer import SegmentationTrainer
 
+ROOT = Path(__file__).parents[2]
 FLAGS = [
     *("--dataset_name", "wire_bonding", "--built_in_size", "48", "--max_train_samples", "8", "--max_eval_samples", "3"),
     *("--crop_size", "32", "--long_edge", "40", "--head_size", "8", "--auxiliary_head_size", "8"),
@@ -66,6 +68,22 @@ np.save(out, ids.numpy())
 def encoder(vit, tmp_path):
     vit(num_channels=2).save_pretrained(tmp_path / "vit")
     return ["--model_name_or_path", str(tmp_path / "vit")]
+
+
+def test_two_processes_make_one_model(encoder, tmp_path):
+    out = tmp_path / "out"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(ROOT / "training_scripts" / "run_upernet.py"), *FLAGS, *encoder]
+    command += ["--output_dir", str(out)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((out / "eval.json").read_text())
+    assert record["hardware"]["processes"] == 2
+    assert record["data"]["validation_pixels"] == 3 * 48 * 48  # each image once
+    assert done.stdout.count("mean IoU") == 1
+    assert len(UperNetForSemanticSegmentation.from_pretrained(out).config.id2label) == 5
 
 
 def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
