@@ -13,10 +13,10 @@ forgotten: memory is O(classes^2).
 Shapes: K classes; H, W height and width of one map; N pixels of a piece of a map.
 """
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import islice
 from typing import Any, TypedDict
 
 import cv2
@@ -30,9 +30,10 @@ __all__ = ["MeanIoU", "SegmentationScores", "confusion_matrix", "scores_from_con
 
 IntArray = npt.NDArray[np.integer[Any]]
 LabelMaps = IntArray | torch.Tensor | Sequence[IntArray | torch.Tensor]
+Piece = tuple[IntArray, IntArray]  # predicted and true ids of the same N pixels
 
-_PIECE = 1 << 16  # pixels checked and narrowed at a time: the second look finds them in the cache
-_GROUP = 1 << 6  # pieces counted together; OpenCV's float32 counts are exact below 2^24 pixels
+_PIECE = 1 << 17  # pixels counted and then checked: the second look finds them in the cache
+_AT_ONCE = 1 << 7  # pieces shared out at a time: OpenCV's float32 counts are exact up to 2^24 pixels
 
 
 class SegmentationScores(TypedDict):
@@ -80,14 +81,21 @@ def confusion_matrix(
     Raises:
         ValueError: maps differ in number or shape, are not integers, or hold ids outside 0..num_labels-1.
     """
-    pieces, threads = list(_pieces(predictions, references)), torch.get_num_threads()
-    size = min(math.ceil(len(pieces) / threads), _GROUP)
-    groups = [pieces[start : start + size] for start in range(0, len(pieces), size)]
-    confusions = _threads().map(lambda group: _count(group, num_labels, ignore_index), groups)
-    return sum(confusions, start=np.zeros((num_labels, num_labels), dtype=np.int64))
+    confusion_KK = np.zeros((num_labels, num_labels), dtype=np.int64)
+    pieces = _pieces(predictions, references)
+    while shared := list(islice(pieces, _AT_ONCE)):
+        waiting = iter(shared)
+        helpers = [
+            _helpers().submit(_count, waiting, num_labels, ignore_index)
+            for _ in range(min(torch.get_num_threads(), len(shared)) - 1)
+        ]
+        confusion_KK += _count(waiting, num_labels, ignore_index)
+        for helper in helpers:
+            confusion_KK += helper.result()
+    return confusion_KK
 
 
-def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterable[tuple[IntArray, IntArray]]:
+def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterator[Piece]:
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions but {len(references)} references: give one of each an image")
     for prediction, reference in zip(predictions, references, strict=True):
@@ -97,7 +105,7 @@ def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterable[tuple[Int
                 f"prediction of shape {predicted.shape} against reference of shape {true.shape}: "
                 "resize the logits to the reference's height and width before the argmax"
             )
-        predicted_N, true_N = predicted.reshape(-1), true.reshape(-1)
+        predicted_N, true_N = np.ascontiguousarray(predicted).reshape(-1), np.ascontiguousarray(true).reshape(-1)
         for start in range(0, true_N.size, _PIECE):
             yield predicted_N[start : start + _PIECE], true_N[start : start + _PIECE]
 
@@ -110,36 +118,43 @@ def _integers(label_map: IntArray | torch.Tensor, role: str) -> IntArray:
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    """NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here."""
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="mean_iou")
+def _helpers() -> ThreadPoolExecutor:
+    """NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here.
+
+    The caller counts with them: one who only waits takes the lock from those who work, and their speed with it.
+    """
+    return ThreadPoolExecutor(thread_name_prefix="mean_iou")
 
 
-def _count(pieces: Sequence[tuple[IntArray, IntArray]], num_labels: int, ignore_index: int) -> npt.NDArray[np.int64]:
-    """Count pieces by one 2-D histogram of bytes; where an id is no byte, or no class, the general way."""
-    true_N, predicted_N = (_as_bytes([piece[side] for piece in pieces]) for side in (1, 0))
-    if true_N is not None and predicted_N is not None:
-        counts = cv2.calcHist([true_N, predicted_N], [0, 1], None, [256, 256], [0, 256, 0, 256])
-        if 0 <= ignore_index < 256:
-            counts[ignore_index] = 0
-        if not (counts[num_labels:].any() or counts[:, num_labels:].any()):
-            confusion_KK = np.zeros((num_labels, num_labels), dtype=np.int64)
-            confusion_KK[:256, :256] = counts[:num_labels, :num_labels]
-            return confusion_KK
-    general = (_count_any_ids(predicted_N, true_N, num_labels, ignore_index) for predicted_N, true_N in pieces)
-    return sum(general, start=np.zeros((num_labels, num_labels), dtype=np.int64))
+def _count(waiting: Iterator[Piece], num_labels: int, ignore_index: int) -> npt.NDArray[np.int64]:
+    """Count pieces by a 2-D histogram of their ids' lowest bytes; where an id is no byte, or no class, generally."""
+    counts, counted, bytes_only = np.zeros((256, 256), dtype=np.float32), [], True
+    for piece in waiting:
+        counted.append(piece)
+        bytes_only &= _count_bytes(*piece, counts)
+    if 0 <= ignore_index < 256:
+        counts[ignore_index] = 0
+    confusion_KK = np.zeros((num_labels, num_labels), dtype=np.int64)
+    if bytes_only and not (counts[num_labels:].any() or counts[:, num_labels:].any()):
+        confusion_KK[:256, :256] = counts[:num_labels, :num_labels]
+        return confusion_KK
+    for piece in counted:
+        confusion_KK += _count_any_ids(*piece, num_labels, ignore_index)
+    return confusion_KK
 
 
-def _as_bytes(pieces: Sequence[IntArray]) -> npt.NDArray[np.uint8] | None:
-    """Join ids as bytes, or return None if one does not fit (read as unsigned, a negative id is a huge one)."""
-    bytes_N = np.empty(sum(ids_N.size for ids_N in pieces), dtype=np.uint8)
-    start = 0
-    for ids_N in pieces:
-        if ids_N.dtype != np.uint8 and ids_N.size and ids_N.view(f"u{ids_N.itemsize}").max() > 255:
-            return None
-        bytes_N[start : start + ids_N.size] = ids_N
-        start += ids_N.size
-    return bytes_N
+def _count_bytes(predicted_N: IntArray, true_N: IntArray, counts: npt.NDArray[np.float32]) -> bool:
+    """Add the pairs of lowest bytes, read in place as channels of images; False if an id has other bytes."""
+    sides = true_N, predicted_N
+    images = [ids_N.view(np.uint8).reshape(-1, 1, ids_N.itemsize) for ids_N in sides]
+    channels = [_low_byte(true_N.dtype), true_N.itemsize + _low_byte(predicted_N.dtype)]
+    cv2.calcHist(images, channels, None, [256, 256], [0, 256, 0, 256], counts, accumulate=True)
+    return all(ids_N.dtype == np.uint8 or 0 <= np.bitwise_or.reduce(ids_N) < 256 for ids_N in sides)
+
+
+@cache
+def _low_byte(dtype: np.dtype[np.integer[Any]]) -> int:
+    return int(np.ones(1, dtype).view(np.uint8).argmax())
 
 
 def _count_any_ids(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_dbp.segmentation import mean_iou
 from hf_dbp.segmentation.mean_iou import MeanIoU, confusion_matrix
 
 
@@ -81,6 +82,35 @@ def test_dtype_tensor_and_batching_make_no_difference(dtype):
         assert_same_scores(MeanIoU(21, ignore_index).compute(predictions=tensors[0], references=tensors[1]), one_call)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_layout_byte_order_and_threads_make_no_difference(threads, monkeypatch):
+    """Several pieces of a map and several rounds of pieces; predictions and references stored unlike each other."""
+    monkeypatch.setattr(mean_iou, "_AT_ONCE", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    predictions, references = random_maps(np.random.default_rng(0), 21, 255, [(700, 500)] * 3)
+    expected = confusion_matrix(predictions, references, 21, 255)
+    assert expected.sum() == sum(np.count_nonzero(reference != 255) for reference in references)
+    for reference in references:
+        reference.flags.writeable = False
+    for store in (
+        lambda ids: ids.astype(">i8"),
+        lambda ids: ids.astype(">u2"),
+        lambda ids: ids.astype("uint8"),
+        lambda ids: np.repeat(ids, 2, axis=1)[:, ::2],
+        np.asfortranarray,
+        lambda ids: ids.astype("uint64"),
+    ):
+        np.testing.assert_array_equal(confusion_matrix(list(map(store, predictions)), references, 21, 255), expected)
+        np.testing.assert_array_equal(confusion_matrix(predictions, list(map(store, references)), 21, 255), expected)
+    predictions[2][-1, -1] = 21  # in the last piece alone
+    with pytest.raises(ValueError, match=r"prediction holds ids \[21\] outside"):
+        confusion_matrix(predictions, [np.zeros_like(ids) for ids in references], 21, 255)
+
+
+def test_no_maps_are_no_counts():
+    assert not confusion_matrix([], [], 2, 255).any()
+
+
 def test_absent_classes_are_left_out_of_the_mean():
     scores = MeanIoU(4).compute(predictions=np.array([[[0, 0, 1, 1]]]), references=np.array([[[0, 0, 0, 1]]]))
     assert scores["mean_iou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
@@ -107,6 +137,8 @@ def test_ignore_index_that_is_a_class_is_refused_unless_asked_for():
         (np.full((1, 4, 4), 3), np.zeros((1, 4, 4), int), r"prediction holds ids \[3\] outside"),
         (np.full((1, 4, 4), -1), np.zeros((1, 4, 4), int), r"prediction holds ids \[-1\] outside"),
         (np.full((1, 4, 4), 256), np.zeros((1, 4, 4), int), r"prediction holds ids \[256\] outside"),
+        (np.full((1, 4, 4), -254), np.zeros((1, 4, 4), int), r"prediction holds ids \[-254\] outside"),
+        (np.full((1, 4, 4), 2**40 + 1), np.zeros((1, 4, 4), int), r"prediction holds ids \[1099511627777\] outside"),
         (np.zeros((1, 4, 4), int), np.zeros((1, 4, 5), int), "resize the logits"),
         (np.zeros((2, 4, 4), int), np.zeros((1, 4, 4), int), "2 predictions but 1 references"),
         (np.zeros((1, 4, 4)), np.zeros((1, 4, 4), int), "prediction holds float64"),
