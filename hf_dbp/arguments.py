@@ -9,7 +9,8 @@ from transformers import TrainingArguments
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.feeding import feed_fast
 from hf_dbp.measurement import check_country
-from hf_dbp.resuming import save_as_evaluated, use_one_gpu
+from hf_dbp.processes import check_processes, use_one_gpu
+from hf_dbp.resuming import save_as_evaluated
 
 __all__ = ["DataArguments", "ModelArguments", "PretrainingArguments"]
 
@@ -168,6 +169,10 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
     )
     push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
 
+    save_steps: float | None = field(
+        default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
+    )
+
     def __post_init__(self) -> None:
         check_country(self.country)
         self.remove_unused_columns = False
@@ -177,6 +182,7 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
             self.load_best_model_at_end = False
         save_as_evaluated(self)
         super().__post_init__()
+        check_processes(self)
         use_one_gpu(self)
         if self.base_learning_rate is not None:
             total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size

@@ -38,13 +38,13 @@ from hf_dbp.fusing import fuse_run, push_run
 from hf_dbp.guards import NonFiniteError
 from hf_dbp.model_card import write_card
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
+from hf_dbp.processes import ending_processes
 from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record, write_json
 from hf_dbp.resuming import find_checkpoint
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
-from hf_dbp.stopping import end_processes
 from hf_dbp.trainer import RECORD, MAETrainer
 from hf_dbp.untrusted import check_memory, known_fields, load_weights, read_config, read_statistics
 from hf_dbp.warm_start import fits, warm_start_
@@ -281,7 +281,6 @@ def run(
 def evaluate_alone(trainer: MAETrainer, source: str | None) -> None:
     """Evaluate, and write ``eval_results.json``: the weights and the record of a run stay as they are."""
     metrics = trainer.evaluate()
-    end_processes(trainer)
     if trainer.args.should_save:
         file, model = Path(trainer.args.output_dir) / EVAL_RESULTS, source or "a fresh model"
         write_json(file, metrics | {"model": model})
@@ -292,7 +291,6 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
     """Save the model, the record, the pictures and the card, say where they are, and push the fused model."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     trainer.save_model()
-    end_processes(trainer)
     if not args.should_save:
         return
     trainer.save_state()
@@ -342,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
         parsed = parse_arguments(
             (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments), arguments
         )
-        with disk_errors(parsed[-1].output_dir):
+        with disk_errors(parsed[-1].output_dir), ending_processes():
             return run(*parsed)
     except (ValueError, DiskFull, NonFiniteError) as error:
         if logger.isEnabledFor(logging.DEBUG):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_dbp.data.order import EpochSampler
 from hf_dbp.guards import GuardedTrainer
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.optimizers import checked_schedule
+from hf_dbp.processes import use_one_gpu
 from hf_dbp.records import RunRecord
 from hf_dbp.saving import (
     UNFINISHED,
@@ -39,7 +41,7 @@ from hf_dbp.saving import (
     publish,
     rotate,
 )
-from hf_dbp.stopping import StopOnSignal, Stopped, end_processes, worker_start
+from hf_dbp.stopping import StopOnSignal, Stopped, shield_workers
 
 __all__ = [
     "SHAPING",
@@ -50,7 +52,6 @@ __all__ = [
     "noted_changes",
     "restore_weights",
     "save_as_evaluated",
-    "use_one_gpu",
 ]
 
 logger = logging.getLogger(__name__)
@@ -200,23 +201,13 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
         self.sampler.set_epoch(int(state.epoch))
 
 
-def use_one_gpu(args: TrainingArguments) -> None:
-    """Let a process that no launcher started train on one GPU, and say how to use all of them.
-
-    The stock Trainer takes all for nn.DataParallel, whose replicas lose what a forward gathers.
-    """
-    if args.n_gpu > 1:
-        logger.warning(
-            "1 of %d GPUs is used; for all of them: accelerate launch --multi_gpu --num_processes %d SCRIPT ...",
-            args.n_gpu, args.n_gpu,
-        )  # fmt: skip
-        args._n_gpu = 1
-
-
 def save_as_evaluated(args: TrainingArguments) -> None:
-    """Let a run whose ``save_strategy`` is None save when it evaluates, as the best checkpoint needs; else by steps."""
+    """Where ``save_strategy`` or ``save_steps`` is None: save when it evaluates, as the best checkpoint needs."""
     if args.save_strategy is None:
         args.save_strategy = "steps" if args.eval_strategy == "no" else args.eval_strategy
+    if args.save_steps is None:
+        needed = args.load_best_model_at_end and args.eval_strategy == args.save_strategy == "steps"
+        args.save_steps = (args.eval_steps or args.logging_steps) if needed else 500
 
 
 class ResumingTrainer(GuardedTrainer):
@@ -243,8 +234,7 @@ class ResumingTrainer(GuardedTrainer):
     def get_train_dataloader(self) -> Any:
         """The stock one, whose workers leave signals to the run (schedulers send them to the whole group)."""
         loader = super().get_train_dataloader()
-        workers = loader.base_dataloader
-        workers.worker_init_fn = worker_start(workers.worker_init_fn)
+        shield_workers(loader.base_dataloader)
         return loader
 
     # ---- training ----
@@ -278,7 +268,7 @@ class ResumingTrainer(GuardedTrainer):
                     f"the same command goes on from {self.checkpoint}",
                     file=sys.stderr,
                 )
-            end_processes(self)
+            traceback.clear_frames(stopped.__traceback__)  # else they keep the DDP model, past the end of its group
             raise SystemExit(stopped.status) from None
 
     def named_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:

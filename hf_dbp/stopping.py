@@ -22,22 +22,41 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
-__all__ = ["StopOnSignal", "Stopped", "end_processes", "handling", "leave", "worker_start"]
+__all__ = ["StopOnSignal", "Stopped", "handling", "leave", "shield_workers"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
 
 
-def worker_start(then: Callable[[int], None] | None = None) -> Callable[[int], None]:
-    """The ``worker_init_fn`` of a loader whose workers leave the signals to this process; it ends with ``then``."""
-    return partial(_start_worker, _ending(), then)
+def shield_workers(loader: DataLoader[Any]) -> None:
+    """Have a loader's workers leave the signals to this process, from before they are forked."""
+    loader.worker_init_fn = partial(_start_worker, _ending(), loader.worker_init_fn)
+    if loader.num_workers and multiprocessing.get_context().get_start_method() == "fork":
+        loader.multiprocessing_context = _Workers()
+
+
+class _Worker(ForkProcess):
+    """Begins with both signals blocked: torch sets a handler that ends it, some time before `_start_worker` runs."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Workers(ForkContext):
+    Process = _Worker
 
 
 @cache
@@ -55,6 +74,7 @@ def _start_worker(ending: Any, then: Callable[[int], None] | None, number: int) 
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if then is not None:
         then(number)
 
@@ -76,17 +96,6 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 def leave(number: int, frame: Any) -> None:
     """Handler that ends the process by SystemExit(128 + signal), so that `finally` ends what it has started."""
     raise SystemExit(128 + number)
-
-
-def end_processes(trainer: Trainer) -> None:
-    """After the last thing that the processes of a run do together: end their group while Python is whole.
-
-    Gloo's threads may still hold tensors of the last collective, which aborts a process that exits without this
-    (pytorch/pytorch#179291); a DDP model that outlives the group can hang, so it goes first.
-    """
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
 
 
 class Stopped(Exception):

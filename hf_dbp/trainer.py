@@ -31,7 +31,7 @@ from hf_dbp.measurement import Meter
 from hf_dbp.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import changed_arguments, noted_changes
-from hf_dbp.stopping import worker_start
+from hf_dbp.stopping import shield_workers
 
 __all__ = ["RECORD", "MAETrainer"]
 
@@ -82,14 +82,15 @@ class MAETrainer(ClockedTrainer):
         first, last = (
             len(data) * rank // self.args.world_size for rank in (self.args.process_index, self.args.process_index + 1)
         )
-        return torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             EvaluationViews(data, range(first, last)),
             batch_size=self.args.eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             collate_fn=evaluation_collate,
-            worker_init_fn=worker_start(),
             pin_memory=self.args.dataloader_pin_memory,
         )
+        shield_workers(loader)
+        return loader
 
     @torch.no_grad()
     def evaluation_loop(

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hf_dbp.guards import GuardedTrainer
-from hf_dbp.stopping import end_processes
+from hf_dbp.processes import end_processes
 
 RANK = int(os.environ["RANK"])
 
@@ -48,7 +48,8 @@ if __name__ == "__main__":
     args = TrainingArguments(sys.argv[1], dataloader_pin_memory=False, **options)
     trainer = Recorded(model=Line(), args=args, train_dataset=[{"x": torch.rand(3)} for _ in range(32)])
     trainer.train()
-    end_processes(trainer)
     weights.append(trainer._bare_model.slope.detach().clone())
     found = {"weights": torch.stack(weights), "skipped": trainer.skipped_steps()["skipped"]}
     torch.save(found, Path(sys.argv[1]) / f"{RANK}.pt")
+    del trainer
+    end_processes()

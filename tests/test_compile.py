@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import checkpoint_activations
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
@@ -80,7 +81,7 @@ def test_gradient_checkpointing_in_a_compiled_model_counts_rows_once(mae_config:
     model, batches = mae(mae_config(num_hidden_layers=1))
     configure_sampling(model, RowSampling(fraction=1.0))
     twin = copy.deepcopy(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, use_reentrant=False)
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=flag):
         fast, _ = compiled(model, "aot_eager", fullgraph=flag)
         loss_of(fast)(*batches[0]).backward()
@@ -101,7 +102,7 @@ def test_a_run_compiles_checkpointed_blocks_without_graph_breaks(
     given = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
     given |= {"torch_compile": True, "torch_compile_backend": "aot_eager", "use_cpu": True, "save_strategy": "no"}
     args = TrainingArguments(tmp_path, remove_unused_columns=False, dataloader_pin_memory=False, **given)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, use_reentrant=False)
     torch._dynamo.utils.counters.clear()
     Trainer(model, args, train_dataset=views, callbacks=[DecorrelationCallback()]).train()
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -121,6 +121,17 @@ def test_colour_masks_taken_for_indices(capsys):
         labelled(palette="palette.yaml")
 
 
+def test_validation_masks_without_a_class():
+    write(mask=lambda number: np.full((32, 40), 255, np.uint8))
+    void = {"validation_dir": "images", "validation_mask_dir": "masks"}
+    for folder in ("images", "masks"):
+        Path(folder).rename(f"void_{folder}")
+    write(mask=lambda number: RNG.integers(0, 2, (32, 40), dtype=np.uint8))
+    void = {name: f"void_{folder}" for name, folder in void.items()}
+    with pytest.raises(ValueError, match=r"masks of void_images \(validation\) hold no class: give --validation_dir"):
+        labelled(**void)
+
+
 def test_masks_of_0_and_255_taken_for_indices(capsys):
     write(mask=lambda _: RNG.integers(0, 2, (32, 40), dtype=np.uint8) * 255)
     with pytest.raises(ValueError, match=r"no class but class 0, and 255, which is ignored: nothing to learn.*binary"):

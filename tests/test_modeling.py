@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tiny import checkpoint_activations
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel, ViTModel
 
@@ -238,7 +239,7 @@ def test_gradient_checkpointing_changes_nothing_and_counts_rows_once(mae_config:
     plain = DBPViTMAEForPreTraining(mae_config(decorrelated_layers="full")).train()
     configure_sampling(plain, RowSampling(fraction=1.0))
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(checkpointed, use_reentrant=reentrant)
     inputs = batch(plain.config)
     for model in (plain, checkpointed):
         model(**inputs).loss.backward()

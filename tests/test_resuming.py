@@ -17,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_pretraining import flags
+from torch.utils.data import DataLoader
 
 from hf_dbp import stopping
 from hf_dbp.pretraining import main
 from hf_dbp.records import RunRecord
 from hf_dbp.resuming import ResumingTrainer
 from hf_dbp.saving import UNFINISHED, fault, last_checkpoint, whole_checkpoints
-from hf_dbp.stopping import StopOnSignal
+from hf_dbp.stopping import StopOnSignal, shield_workers
 
 sys.path.insert(0, str(Path(__file__).parent / "segmentation"))
 from training import trainer as segmentation_trainer
@@ -181,6 +182,15 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path, change
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 143, errors[-2000:]
     assert "the same command goes on from" in errors.strip().splitlines()[-1]
+
+
+def test_a_signal_reaches_no_worker_that_has_only_begun():
+    loader = DataLoader(range(8), num_workers=2, collate_fn=list, worker_init_fn=lambda number: time.sleep(0.2))
+    shield_workers(loader)
+    views = iter(loader)
+    for worker in views._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(views)) == 8
 
 
 def test_a_run_that_fails_ends_with_its_workers(tmp_path):
@@ -376,7 +386,10 @@ def test_another_error_while_saving_is_not_called_a_full_disk(tmp_path, monkeypa
 
 # ---- two processes, and the whole of it ----
 
+
 ROOT = Path(__file__).parents[1]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -385,11 +398,10 @@ def launch(tmp_path):
 
     def start(number=None, **changed):
         given = flags(tmp_path / "run", **(STEPS | {"max_steps": 100_000, "eval_strategy": "no"} | changed))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         before = last_checkpoint(tmp_path / "run")
         process = subprocess.Popen(
-            [*launcher, str(ROOT / "training_scripts" / "run_dbp_mae.py"), *given, "--save_total_limit", "2"],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            [*LAUNCHER, str(Path(__file__).with_name("ended_run.py")), *given, "--save_total_limit", "2"],
+            env=os.environ | ENVIRONMENT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -409,9 +421,22 @@ def launch(tmp_path):
     return start
 
 
+def test_processes_that_would_train_apart_are_refused(tmp_path):
+    """Without --use_cpu accelerate leaves a launcher's processes alone where there is no GPU."""
+    script = str(ROOT / "training_scripts" / "run_dbp_mae.py")
+    done = subprocess.run(
+        [*LAUNCHER, script, *flags(tmp_path, use_cpu=None)], env=os.environ | ENVIRONMENT,
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "2 processes, and not a GPU for each: they would train apart; add --use_cpu" in done.stderr
+    assert not [*tmp_path.iterdir()]
+
+
 def test_two_processes_stop_together_name_a_dead_one_and_go_on(launch):
     """A signal that only one of them receives; then one that is killed; then the run goes on to its end."""
     _, errors, stopped = launch(signal.SIGTERM)
+    assert "AssertionError" not in errors
     assert errors.count("stopped by SIGTERM after step") == 1
     assert f"the same command goes on from {stopped}" in errors
     assert {file.name for file in stopped.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}

@@ -281,16 +281,13 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
     lists = []
     for split, samples in splits.items():
         images = LabelledImages(
-            samples,
-            columns,
+            samples, columns,
             num_labels=len(source.class_names()),
-            ignore_index=source.ignore_index,
-            reduce_labels=source.reduce_labels,
-            num_channels=source.num_channels,
+            ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
+            num_channels=source.num_channels, max_unreadable=source.max_unreadable,
             palette=None if source.palette is None else Palette(source.palette, source.ignore_index),
-            name=f"{source.name} ({split})",
-            max_unreadable=source.max_unreadable,
-        )
+            name=f"{(split == 'validation' and source.validation_dir) or source.name} ({split})",
+        )  # fmt: skip
         if len(images) == 0:
             raise ValueError(f"{images.name} has no images")
         images.num_channels = images.readable(0)[0].shape[2]
@@ -309,7 +306,7 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
     """Read all masks and say what training would suffer from: a class that is missing, 0/255 taken for ids.
 
     Raises:
-        ValueError: a wrong mask, or masks that hold nothing but one class and ignored pixels.
+        ValueError: a wrong mask, or masks that leave nothing to learn or to measure.
     """
     ids = max(train.num_labels, train.ignore_index + 1)
     found = []
@@ -319,12 +316,15 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
         found.append(np.sum(list(progress), axis=0))
     missing = [[name for k, name in names.items() if not masks_K[k]] for masks_K in found]
     if len(missing[0]) >= len(names) - 1:
-        hint = ""
-        if train.ignore_index == 255 and found[0][255]:
-            hint = "; if they are masks of 0 and 255, pass --palette binary"
+        binary = train.ignore_index == 255 and found[0][255]
+        hint = "; if they are masks of 0 and 255, pass --palette binary" if binary else ""
         raise ValueError(
             f"the masks of {train.name} hold no class but {', '.join(set(names.values()) - set(missing[0])) or 'none'}"
             f"{', and ' + str(train.ignore_index) + ', which is ignored' if hint else ''}: nothing to learn{hint}"
+        )
+    if len(missing[1]) == len(names):
+        raise ValueError(
+            f"the masks of {validation.name} hold no class: give --validation_dir or another --subset_seed"
         )
     for images, absent in zip((train, validation), missing, strict=True):
         if absent:

@@ -32,6 +32,7 @@ from hf_dbp.figures import plot_curves
 from hf_dbp.guards import NonFiniteError
 from hf_dbp.measurement import check_country
 from hf_dbp.model_card import write_card
+from hf_dbp.processes import check_processes, ending_processes
 from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
@@ -44,7 +45,6 @@ from hf_dbp.segmentation.inference import WholeImages
 from hf_dbp.segmentation.trainer import SegmentationTrainer
 from hf_dbp.segmentation.transforms import Augmentation
 from hf_dbp.segmentation.upernet import build_upernet, load_upernet, load_vit
-from hf_dbp.stopping import end_processes
 from hf_dbp.untrusted import read_config, read_statistics
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
@@ -179,6 +179,9 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
     save_strategy: str | None = field(
         default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
     )
+    save_steps: float | None = field(
+        default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (mean IoU)."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
@@ -193,6 +196,7 @@ class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
             self.load_best_model_at_end = False
         save_as_evaluated(self)
         super().__post_init__()
+        check_processes(self)
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
 
@@ -290,7 +294,6 @@ def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: F
     data = WholeImages(images, data_args.scaled_long_edge, *pixel_statistics(model_args, train_images))
     trainer = SegmentationTrainer(model=model, args=args, crop_size=data_args.crop_size, eval_dataset=data)
     results = trainer.evaluate() | {"per_class": per_class(trainer), "model": model_source}
-    end_processes(trainer)
     if args.should_save:
         file = Path(args.output_dir) / EVAL_RESULTS
         write_json(file, results)
@@ -335,7 +338,6 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     trainer.save_model()
     record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
     record |= trainer.costs() | {"energy": {**trainer.energy}}
-    end_processes(trainer)
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
     if args.should_save:
@@ -359,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     transformers.utils.logging.set_verbosity_warning()
     try:
         parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
-        with disk_errors(parsed[-1].output_dir):
+        with disk_errors(parsed[-1].output_dir), ending_processes():
             return run(*parsed)
     except (ValueError, DiskFull, NonFiniteError) as error:
         if logger.isEnabledFor(logging.DEBUG):

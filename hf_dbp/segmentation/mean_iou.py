@@ -13,6 +13,7 @@ forgotten: memory is O(classes^2).
 Shapes: K classes; H, W height and width of one map; N pixels of a piece of a map.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -86,7 +87,7 @@ def confusion_matrix(
     while shared := list(islice(pieces, _AT_ONCE)):
         waiting = iter(shared)
         helpers = [
-            _helpers().submit(_count, waiting, num_labels, ignore_index)
+            _helpers(os.getpid()).submit(_count, waiting, num_labels, ignore_index)
             for _ in range(min(torch.get_num_threads(), len(shared)) - 1)
         ]
         confusion_KK += _count(waiting, num_labels, ignore_index)
@@ -111,15 +112,20 @@ def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterator[Piece]:
 
 
 def _integers(label_map: IntArray | torch.Tensor, role: str) -> IntArray:
-    array = label_map.detach().cpu().numpy() if isinstance(label_map, torch.Tensor) else np.asarray(label_map)
+    if isinstance(label_map, torch.Tensor):
+        label_map = label_map.detach().cpu()
+        label_map = (label_map.float() if label_map.is_floating_point() else label_map).numpy()  # which has no bfloat16
+    array = np.asarray(label_map)
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{role} holds {array.dtype}, not class ids: pass integers (of logits, their argmax)")
     return array
 
 
 @cache
-def _helpers() -> ThreadPoolExecutor:
-    """NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here.
+def _helpers(process: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked one inherits none of its parent's.
+
+    NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here.
 
     The caller counts with them: one who only waits takes the lock from those who work, and their speed with it.
     """
@@ -161,7 +167,7 @@ def _count_any_ids(
     predicted_N: IntArray, true_N: IntArray, num_labels: int, ignore_index: int
 ) -> npt.NDArray[np.int64]:
     labelled = true_N != ignore_index
-    true_N, predicted_N = true_N[labelled].astype(np.int64), predicted_N[labelled].astype(np.int64)
+    true_N, predicted_N = true_N[labelled], predicted_N[labelled]
     for name, ids_N in (("reference", true_N), ("prediction", predicted_N)):
         outside = np.unique(ids_N[(ids_N < 0) | (ids_N >= num_labels)])
         if outside.size:
@@ -169,7 +175,8 @@ def _count_any_ids(
                 f"{name} holds ids {outside[:5].tolist()} outside the classes 0..{num_labels - 1} "
                 f"and other than ignore_index {ignore_index}: set num_labels or ignore_index, or reduce the labels"
             )
-    return np.bincount(true_N * num_labels + predicted_N, minlength=num_labels**2).reshape(num_labels, num_labels)
+    pairs_N = true_N.astype(np.int64) * num_labels + predicted_N.astype(np.int64)
+    return np.bincount(pairs_N, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types

@@ -30,7 +30,7 @@ from hf_dbp.resuming import SHAPING, compared_arguments, noted_changes
 from hf_dbp.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.segmentation.upernet import parameter_groups, synchronize_batch_norm
-from hf_dbp.stopping import worker_start
+from hf_dbp.stopping import shield_workers
 
 __all__ = ["SegmentationTrainer"]
 
@@ -185,13 +185,14 @@ class SegmentationTrainer(ClockedTrainer):
         """This process's share of the validation images: every world_size-th, so that each counts exactly once."""
         data: WholeImages = self.eval_dataset if eval_dataset is None else eval_dataset
         share = torch.utils.data.Subset(data, range(self.args.process_index, len(data), self.args.world_size))
-        return torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             share,
             batch_size=self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             collate_fn=list,
-            worker_init_fn=worker_start(),
         )
+        shield_workers(loader)
+        return loader
 
     def evaluate(
         self, eval_dataset: WholeImages | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -86,6 +86,15 @@ def test_two_processes_make_one_model(encoder, tmp_path):
     assert len(UperNetForSemanticSegmentation.from_pretrained(out).config.id2label) == 5
 
 
+def test_what_is_evaluated_is_saved_without_being_asked(encoder, tmp_path):
+    """Else the best model would be lost: only --eval_steps is given."""
+    unasked = [part for pair in zip(FLAGS[::2], FLAGS[1::2], strict=False) for part in pair if "save" not in pair[0]]
+    record = main([*unasked, *encoder, "--output_dir", str(tmp_path)])
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert record["best_checkpoint"] is not None
+    assert record["mean_iou"] == max(row["eval_mean_iou"] for row in record["evaluations"])
+
+
 def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
     out = tmp_path / "out"
     record = main([*FLAGS, *encoder, "--output_dir", str(out), *NATIVE, "--layer_decay", "0.8"])

@@ -107,6 +107,21 @@ def test_layout_byte_order_and_threads_make_no_difference(threads, monkeypatch):
         confusion_matrix(predictions, [np.zeros_like(ids) for ids in references], 21, 255)
 
 
+def test_a_forked_process_counts_with_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    maps = np.zeros((4, 512, 512), np.uint8)
+    expected = confusion_matrix(maps, maps, 2, 255)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put(confusion_matrix(maps, maps, 2, 255)))
+    child.start()
+    child.join(30)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive
+    assert (queue.get() == expected).all()
+
+
 def test_no_maps_are_no_counts():
     assert not confusion_matrix([], [], 2, 255).any()
 
@@ -142,6 +157,8 @@ def test_ignore_index_that_is_a_class_is_refused_unless_asked_for():
         (np.zeros((1, 4, 4), int), np.zeros((1, 4, 5), int), "resize the logits"),
         (np.zeros((2, 4, 4), int), np.zeros((1, 4, 4), int), "2 predictions but 1 references"),
         (np.zeros((1, 4, 4)), np.zeros((1, 4, 4), int), "prediction holds float64"),
+        (torch.zeros((1, 4, 4), dtype=torch.bfloat16), np.zeros((1, 4, 4), int), "prediction holds float32"),
+        (np.full((1, 4, 4), 2**64 - 1, np.uint64), np.zeros((1, 4, 4), int), r"holds ids \[18446744073709551615\]"),
         (np.zeros((1, 4, 4), int), np.full((1, 4, 4), 255), "no labelled pixel"),
     ],
 )

@@ -13,12 +13,12 @@ from transformers import TrainingArguments, ViTConfig, ViTModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from hf_dbp.processes import end_processes
 from hf_dbp.segmentation.data import LabelledImages, TrainingCrops
 from hf_dbp.segmentation.inference import WholeImages
 from hf_dbp.segmentation.trainer import SegmentationTrainer
 from hf_dbp.segmentation.transforms import Augmentation
 from hf_dbp.segmentation.upernet import build_upernet
-from hf_dbp.stopping import end_processes
 
 CLASSES, CROP = 3, 32
 
@@ -104,5 +104,6 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "0":
         torch.save(weights, out / "weights.pt")
         run.save_model(str(out / "model"))
-    end_processes(run)
     (out / f"metrics{os.environ['RANK']}.json").write_text(json.dumps(metrics))
+    del run
+    end_processes()
