@@ -14,15 +14,15 @@ one.
 from __future__ import annotations
 
 import atexit
-import multiprocessing
+import multiprocessing.context
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
-from multiprocessing.context import ForkContext, ForkProcess
 from typing import Any
 
 import torch
@@ -40,23 +40,24 @@ SAME_SECONDS = 1.0
 def shield_workers(loader: DataLoader[Any]) -> None:
     """Have a loader's workers leave the signals to this process, from before they are forked."""
     loader.worker_init_fn = partial(_start_worker, _ending(), loader.worker_init_fn)
-    if loader.num_workers and multiprocessing.get_context().get_start_method() == "fork":
+    if sys.platform != "win32" and loader.num_workers and multiprocessing.get_context().get_start_method() == "fork":
         loader.multiprocessing_context = _Workers()
 
 
-class _Worker(ForkProcess):
-    """Begins with both signals blocked: torch sets a handler that ends it, some time before `_start_worker` runs."""
+if sys.platform != "win32":
 
-    def start(self) -> None:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    class _Worker(multiprocessing.context.ForkProcess):
+        """Begins with both signals blocked: torch sets a handler that ends it, some time before `_start_worker`."""
 
+        def start(self) -> None:
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                super().start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-class _Workers(ForkContext):
-    Process = _Worker
+    class _Workers(multiprocessing.context.ForkContext):
+        Process = _Worker
 
 
 @cache
@@ -74,7 +75,8 @@ def _start_worker(ending: Any, then: Callable[[int], None] | None, number: int) 
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if then is not None:
         then(number)
 
