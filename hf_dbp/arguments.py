@@ -1,4 +1,4 @@
-"""Flags of pre-training: which images, which model, how it sees the images, how it is trained."""
+"""Flags of pre-training: which images, which model, how it sees the images, how it is trained (as fine-tuning, too)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.feeding import feed_fast
 from hf_dbp.measurement import check_country
 from hf_dbp.processes import check_processes, use_one_gpu
-from hf_dbp.resuming import save_as_evaluated
 
-__all__ = ["DataArguments", "ModelArguments", "PretrainingArguments"]
+__all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "RunArguments"]
 
 
 @dataclass
@@ -143,23 +142,19 @@ class ModelArguments:
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
-    """TrainingArguments with the defaults that masked autoencoding needs."""
+class RunArguments(TrainingArguments):  # type: ignore[misc]
+    """TrainingArguments with the defaults that pre-training and fine-tuning share."""
 
-    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
-    base_learning_rate: float | None = field(
-        default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (He et al.: 0.95)."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
     save_strategy: str | None = field(
         default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
     )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (eval_loss)."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
+    save_steps: float | None = field(
+        default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     max_skipped_steps: int = field(
         default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
     )
@@ -167,23 +162,39 @@ class PretrainingArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
     )
-    push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
-
-    save_steps: float | None = field(
-        default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
-    )
 
     def __post_init__(self) -> None:
         check_country(self.country)
         self.remove_unused_columns = False
         feed_fast(self)
-        self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
-        save_as_evaluated(self)
+        if self.save_strategy is None:
+            self.save_strategy = "steps" if self.eval_strategy == "no" else self.eval_strategy
+        if self.save_steps is None:  # the best checkpoint must have been saved
+            needed = self.load_best_model_at_end and self.eval_strategy == self.save_strategy == "steps"
+            self.save_steps = (self.eval_steps or self.logging_steps) if needed else 500
         super().__post_init__()
         check_processes(self)
         use_one_gpu(self)
+
+
+@dataclass
+class PretrainingArguments(RunArguments):
+    """TrainingArguments with the defaults that masked autoencoding needs; the best checkpoint is by eval_loss."""
+
+    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (He et al.: 0.95)."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
+    push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
+
+    def __post_init__(self) -> None:
+        self.metric_for_best_model, self.greater_is_better = "eval_loss", False
+        super().__post_init__()
         if self.base_learning_rate is not None:
             total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * total / 256

@@ -51,7 +51,6 @@ __all__ = [
     "find_checkpoint",
     "noted_changes",
     "restore_weights",
-    "save_as_evaluated",
 ]
 
 logger = logging.getLogger(__name__)
@@ -199,15 +198,6 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.sampler.set_epoch(int(state.epoch))
-
-
-def save_as_evaluated(args: TrainingArguments) -> None:
-    """Where ``save_strategy`` or ``save_steps`` is None: save when it evaluates, as the best checkpoint needs."""
-    if args.save_strategy is None:
-        args.save_strategy = "steps" if args.eval_strategy == "no" else args.eval_strategy
-    if args.save_steps is None:
-        needed = args.load_best_model_at_end and args.eval_strategy == args.save_strategy == "steps"
-        args.save_steps = (args.eval_steps or args.logging_steps) if needed else 500
 
 
 class ResumingTrainer(GuardedTrainer):

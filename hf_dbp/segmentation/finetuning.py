@@ -15,28 +15,27 @@ from typing import Any
 import transformers
 from transformers import (
     BeitImageProcessorPil,
-    TrainingArguments,
     UperNetForSemanticSegmentation,
     ViTConfig,
     ViTModel,
     set_seed,
 )
 
+from hf_dbp.arguments import RunArguments
 from hf_dbp.checkpoints import model_folder
 from hf_dbp.clocked import training_meter
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import feed_fast, user_message
+from hf_dbp.data.feeding import user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.figures import plot_curves
 from hf_dbp.guards import NonFiniteError
-from hf_dbp.measurement import check_country
 from hf_dbp.model_card import write_card
-from hf_dbp.processes import check_processes, ending_processes
+from hf_dbp.processes import ending_processes
 from hf_dbp.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
-from hf_dbp.resuming import find_checkpoint, save_as_evaluated
+from hf_dbp.resuming import find_checkpoint
 from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
 from hf_dbp.segmentation.evaluation import evaluation_record, per_class, summary
@@ -157,46 +156,22 @@ class ModelArguments:
 
 
 @dataclass
-class FinetuningArguments(TrainingArguments):  # type: ignore[misc]
-    """TrainingArguments with the paper's optimiser and schedule as defaults."""
+class FinetuningArguments(RunArguments):
+    """TrainingArguments with the paper's optimiser and schedule as defaults; the best checkpoint is by mean IoU."""
 
     output_dir: str = field(default="outputs/upernet", metadata={"help": "Where everything is written."})
     learning_rate: float = field(default=2.5e-5, metadata={"help": "Peak learning rate."})
-    country: str | None = field(
-        default=None,
-        metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
-    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Layer-wise learning-rate decay: factor per layer below the heads; 1 for none."}
     )
-    max_skipped_steps: int = field(
-        default=5, metadata={"help": "Stop when so many steps in a row met a loss or gradient that is not finite."}
-    )
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
     lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
-    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
-    save_strategy: str | None = field(
-        default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
-    )
-    save_steps: float | None = field(
-        default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
-    )
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint (mean IoU)."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
     )
 
     def __post_init__(self) -> None:
-        check_country(self.country)
-        self.remove_unused_columns = False
-        feed_fast(self)
         self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end = False
-        save_as_evaluated(self)
         super().__post_init__()
-        check_processes(self)
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
 

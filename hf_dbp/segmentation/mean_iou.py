@@ -125,9 +125,8 @@ def _integers(label_map: IntArray | torch.Tensor, role: str) -> IntArray:
 def _helpers(process: int) -> ThreadPoolExecutor:
     """Threads of this process: a forked one inherits none of its parent's.
 
-    NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here.
-
-    The caller counts with them: one who only waits takes the lock from those who work, and their speed with it.
+    NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here. The caller
+    counts with them: one who only waits takes the lock from those who work, and their speed with it.
     """
     return ThreadPoolExecutor(thread_name_prefix="mean_iou")
 
