@@ -38,8 +38,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_dbp.pretraining import main as pretrain
-from hf_dbp.saving import UNFINISHED, last_checkpoint
-from hf_dbp.trainer import MAETrainer
+from hf_dbp.training.saving import UNFINISHED, last_checkpoint
+from hf_dbp.training.trainer import MAETrainer
 
 SCRIPT = Path(__file__).parents[1] / "training_scripts" / "run_dbp_mae.py"
 SIZES = (

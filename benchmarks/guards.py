@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from hf_dbp import SIZES, update_decorrelation
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.functional import decorrelation_step_
-from hf_dbp.guards import GuardedTrainer
+from hf_dbp.training.guards import GuardedTrainer
 
 
 def unguarded_step(*args: Tensor, share: Tensor, **kwargs: float) -> Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hf_dbp.segmentation.mean_iou import MeanIoU
+from hf_dbp.downstream.segmentation.mean_iou import MeanIoU
 
 CLASSES, IGNORED, SIDE = 150, 255, 512
 LabelMap = npt.NDArray[np.int64]

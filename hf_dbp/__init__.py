@@ -9,7 +9,6 @@ pretraining, fusing           the mains of the scripts
 """
 
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
-from hf_dbp.checkpoints import load_fused_vit
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig
 from hf_dbp.conversion import all_linears, convert_to_decorrelated, decorrelated_layers, fuse
 from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection, Decorrelation, RowSampling
@@ -19,7 +18,8 @@ from hf_dbp.modeling_dbp_vit_mae import (
     extract_vit,
     initialize_mae_,
 )
-from hf_dbp.resuming import ResumingTrainer
+from hf_dbp.training.checkpoints import load_fused_vit
+from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.update import configure_sampling, measure_decorrelation, seed_sampling, update_decorrelation
 
 __version__ = "0.1.0"

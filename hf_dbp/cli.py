@@ -21,12 +21,12 @@ __all__ = ["COMMANDS", "demo", "main"]
 
 #: command -> module whose ``main(arguments)`` it runs
 COMMANDS = {
-    "inspect": "hf_dbp.inspection",
+    "inspect": "hf_dbp.inspection.folder",
     "pretrain": "hf_dbp.pretraining",
     "fuse": "hf_dbp.fusing",
-    "finetune": "hf_dbp.segmentation.finetuning",
-    "probe": "hf_dbp.probe",
-    "compare": "hf_dbp.comparison",
+    "finetune": "hf_dbp.downstream.segmentation.finetuning",
+    "probe": "hf_dbp.downstream.probe",
+    "compare": "hf_dbp.comparison.runner",
 }
 
 

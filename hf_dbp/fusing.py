@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 from transformers import ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
 
-from hf_dbp.checkpoints import model_folder
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.masked import MaskedImages
 from hf_dbp.figures import plot_curves, plot_reconstructions
-from hf_dbp.model_card import write_card
+from hf_dbp.hub.model_card import write_card
+from hf_dbp.hub.publishing import Destination
+from hf_dbp.hub.untrusted import load_model, read_config, read_statistics
 from hf_dbp.modeling_dbp_vit_mae import UNFUSED, extract_vit
-from hf_dbp.publishing import Destination
 from hf_dbp.records import RunRecord
-from hf_dbp.saving import UNFINISHED, clear, move_files
-from hf_dbp.trainer import RECORD
-from hf_dbp.untrusted import load_model, read_config, read_statistics
+from hf_dbp.training.checkpoints import model_folder
+from hf_dbp.training.saving import UNFINISHED, clear, move_files
+from hf_dbp.training.trainer import RECORD
 
 __all__ = ["check_views", "fuse_run", "largest_difference", "main", "push_run"]
 

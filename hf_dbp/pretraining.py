@@ -23,10 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_dbp.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
-from hf_dbp.checkpoints import model_folder
-from hf_dbp.clocked import training_meter
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import unit_range
@@ -35,19 +32,22 @@ from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.fusing import fuse_run, push_run
-from hf_dbp.guards import NonFiniteError
-from hf_dbp.model_card import write_card
+from hf_dbp.hub.model_card import write_card
+from hf_dbp.hub.publishing import Destination, claim_push
+from hf_dbp.hub.untrusted import check_memory, known_fields, load_weights, read_config, read_statistics
+from hf_dbp.hub.warm_start import fits, warm_start_
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
-from hf_dbp.processes import ending_processes
-from hf_dbp.publishing import Destination, claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RunRecord, arguments_record, write_json
-from hf_dbp.resuming import find_checkpoint
-from hf_dbp.saving import DiskFull, disk_errors
 from hf_dbp.stock_vit_mae import freeze_fixed_
-from hf_dbp.trainer import RECORD, MAETrainer
-from hf_dbp.untrusted import check_memory, known_fields, load_weights, read_config, read_statistics
-from hf_dbp.warm_start import fits, warm_start_
+from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
+from hf_dbp.training.checkpoints import model_folder
+from hf_dbp.training.clocked import training_meter
+from hf_dbp.training.guards import NonFiniteError
+from hf_dbp.training.processes import ending_processes
+from hf_dbp.training.resuming import find_checkpoint
+from hf_dbp.training.saving import DiskFull, disk_errors
+from hf_dbp.training.trainer import RECORD, MAETrainer
 
 __all__ = ["build_model", "main"]
 

@@ -2,7 +2,7 @@
 
 import math
 
-from hf_dbp.plans import Plan, PlannedRun, Run
+from hf_dbp.comparison.plans import Plan, PlannedRun, Run
 from hf_dbp.records import RunRecord
 
 NAN = math.nan

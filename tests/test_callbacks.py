@@ -15,8 +15,8 @@ from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
 from hf_dbp.correlations import mean_correlations
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
-from hf_dbp.optimizers import MuonWithAdamW, decay_groups
-from hf_dbp.resuming import ResumingTrainer, restore_weights
+from hf_dbp.training.optimizers import MuonWithAdamW, decay_groups
+from hf_dbp.training.resuming import ResumingTrainer, restore_weights
 from hf_dbp.update import update_decorrelation
 
 STEPS = 8

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from transformers import ViTMAEForPreTraining, ViTModel
 
-from hf_dbp.arguments import ModelArguments, PretrainingArguments
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.images import ImageSource, channel_statistics, load_images
@@ -20,7 +19,8 @@ from hf_dbp.fusing import main as fuse_main
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE
 from hf_dbp.pretraining import build_model, main, pixel_statistics
 from hf_dbp.records import RunRecord
-from hf_dbp.resuming import restore_weights
+from hf_dbp.training.arguments import ModelArguments, PretrainingArguments
+from hf_dbp.training.resuming import restore_weights
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 FLAGS = {

@@ -11,11 +11,13 @@ from benchmark_scripts import load_benchmark
 from PIL import Image
 from transformers import BeitImageProcessorPil, ViTConfig, ViTModel
 
-from hf_dbp import cli, comparison, pretraining, probe
-from hf_dbp.arguments import ModelArguments, PretrainingArguments
+from hf_dbp import cli, pretraining
 from hf_dbp.callbacks import DecorrelationArguments
-from hf_dbp.segmentation import finetuning
-from hf_dbp.segmentation.upernet import build_upernet
+from hf_dbp.comparison import runner as comparison
+from hf_dbp.downstream import probe
+from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.downstream.segmentation.upernet import build_upernet
+from hf_dbp.training.arguments import ModelArguments, PretrainingArguments
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_dbp.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.recipes import parse_arguments, recipe_arguments, recipe_names
+from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
 
 PRETRAINING = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
 

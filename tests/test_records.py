@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from hf_dbp.arguments import ModelArguments
 from hf_dbp.records import RunRecord, arguments_record, without_secrets
+from hf_dbp.training.arguments import ModelArguments
 
 
 def record(*losses):

@@ -7,7 +7,7 @@ r"""Compare ways of pre-training on your own images: plan, run what is missing, 
 An interrupted comparison goes on where it stopped. See --help; further flags are those of run_dbp_mae.py.
 """
 
-from hf_dbp.comparison import main
+from hf_dbp.comparison.runner import main
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ FOLDER, or each of its `train` and `validation`, holds a folder of images per cl
 probes random weights of the same shape.
 """
 
-from hf_dbp.probe import main
+from hf_dbp.downstream.probe import main
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ r"""Fine-tune UperNet for semantic segmentation from a stock ViT: fused DBP, BP,
 Flags: the data's and the model's, and all TrainingArguments; see --help.
 """
 
-from hf_dbp.segmentation.finetuning import main
+from hf_dbp.downstream.segmentation.finetuning import main
 
 if __name__ == "__main__":
     main()

@@ -28,8 +28,8 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from hf_dbp.data.folders import file_stamp
-from hf_dbp.data.hub_errors import explained
 from hf_dbp.data.subset import Keys, content_key, readable_bytes
+from hf_dbp.hub.errors import explained
 
 __all__ = ["Listing", "ShardedImages", "in_threads", "list_shards"]
 

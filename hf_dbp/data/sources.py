@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
 from hf_dbp.data.folders import IMAGE_FILES, file_table, folder_splits, list_samples
-from hf_dbp.data.hub_errors import explained
 from hf_dbp.data.shards import ShardedImages, list_shards, open_binary
+from hf_dbp.hub.errors import explained
 
 __all__ = [
     "BUILT_IN",

@@ -42,7 +42,7 @@ def recipe_names() -> list[str]:
 
 
 def plan_names() -> list[str]:
-    """File names of the plans in the package, see `hf_dbp.plans`."""
+    """File names of the plans in the package, see `hf_dbp.comparison.plans`."""
     return [name for name in yaml_names() if name.startswith(PLAN_PREFIXES)]
 
 

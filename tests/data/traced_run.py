@@ -20,7 +20,7 @@ if os.environ.get("SLEEP") == "0":
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import image_rng
 from hf_dbp.pretraining import main
-from hf_dbp.trainer import MAETrainer
+from hf_dbp.training.trainer import MAETrainer
 
 
 @functools.cache

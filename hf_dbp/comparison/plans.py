@@ -1,0 +1,374 @@
+"""Which runs make a comparison: plans of methods x settings x seeds, and what became of them.
+
+A plan is a YAML file, of the package's or the user's own:
+
+    title: Four methods on photographs
+    recipe: demo.yaml                       # optional: flags that all runs share ...
+    flags: {max_steps: 600, image_size: 32} # ... and more of them
+    axes:                                   # what is compared; the variants are the product of the axes
+      method:
+        adamw: {method: bp, optimizer: adamw}
+        dbp+adamw: {method: dbp, optimizer: adamw}
+    search: {learning_rate: [1e-3, 2e-3]}   # tried for every variant alike, with the first seed
+    seeds: [0, 1, 2]                        # the others run at each variant's best
+    against: {adamw: [dbp+adamw]}           # baseline -> variants held against it (default: the first, all others)
+    segmentation: {recipe: demo_upernet.yaml, flags: {}, random: true}  # optional: mean IoU of each seed's encoder
+
+Seeds are paired: data order, crops and masks are functions of (seed, epoch, image), and weights start from the seed, so
+runs of one seed differ in the method alone. `hf_dbp.comparison.runner` runs a plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_dbp.callbacks import DecorrelationArguments
+from hf_dbp.data.sources import ImageSource
+from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
+from hf_dbp.records import RunRecord
+from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
+from hf_dbp.training.resuming import SHAPING
+from hf_dbp.training.trainer import RECORD
+
+__all__ = [
+    "Plan",
+    "PlannedRun",
+    "Run",
+    "Segmentation",
+    "best_settings",
+    "collect_runs",
+    "plan_of",
+    "read_plan",
+    "read_run",
+    "variant_of",
+]
+
+FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
+FINETUNING_FLAGS = (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments)
+KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation")
+SEGMENTATION_KEYS = ("recipe", "flags", "random")
+OWN = ("seed", "output_dir", "config")  # set per run by the tool
+#: flags that make two runs of one method runs of two settings; the others leave the result as it is
+SETTINGS = sorted({
+    *SHAPING, "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last",
+    "model_size", "model_name_or_path", "model_revision", "config_name", "config_overrides", "image_size", "patch_size",
+    "decorrelated_layers", "naive_decorrelation", "dataset_name", "dataset_config_name", "train_dir", "validation_dir",
+    "channel_files", "image_column_name", "train_val_split", "max_train_samples", "max_eval_samples", "num_channels",
+    "built_in_size", "train_fraction", "subset_seed", "cache_short_side",
+} - {"seed", "data_seed"})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a plan.
+
+    Args:
+        variant: what is compared, such as ``dbp+adamw``.
+        searched: the searched flags' values.
+        seed: of everything random in the run.
+        arguments: the flags of the pre-training script but for the output folder.
+    """
+
+    variant: str
+    searched: tuple[tuple[str, str], ...]
+    seed: int
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def setting(self) -> str:
+        """The searched values in words; empty if nothing was searched."""
+        return ", ".join(f"{name} {value}" for name, value in self.searched)
+
+    @property
+    def name(self) -> str:
+        """Variant, searched values and seed in words."""
+        return ", ".join(part for part in (self.variant, self.setting, f"seed {self.seed}") if part)
+
+    @property
+    def folder(self) -> Path:
+        """The run's place below the comparison's ``runs``."""
+        return Path(slug(self.variant), *(slug(f"{name}={value}") for name, value in self.searched), f"seed{self.seed}")
+
+
+@dataclass
+class Run:
+    """What became of a planned run: its record, the evaluation of its encoder on segmentation if there is one, and in
+    ``notes`` why there is none."""
+
+    planned: PlannedRun
+    record: RunRecord | None = None
+    error: str | None = None
+    segmentation: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def diverged(self) -> bool:
+        """A loss that is not finite, or a validation loss that ended above where it began."""
+        if self.record is None or not self.record.rows:
+            return False
+        losses = [row[key] for row in self.record.rows for key in ("eval_loss", "train_loss") if key in row]
+        first, last = self.record.rows[0]["eval_loss"], self.record.rows[-1]["eval_loss"]
+        return not all(map(math.isfinite, losses)) or last > first
+
+    @property
+    def best_loss(self) -> float | None:
+        """Lowest validation loss."""
+        best = None if self.record is None else self.record.best
+        return None if best is None else float(best["eval_loss"])
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Fine-tuning of each encoder: flags of `run_upernet.py`, and whether random weights are fine-tuned too."""
+
+    arguments: tuple[str, ...] = ()
+    random: bool = False
+
+    def check(self) -> None:
+        """Parse the flags. ValueError for one that a run would refuse, for want of data, or of names of classes."""
+        arguments = [*self.arguments, "--model_name_or_path", "unused", "--output_dir", "unused"]
+        _, data_args, _ = parse_arguments(FINETUNING_FLAGS, arguments)
+        data_args.source(None, None).class_names()
+
+
+@dataclass
+class Plan:
+    """A comparison as its YAML file describes it; see the module's docstring."""
+
+    title: str
+    shared: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]
+    axes: dict[str, list[str]] = field(default_factory=dict)
+    search: dict[str, list[str]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    against: dict[str, list[str]] = field(default_factory=dict)
+    segmentation: Segmentation | None = None
+
+    def run(self, variant: str, searched: tuple[tuple[str, str], ...], seed: int) -> PlannedRun:
+        flags = self.variants[variant] | dict(searched)
+        arguments = (*self.shared, *flag_arguments(flags, variant), "--seed", str(seed))
+        return PlannedRun(variant, searched, seed, arguments)
+
+    def search_runs(self) -> list[PlannedRun]:
+        """Every variant at every searched setting, with the first seed."""
+        settings = list(itertools.product(*([(name, v) for v in values] for name, values in self.search.items())))
+        return [self.run(variant, setting, self.seeds[0]) for setting in settings for variant in self.variants]
+
+    def seed_runs(self, best: dict[str, tuple[tuple[str, str], ...]]) -> list[PlannedRun]:
+        """The other seeds of every variant at its best setting."""
+        return [self.run(variant, best[variant], seed) for seed in self.seeds[1:] for variant in best]
+
+    def check(self) -> None:
+        """Parse the flags of every run. ValueError for one that a run would refuse, or for want of data."""
+        for planned in self.search_runs():
+            _, data_args, *_ = parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+            ImageSource(**asdict(data_args))
+        if self.segmentation is not None:
+            try:
+                self.segmentation.check()
+            except ValueError as error:
+                raise ValueError(f"segmentation: {error}") from error
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^\w.+=-]+", "_", text)
+
+
+def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
+    """Read a plan.
+
+    Args:
+        name: YAML file, or the name of a plan in the package.
+        extra: the user's flags for all runs, over the plan's.
+
+    Raises:
+        ValueError: there is no such plan, it is not one, or ``extra`` sets what the plan varies.
+    """
+    if not Path(name).is_file() and name not in plan_names():
+        raise ValueError(f"no plan {name!r}: give a YAML file or one of {', '.join(plan_names())}")
+    content = read_yaml(recipe_path(name))
+    if not isinstance(content, dict) or not content.get("axes"):
+        raise ValueError(f"plan {name} must be a mapping with at least `axes`; see hf_dbp/comparison/plans.py")
+    unknown = sorted(content.keys() - set(KEYS))
+    if unknown:
+        raise ValueError(f"plan {name}: unknown key {unknown[0]!r}; a plan has {', '.join(KEYS)}")
+    axes = check_axes(content["axes"], name)
+    parts = {key: mapping(content, key, name) for key in ("search", "flags", "against", "segmentation")}
+    search = {flag: v if isinstance(v, list) else [v] for flag, v in parts["search"].items()}
+    for key in ("title", "recipe"):
+        if not isinstance(content.get(key, ""), str):
+            raise ValueError(f"plan {name}: {key} is {content[key]!r:.80}; expected text")
+    variants = {}
+    for labels in itertools.product(*axes.values()):
+        overrides = [axes[axis][label] for axis, label in zip(axes, labels, strict=True)]
+        variants[", ".join(labels)] = {flag: value for flags in overrides for flag, value in flags.items()}
+    varied = {flag for flags in variants.values() for flag in flags} | search.keys() | set(OWN)
+    given = {part[2:].partition("=")[0] for part in extra if part.startswith("--")}
+    if given & varied:
+        raise ValueError(f"--{min(given & varied)} is set by the plan for each run; leave it out")
+    shared = [*(recipe_arguments(content["recipe"]) if "recipe" in content else [])]
+    shared += [*flag_arguments(parts["flags"], f"plan {name}"), *extra]
+    return Plan(
+        title=content.get("title", Path(name).stem),
+        shared=tuple(shared),
+        variants=variants,
+        axes={axis: list(values) for axis, values in axes.items()},
+        search=search,
+        seeds=check_seeds(content.get("seeds", ["0"]), name),
+        against=check_against(parts["against"], list(variants), name),
+        segmentation=read_segmentation(parts["segmentation"], name),
+    )
+
+
+def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
+    """The mapping under a key of a plan, empty if there is none. ValueError if it is something else."""
+    value = content.get(key) or {}
+    if value in ("null", "~"):
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"plan {name}: {key} is {value!r:.80}; expected a mapping")
+    return value
+
+
+def read_segmentation(settings: dict[str, Any], name: str) -> Segmentation | None:
+    """What the plan says on segmentation; None if nothing. ValueError for what it cannot say."""
+    unknown = sorted(settings.keys() - set(SEGMENTATION_KEYS))
+    if unknown:
+        raise ValueError(f"plan {name}: segmentation has {', '.join(SEGMENTATION_KEYS)}; not {unknown[0]!r}")
+    random = typed(settings.get("random", "false"))
+    if not isinstance(random, bool):
+        raise ValueError(f"plan {name}: random of segmentation is {random!r:.80}; expected true or false")
+    if not isinstance(settings.get("recipe", ""), str):
+        raise ValueError(f"plan {name}: recipe of segmentation is {settings['recipe']!r:.80}; expected text")
+    arguments = recipe_arguments(settings["recipe"]) if "recipe" in settings else []
+    arguments += flag_arguments(mapping(settings, "flags", name), f"plan {name}, segmentation")
+    return Segmentation(tuple(arguments), random) if settings else None
+
+
+def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The axes, each label with its flags. ValueError if they are not mappings of mappings."""
+    is_mapping = isinstance(axes, dict) and all(isinstance(values, dict) and values for values in axes.values())
+    if not is_mapping or not all(isinstance(flags, dict) for values in axes.values() for flags in values.values()):
+        raise ValueError(f"plan {name}: axes are mappings, axis -> label -> flags")
+    return axes  # type: ignore[no-any-return]
+
+
+def check_seeds(seeds: Any, name: str) -> tuple[int, ...]:
+    """The seeds as numbers. ValueError if they are none or not different."""
+    try:
+        numbers = tuple(int(seed) for seed in (seeds if isinstance(seeds, list) else [seeds]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"plan {name}: seeds are whole numbers, got {seeds}") from error
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"plan {name}: seeds must be different and at least one, got {seeds}")
+    return numbers
+
+
+def check_against(against: dict[str, Any], variants: list[str], name: str) -> dict[str, list[str]]:
+    """Baseline -> variants held against it, by default the first and all others. ValueError for unknown ones."""
+    against = against or {variants[0]: variants[1:]}
+    if not all(isinstance(others, list) for others in against.values()):
+        raise ValueError(f"plan {name}: against maps a baseline to a list of variants; got {against!r:.80}")
+    named = [*against, *(other for others in against.values() for other in others)]
+    for variant in named:
+        if variant not in variants:
+            raise ValueError(f"plan {name}: against names {variant!r}; the variants are {', '.join(variants)}")
+    return {baseline: list(others) for baseline, others in against.items()}
+
+
+def best_settings(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, str], ...]]:
+    """Each variant's searched values with the lowest best validation loss; runs that diverged only for want of others.
+
+    A setting counts by its mean over the seeds that all settings of the variant have. In a plan that is the first one,
+    before the chosen setting's other seeds have run as after: they cannot unmake the choice that they follow from.
+    Settings without a common seed count by their own. A variant without any finished run is absent.
+    """
+    scores: dict[str, dict[tuple[tuple[str, str], ...], dict[int, tuple[bool, float]]]] = {}
+    for run in runs:
+        if run.best_loss is not None:
+            settings = scores.setdefault(run.planned.variant, {})
+            settings.setdefault(run.planned.searched, {})[run.planned.seed] = (run.diverged, run.best_loss)
+
+    def order(by_seed: dict[int, tuple[bool, float]], seeds: set[int]) -> tuple[bool, float]:
+        counted = [by_seed[seed] for seed in seeds or by_seed]
+        return any(diverged for diverged, _ in counted), sum(loss for _, loss in counted) / len(counted)
+
+    best = {}
+    for variant, settings in scores.items():
+        shared = set.intersection(*map(set, settings.values()))
+        best[variant] = min(settings, key=lambda s: order(settings[s], shared))
+    return best
+
+
+def read_run(planned: PlannedRun, folder: Path) -> Run | None:
+    """The run in that folder if it has finished; None if not."""
+    if not (folder / RECORD).is_file():
+        return None
+    record = RunRecord.read(folder / RECORD)
+    if not record.results.get("finished"):
+        return None
+    evaluation = folder / "segmentation" / "eval.json"
+    segmentation = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None
+    return Run(planned, record, segmentation=segmentation)
+
+
+def variant_of(record: RunRecord) -> str:
+    """The name of a run's method: adamw, muon, dbp+adamw, stock+adamw, ..."""
+    return record.optimizer if record.method == "bp" else f"{record.method}+{record.optimizer}"
+
+
+def collect_runs(folders: Sequence[str]) -> list[Run]:
+    """Finished runs made by other means, as if they had been planned: variants by method, settings by the flags that
+    shape a result and differ between runs of one variant.
+
+    Raises:
+        ValueError: no finished run in a folder, or two runs of one variant, setting and seed.
+    """
+    records = []
+    for folder in folders:
+        if not (Path(folder) / RECORD).is_file():
+            raise ValueError(f"{folder} holds no {RECORD}; name output folders of run_dbp_mae.py")
+        records.append(RunRecord.read(Path(folder) / RECORD))
+    varied = varied_flags(records)
+    runs: dict[PlannedRun, Run] = {}
+    places: dict[PlannedRun, str] = {}
+    for folder, record in zip(folders, records, strict=True):
+        searched = tuple((flag, str(record.arguments.get(flag))) for flag in varied)
+        planned = PlannedRun(variant_of(record), searched, record.seed)
+        if planned in places:
+            raise ValueError(f"{places[planned]} and {folder} are both {planned.name}; name one of them")
+        run = read_run(planned, Path(folder))
+        if run is None:
+            raise ValueError(f"the run in {folder} has not finished; start it again to go on")
+        runs[planned], places[planned] = run, folder
+    return list(runs.values())
+
+
+def varied_flags(records: Sequence[RunRecord]) -> list[str]:
+    """The flags that shape a result and differ between runs of one variant, where both know them."""
+    pairs = [pair for pair in itertools.combinations(records, 2) if len(set(map(variant_of, pair))) == 1]
+    arguments = [(one.arguments, other.arguments) for one, other in pairs]
+    return [flag for flag in SETTINGS if any(flag in a and flag in b and a[flag] != b[flag] for a, b in arguments)]
+
+
+def plan_of(runs: Sequence[Run]) -> Plan:
+    """The plan that collected runs amount to: plain AdamW, if it is there, is what the others are held against."""
+    order = sorted({run.planned.variant for run in runs}, key=lambda name: (name.startswith("dbp+"), name))
+    variants = sorted(order, key=lambda name: name != "adamw")
+    against = {variants[0]: variants[1:]}
+    if "muon" in variants[1:] and "dbp+muon" in variants:
+        against["muon"] = ["dbp+muon"]
+    search: dict[str, list[str]] = {}
+    for run in runs:
+        for flag, value in run.planned.searched:
+            search[flag] = sorted({*search.get(flag, []), value})
+    seeds = tuple(sorted({run.planned.seed for run in runs}))
+    return Plan("Finished runs", (), {name: {} for name in variants}, {"method": variants}, search, seeds, against)

@@ -1,0 +1,77 @@
+"""The report of a comparison: tables and figures as Markdown (PNG, SVG), one HTML page, and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_dbp.comparison.plans import Plan, Run
+from hf_dbp.comparison.report.analysis import analyse, chosen_runs
+from hf_dbp.comparison.report.charts import correlation_chart, grid_charts, loss_chart, miou_chart, target_chart
+from hf_dbp.comparison.report.pages import Block, Heading, write_html, write_markdown
+from hf_dbp.comparison.report.tables import introduction, method_notes, result_tables, search_table
+from hf_dbp.records import write_json
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    folder: Path,
+    plan: Plan,
+    runs: Sequence[Run],
+    *,
+    command: str,
+    note: str = "",
+    jobs: int = 1,
+    random: Sequence[dict[str, Any]] = (),
+) -> Path:
+    """Write `README.md` with its figures, `report.html` and `report.json`; returns the path of the HTML page.
+
+    Args:
+        folder: where to.
+        plan: what was planned.
+        runs: its runs, at least one of them finished.
+        command: what made the report.
+        note: a sentence on what else the machine did.
+        jobs: how many runs ran at a time.
+        random: `eval.json` contents of segmentation from random weights.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    analysis = analyse(plan, runs, random)
+    chosen = chosen_runs(runs)
+    unit, scale = ("hours", 3600.0) if longest(runs) > 3 * 3600 else ("seconds", 1.0)
+    pictures = [
+        loss_chart(chosen, "epoch", "epoch", 1.0, "loss_by_epoch"),
+        loss_chart(chosen, "train_seconds", f"{unit} of training", scale, "loss_by_time"),
+        target_chart(analysis["comparisons"]),
+        correlation_chart(chosen),
+        miou_chart(chosen, random),
+        *grid_charts(plan, runs),
+    ]
+    blocks: list[Block] = [
+        *introduction(analysis, command, note, jobs),
+        *result_tables(analysis),
+        Heading("Figures"),
+        *(picture for picture in pictures if picture is not None),
+        *search_table(analysis),
+        *method_notes(len(plan.seeds)),
+    ]
+    write_markdown(folder / "README.md", blocks)
+    write_html(folder / "report.html", plan.title, blocks)
+    write_json(folder / "report.json", finite(analysis | {"command": command, "note": note}))
+    return folder / "report.html"
+
+
+def longest(runs: Sequence[Run]) -> float:
+    return max((run.record.results.get("train_seconds", 0.0) for run in runs if run.record is not None), default=0.0)
+
+
+def finite(value: Any) -> Any:
+    """The same with null for numbers that JSON cannot hold, and text for keys."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

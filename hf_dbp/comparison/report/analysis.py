@@ -1,0 +1,332 @@
+"""Every figure of a comparison's report, computed from the runs' records: what `report.json` holds.
+
+- *Best* is the lowest loss of a run, *final* its last, *equal time* its loss when the baseline of the same seed has
+  ended (the last one if the run ended sooner).
+- *To target*: steps, seconds, kWh and CO2e until the validation loss first meets the best one of the baseline of the
+  same seed, on straight lines between evaluations. Seeds that never meet it are counted and left out of the means.
+- *Step overhead* compares medians of step times, which hardly depend on what else the machine did for a while.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_dbp.comparison.plans import Plan, Run, best_settings
+from hf_dbp.comparison.statistics import Mean, crossing, mean_interval, paired_test, value_at
+
+__all__ = ["COSTS", "analyse", "chosen_runs", "points"]
+
+#: what a run pays -> key in its rows
+COSTS = {"steps": "step", "seconds": "train_seconds", "kWh": "kwh", "kg CO2e": "co2e_kg"}
+LOSSES = {"validation": "eval_loss", "training": "train_loss"}
+DATA_KEYS = ("source", "train_images", "validation_images", "size", "channels", "mean", "std")
+
+RunsBySeed = dict[int, Run]
+
+
+def points(run: Run, x: str, y: str) -> list[tuple[float, float]]:
+    """(x, y) of every row of the run that has both."""
+    assert run.record is not None
+    return [(float(row[x]), float(row[y])) for row in run.record.rows if x in row and y in row]
+
+
+def chosen_runs(runs: Sequence[Run]) -> dict[str, RunsBySeed]:
+    """Each variant's finished runs at its best setting, by seed."""
+    best = best_settings(runs)
+    chosen: dict[str, RunsBySeed] = {variant: {} for variant in best}
+    for run in runs:
+        if run.record is not None and best.get(run.planned.variant) == run.planned.searched:
+            chosen[run.planned.variant][run.planned.seed] = run
+    return chosen
+
+
+def analyse(plan: Plan, runs: Sequence[Run], random: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """All figures of the report by name.
+
+    Args:
+        plan: what was planned.
+        runs: its runs, failed ones included.
+        random: `eval.json` contents of segmentation from random weights.
+    """
+    chosen = chosen_runs(runs)
+    pairs = [(a, b) for a, others in plan.against.items() for b in others if a in chosen and b in chosen]
+    first = next((variant for variant in plan.against if variant in chosen), next(iter(chosen)))
+    return {
+        "title": plan.title,
+        "search": [search_row(run) for run in runs if run.planned.seed == plan.seeds[0]],
+        "variants": {name: variant_figures(by_seed, chosen[first]) for name, by_seed in chosen.items()},
+        "baseline": first,
+        "comparisons": [compare(a, chosen[a], b, chosen[b]) for a, b in pairs],
+        "segmentation": segmentation_figures(chosen, pairs, random),
+        "remarks": remarks(plan, runs, chosen),
+        "setting": setting_of(chosen),
+    }
+
+
+def search_row(run: Run) -> dict[str, Any]:
+    final = None if run.record is None or not run.record.rows else run.record.rows[-1]["eval_loss"]
+    return {
+        "variant": run.planned.variant,
+        "setting": dict(run.planned.searched),
+        "best": run.best_loss,
+        "final": final,
+        "diverged": run.diverged,
+        "error": run.error,
+    }
+
+
+def over(by_seed: RunsBySeed, figure: Callable[[Run], float | None]) -> Mean | None:
+    """Mean of a figure over the runs that have it."""
+    values = [value for run in by_seed.values() if (value := figure(run)) is not None and math.isfinite(value)]
+    return mean_interval(values) if values else None
+
+
+def best_row(run: Run, key: str) -> dict[str, Any] | None:
+    assert run.record is not None
+    rows = [row for row in run.record.rows if key in row and math.isfinite(row[key])]
+    return min(rows, key=lambda row: row[key]) if rows else None
+
+
+def last_row(run: Run, key: str) -> dict[str, Any] | None:
+    assert run.record is not None
+    return next((row for row in reversed(run.record.rows) if key in row), None)
+
+
+def field_of(pick: Callable[[Run, str], dict[str, Any] | None], key: str, field: str) -> Callable[[Run], float | None]:
+    """The figure that is ``field`` of the row that ``pick`` takes for ``key``."""
+
+    def figure(run: Run) -> float | None:
+        row = pick(run, key)
+        return None if row is None else float(row[field])
+
+    return figure
+
+
+def at_time(baseline: RunsBySeed, field: str) -> Callable[[Run], float | None]:
+    """The figure that is ``field`` when the baseline of the same seed has ended."""
+
+    def figure(run: Run) -> float | None:
+        other = baseline.get(run.planned.seed)
+        if other is None or other.record is None or not other.record.rows:
+            return None
+        return value_at(points(run, "train_seconds", field), other.record.rows[-1]["train_seconds"])
+
+    return figure
+
+
+def step_seconds(run: Run) -> float | None:
+    """Median over the run of the median step times between evaluations."""
+    assert run.record is not None
+    times = [row["step_seconds"] for row in run.record.rows if "step_seconds" in row]
+    return float(statistics.median(times)) if times else None
+
+
+def result_of(name: str) -> Callable[[Run], float | None]:
+    def figure(run: Run) -> float | None:
+        assert run.record is not None
+        return run.record.results.get(name)
+
+    return figure
+
+
+def variant_figures(by_seed: RunsBySeed, baseline: RunsBySeed) -> dict[str, Any]:
+    """One variant's means over its seeds: the rows of the paper's Table 1, and what its runs cost."""
+    table = {
+        name: {
+            moment: {"loss": over(by_seed, loss), "epoch": over(by_seed, epoch)}
+            for moment, loss, epoch in (
+                ("best", field_of(best_row, key, key), field_of(best_row, key, "epoch")),
+                ("final", field_of(last_row, key, key), field_of(last_row, key, "epoch")),
+                ("equal time", at_time(baseline, key), at_time(baseline, "epoch")),
+            )
+        }
+        for name, key in LOSSES.items()
+    }
+    run = next(iter(by_seed.values()))
+    costs = {"seconds": "train_seconds", "kWh": "kwh", "kg CO2e": "co2e_kg"}
+    return plain(
+        {
+            "setting": dict(run.planned.searched),
+            "seeds": sorted(by_seed),
+            **table,
+            "step_seconds": over(by_seed, step_seconds),
+            "cost": {name: over(by_seed, result_of(key)) for name, key in costs.items()},
+            "load_average": over(by_seed, load_average),
+        }
+    )
+
+
+def load_average(run: Run) -> float | None:
+    assert run.record is not None
+    loads = [row["load_average"] for row in run.record.rows if "load_average" in row]
+    return float(statistics.mean(loads)) if loads else None
+
+
+def compare(a: str, baseline: RunsBySeed, b: str, other: RunsBySeed) -> dict[str, Any]:
+    """One variant against a baseline, over the seeds that both have."""
+    seeds = sorted(baseline.keys() & other.keys())
+    figures: dict[str, Callable[[Run], float | None]] = {}
+    for name, key in LOSSES.items():
+        figures[f"best {name} loss"] = field_of(best_row, key, key)
+        figures[f"final {name} loss"] = field_of(last_row, key, key)
+        figures[f"{name} loss at equal time"] = at_time(baseline, key)
+    figures["step time"] = step_seconds
+    tests = {}
+    for name, figure in figures.items():
+        values = [(figure(baseline[seed]), figure(other[seed])) for seed in seeds]
+        tests[name] = test(values)
+    return plain(
+        {"baseline": a, "other": b, "seeds": seeds, "tests": tests, "target": to_target(baseline, other, seeds)}
+    )
+
+
+def test(values: Sequence[tuple[float | None, float | None]]) -> Any:
+    """Paired comparison of the pairs of which both are finite numbers; None if there are none."""
+    pairs = [(x, y) for x, y in values if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
+    return paired_test([x for x, _ in pairs], [y for _, y in pairs]) if pairs else None
+
+
+def to_target(baseline: RunsBySeed, other: RunsBySeed, seeds: Sequence[int]) -> dict[str, Any]:
+    """What both pay until the baseline's best validation loss of the same seed."""
+    targets = {seed: best for seed in seeds if (best := baseline[seed].best_loss) is not None}
+
+    def paid(run: Run, key: str) -> float | None:
+        return crossing(points(run, key, "eval_loss"), targets[run.planned.seed])
+
+    reached = [seed for seed in targets if paid(other[seed], "step") is not None]
+    costs = {
+        name: test([(paid(baseline[seed], key), paid(other[seed], key)) for seed in reached])
+        for name, key in COSTS.items()
+    }
+    return {"losses": targets, "reached": reached, "of": len(targets), "costs": costs}
+
+
+def segmentation_figures(
+    chosen: dict[str, RunsBySeed], pairs: Sequence[tuple[str, str]], random: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Mean IoU of the variants' encoders and of random weights; None where there is no evaluation."""
+
+    def miou(run: Run) -> float | None:
+        return None if run.segmentation is None else float(run.segmentation["mean_iou"])
+
+    evaluations = [run.segmentation for by_seed in chosen.values() for run in by_seed.values() if run.segmentation]
+    if not evaluations:
+        return None
+    variants = {name: over(by_seed, miou) for name, by_seed in chosen.items()}
+    randoms = {evaluation["seed"]: float(evaluation["mean_iou"]) for evaluation in random}
+    tests = []
+    for a, b in pairs:
+        seeds = sorted(chosen[a].keys() & chosen[b].keys())
+        tests.append(
+            {"baseline": a, "other": b, "test": test([(miou(chosen[a][s]), miou(chosen[b][s])) for s in seeds])}
+        )
+    if randoms:
+        variants["random weights"] = mean_interval(list(randoms.values()))
+        for name, by_seed in chosen.items():
+            values = [(randoms[s], miou(by_seed[s])) for s in sorted(randoms.keys() & by_seed.keys())]
+            tests.append({"baseline": "random weights", "other": name, "test": test(values)})
+    shared = {key: evaluations[0][key] for key in ("data", "majority_class_mean_iou")}
+    return plain({"variants": variants, "tests": [row for row in tests if row["test"]], **shared})
+
+
+def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
+    """What a reader must know to judge the figures, found in the runs themselves."""
+    found = []
+    for run in runs:
+        name = run.planned.name
+        if run.error is not None:
+            found.append(f"{name} failed and is left out: {run.error}")
+        elif run.diverged:
+            found.append(f"{name} diverged: its validation loss ended above where it began, or was not finite.")
+        found += [f"{name}: {note}" for note in run.notes]
+    found += left_out(plan, runs, chosen)
+    for variant in plan.variants:
+        if variant not in chosen:
+            found.append(f"{variant} has no finished run.")
+    if chosen and min(map(len, chosen.values())) == 1:
+        found.append("One seed: there is neither interval nor significance; another seed could turn the order round.")
+    if len({len(by_seed) for by_seed in chosen.values()}) > 1:
+        counts = ", ".join(f"{name} {len(by_seed)}" for name, by_seed in chosen.items())
+        found.append(f"Unequal numbers of seeds ({counts}): each comparison uses the seeds that both have.")
+    lengths = {
+        run.record.rows[-1]["step"] for by in chosen.values() for run in by.values() if run.record and run.record.rows
+    }
+    if len(lengths) > 1:
+        found.append(f"Curves of unequal length: runs end after {min(lengths)} to {max(lengths)} steps.")
+    found += edge_remarks(plan, chosen)
+    for key, what in (("data", "Data"), ("hardware", "Hardware"), ("commit", "Code (commit)")):
+        if differs(chosen, key):
+            found.append(f"{what} differ between runs that are compared.")
+    return found
+
+
+def left_out(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
+    """Finished runs at a setting that was not chosen, but for those that the search with the first seed is made of."""
+    found = []
+    for run in runs:
+        by_seed = chosen.get(run.planned.variant, {})
+        searched = run.planned.seed == plan.seeds[0] and run.planned.seed in by_seed
+        if run.record is not None and by_seed and run not in by_seed.values() and not searched:
+            best = next(iter(by_seed.values())).planned.setting
+            found.append(f"{run.planned.name} is left out: the setting chosen for {run.planned.variant} is {best}.")
+    return found
+
+
+def edge_remarks(plan: Plan, chosen: dict[str, RunsBySeed]) -> list[str]:
+    """Best settings at the edge of the searched range: a better one may lie beyond."""
+    found = []
+    for variant, by_seed in chosen.items():
+        for flag, value in next(iter(by_seed.values())).planned.searched:
+            values = sorted({float(v) for v in plan.search.get(flag, []) if is_number(v)})
+            if len(values) > 1 and is_number(value) and float(value) in (values[0], values[-1]):
+                found.append(f"{variant}: the best {flag}, {value}, is at the edge of what was tried.")
+    return found
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def differs(chosen: dict[str, RunsBySeed], key: str) -> bool:
+    """Whether runs of one seed differ in this field of their records."""
+    by_seed: dict[int, set[str]] = {}
+    for runs in chosen.values():
+        for seed, run in runs.items():
+            value = getattr(run.record, key)
+            if key == "data":
+                value = {name: value.get(name) for name in DATA_KEYS}
+            by_seed.setdefault(seed, set()).add(repr(value))
+    return any(len(values) > 1 for values in by_seed.values())
+
+
+def setting_of(chosen: dict[str, RunsBySeed]) -> dict[str, Any]:
+    """Hardware, data, versions and energy of the comparison, from its first run."""
+    record = next(iter(next(iter(chosen.values())).values())).record
+    assert record is not None
+    arguments = {
+        key: record.arguments.get(key) for key in ("max_steps", "num_train_epochs", "per_device_train_batch_size")
+    }
+    fields = {key: getattr(record, key) for key in ("hardware", "versions", "energy", "commit")}
+    source = str(record.data.get("source"))
+    data = record.data | {"source": Path(source).name if Path(source).is_absolute() else source}
+    return {"arguments": arguments, "data": data, **fields}
+
+
+def plain(figures: dict[str, Any]) -> dict[str, Any]:
+    """The same with dataclasses as mappings, throughout."""
+
+    def item(value: Any) -> Any:
+        if isinstance(value, list):
+            return [item(one) for one in value]
+        return plain(value) if isinstance(value, dict) else asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
+
+    return {key: item(value) for key, value in figures.items()}

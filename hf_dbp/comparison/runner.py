@@ -1,0 +1,292 @@
+"""Compare ways of training: run what a plan lacks, then report. The main of `training_scripts/run_comparison.py`.
+
+Every run is a process of its own. One that has finished is not run again, one that was interrupted goes on from its
+last checkpoint, one that fails is reported and the others go on. The order: every variant at every searched setting
+with the first seed, then the other seeds of each variant at its best setting, then, if asked for, segmentation on each
+encoder. At SIGTERM and SIGINT the pre-training runs are told to save and end, and waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hf_dbp.comparison.plans import Plan, PlannedRun, Run, best_settings, collect_runs, plan_of, read_plan, read_run
+from hf_dbp.comparison.report import write_report
+from hf_dbp.fusing import check_views, fuse_run
+from hf_dbp.recipes import plan_names
+from hf_dbp.records import RunRecord, without_secrets, write_json
+from hf_dbp.training.stopping import handling, leave
+from hf_dbp.training.trainer import RECORD
+
+__all__ = ["Runner", "main", "run_plan"]
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+FLAGS_FILE = "flags.json"  # what a run was started with
+EVALUATION = "eval.json"  # what fine-tuning leaves
+FINETUNE = "from hf_dbp.downstream.segmentation.finetuning import main; main()"
+
+
+class Runner:
+    """Runs planned runs as processes, several at a time, with one progress bar over all of them.
+
+    Args:
+        folder: of the comparison; runs lie in ``folder/runs``.
+        total: number of runs that the bar counts to.
+        jobs: runs at a time.
+        launcher: command in place of ``python``, such as ``accelerate launch --multi_gpu``.
+    """
+
+    def __init__(self, folder: Path, total: int, jobs: int = 1, launcher: str | None = None) -> None:
+        self.folder, self.jobs = folder, jobs
+        self.shown = -1.0
+        self.launcher = shlex.split(launcher) if launcher else [sys.executable]
+        self.bar = tqdm(
+            total=total, unit="run", bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.1f}/{total} {postfix}"
+        )
+
+    def run(self, planned: Iterable[PlannedRun]) -> list[Run]:
+        """The runs in the given order, each finished, or with its error.
+
+        Raises:
+            ValueError: a folder holds a run made with other flags.
+        """
+        planned = list(planned)
+        for one in planned:
+            check_flags(self.path(one), one.arguments)
+        done: dict[PlannedRun, Run] = {}
+        waiting = list(planned)
+        running: dict[PlannedRun, subprocess.Popen[bytes]] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.jobs:
+                    one = waiting.pop(0)
+                    finished = read_run(one, self.path(one))
+                    if finished is None:
+                        running[one] = self.start(one)
+                    else:
+                        done[one] = finished
+                for one, process in list(running.items()):
+                    if process.poll() is not None:
+                        del running[one]
+                        done[one] = self.outcome(one, process.returncode)
+                self.show(sum(map(self.progress, running)), len(done), list(running))
+                if running:
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for process in running.values():
+                process.terminate()
+                process.wait()
+        self.bar.n += len(done)
+        return [done[one] for one in planned]
+
+    def path(self, planned: PlannedRun) -> Path:
+        return self.folder / "runs" / planned.folder
+
+    def start(self, planned: PlannedRun) -> subprocess.Popen[bytes]:
+        folder = self.path(planned)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FLAGS_FILE, without_secrets(planned.arguments))
+        command = [*self.launcher, "-m", "hf_dbp.pretraining", *planned.arguments]
+        command += ["--output_dir", str(folder), "--disable_tqdm", "true"]
+        with (folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+    def outcome(self, planned: PlannedRun, status: int) -> Run:
+        """The finished run, or what its log says went wrong."""
+        run = read_run(planned, self.path(planned)) if status == 0 else None
+        if run is None:
+            run = Run(planned, error=failure(status, self.path(planned) / "log.txt"))
+        what = f"best validation loss {run.best_loss}" if run.error is None else run.error
+        self.bar.write(f"{' '.join((planned.variant, planned.setting, f'seed {planned.seed}'))}: {what}")
+        return run
+
+    def progress(self, planned: PlannedRun) -> float:
+        """How much of the run is done, in [0, 1], by its last evaluation."""
+        file = self.path(planned) / RECORD
+        if not file.is_file():
+            return 0.0
+        record = RunRecord.read(file)
+        if not record.rows:
+            return 0.0
+        steps, epochs = record.arguments["max_steps"], record.arguments["num_train_epochs"]
+        last = record.rows[-1]
+        return float(min(last["step"] / steps if steps > 0 else last["epoch"] / epochs, 1.0))
+
+    def show(self, partly: float, done: int, running: list[PlannedRun]) -> None:
+        before, now = self.bar.n, "; ".join(f"{r.variant} {r.setting} seed {r.seed}" for r in running)
+        if (self.shown, self.bar.postfix) != (before + done + partly, now):
+            self.bar.set_postfix_str(now, refresh=False)
+            self.bar.n = self.shown = before + done + partly
+            self.bar.refresh()
+            self.bar.n = before
+
+
+def check_flags(folder: Path, arguments: Sequence[str]) -> None:
+    """Refuse a folder whose run was made with other flags: what was run must be what is reported.
+
+    A run that left neither a result nor a checkpoint is none: its flags may be put right.
+    """
+    begun = any((folder / name).is_file() for name in (RECORD, EVALUATION)) or any(folder.glob("checkpoint-*"))
+    file = folder / FLAGS_FILE
+    if begun and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(arguments):
+        raise ValueError(f"{folder} holds a run with other flags; choose another --output_dir or delete it")
+
+
+def failure(status: int, log: Path) -> str:
+    """Why a process failed: its exit status and the last line of its log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
+    return f"exit status {status}: {last.strip()}"
+
+
+def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = None) -> list[Run]:
+    """Run what is missing of a plan; all its runs, failed ones with their error.
+
+    Raises:
+        ValueError: a flag of the plan is refused, or a folder holds a run made with other flags.
+    """
+    plan.check()
+    if plan.segmentation is not None:
+        for file in sorted((folder / "runs").glob(f"**/segmentation/{FLAGS_FILE}")):
+            check_flags(file.parent, plan.segmentation.arguments)
+    searched = plan.search_runs()
+    runner = Runner(folder, len(searched) + len(plan.variants) * (len(plan.seeds) - 1), jobs, launcher)
+    runs = runner.run(searched)
+    best = best_settings(runs)
+    runs += runner.run(plan.seed_runs(best))
+    runner.bar.close()
+    if plan.segmentation is not None:
+        finetune_all(plan, [run for run in runs if run.planned.searched == best.get(run.planned.variant)], folder)
+    return runs
+
+
+def finetune_all(plan: Plan, runs: Sequence[Run], folder: Path) -> None:
+    """Fine-tune UperNet on the fused encoder of each run, and on random weights where the plan says so.
+
+    What fails is told and noted on the run, and the others go on.
+    """
+    assert plan.segmentation is not None
+    finished = [run for run in runs if run.record is not None]
+    jobs = [(run, folder / "runs" / run.planned.folder, False) for run in finished]
+    if plan.segmentation.random:
+        baseline = next(iter(plan.against))
+        randoms = [run for run in finished if run.planned.variant == baseline]
+        jobs += [(run, folder / "runs" / "random" / f"seed{run.planned.seed}", True) for run in randoms]
+    for run, target, is_random in tqdm(jobs, desc="segmentation", unit="run"):
+        try:
+            vit = fused(folder / "runs" / run.planned.folder)
+            own = ["--model_name_or_path", str(vit), "--seed", str(run.planned.seed), "--from_scratch", str(is_random)]
+            evaluation = finetune(plan.segmentation.arguments, own, target)
+        except (ValueError, OSError) as error:
+            what = "random weights were" if is_random else "its encoder was"
+            run.notes.append(f"{what} not evaluated on segmentation: {error}")
+            tqdm.write(f"{run.planned.name}: {run.notes[-1]}")
+        else:
+            run.segmentation = run.segmentation if is_random else evaluation
+
+
+def fused(run: Path) -> Path:
+    """The folder of the run's stock ViT, made if it is not there. ValueError or OSError if it cannot be."""
+    vit = run / "vit"
+    if not (vit / "config.json").is_file():
+        fuse_run(run, vit, check_views(run))
+    return vit
+
+
+def finetune(arguments: Sequence[str], own: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The evaluation in ``folder/segmentation``, from a process of its own if it is not there.
+
+    Args:
+        arguments: the plan's flags.
+        own: what is added to them for this run.
+        folder: of the run, or of random weights.
+
+    Raises:
+        ValueError: the process left none; with what its log says.
+    """
+    evaluation, log = folder / "segmentation" / EVALUATION, folder / "segmentation.log"
+    if not evaluation.is_file():
+        evaluation.parent.mkdir(parents=True, exist_ok=True)
+        write_json(evaluation.parent / FLAGS_FILE, without_secrets(arguments))
+        command = [sys.executable, "-c", FINETUNE, *arguments, *own, "--output_dir", str(evaluation.parent)]
+        with log.open("ab") as file:
+            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        if not evaluation.is_file():
+            raise ValueError(failure(status, log))
+    return json.loads(evaluation.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def random_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Segmentation from random weights, by seed, where the comparison has it."""
+    files = sorted((folder / "runs" / "random").glob("seed*/segmentation/eval.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description="Plan, run and report a comparison. Further flags are those of run_dbp_mae.py, for all runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--plan", help=f"YAML file, or one of {', '.join(plan_names())}")
+    parser.add_argument("--runs", nargs="+", help="report these finished runs (output folders) in place of a plan")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where runs and report are written")
+    parser.add_argument("--report_dir", type=Path, help="where the report is written (default: OUTPUT_DIR/report)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--launcher", help="command in place of python, e.g. 'accelerate launch --multi_gpu'")
+    parser.add_argument("--note", default="", help="a sentence for the report, such as what ran beside")
+    args, extra = parser.parse_known_args(arguments)
+    if (args.plan is None) == (args.runs is None):
+        raise ValueError("give --plan PLAN or --runs FOLDER ... (not both)")
+    if args.runs is not None and extra:
+        raise ValueError(f"unknown flag {extra[0]}; finished runs take no flags")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is a positive number, got {args.jobs}")
+    return args, extra
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparison and write its report. User mistakes end with one line on stderr and exit status 2."""
+    try:
+        args, extra = parse(arguments)
+        if args.plan is None:
+            runs = collect_runs(args.runs)
+            plan = plan_of(runs)
+        else:
+            plan = read_plan(args.plan, extra)
+            with handling(leave):
+                runs = run_plan(plan, args.output_dir, jobs=args.jobs, launcher=args.launcher)
+        if not any(run.record for run in runs):
+            raise ValueError(f"no run has finished; the first says: {runs[0].error}")
+        own = without_secrets(sys.argv[1:] if arguments is None else arguments)
+        here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
+        program = sys.argv[0] if sys.argv[0] == "hf-dbp compare" else "python training_scripts/run_comparison.py"
+        command = shlex.join([*program.split(), *(one.replace(here, "") for one in own)])
+        report = write_report(
+            args.report_dir or args.output_dir / "report",
+            plan,
+            runs,
+            command=command,
+            note=args.note,
+            jobs=args.jobs,
+            random=random_evaluations(args.output_dir),
+        )
+        print(f"report: {report}")
+    except ValueError as error:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,1 @@
+"""What is done with a pre-trained encoder: segmentation, and the kNN and linear probe."""

@@ -1,0 +1,381 @@
+"""Is the encoder good? k nearest neighbours and a linear probe on its frozen features: the main of `run_probe.py`.
+
+1. Every image's largest central square, scaled to the ViT's size, goes once through the frozen ViT; its feature is the
+   mean of the final patch tokens, or the class token.
+2. k nearest neighbours: cosine similarity s to the training features, votes of the k nearest weighed by exp(s / 0.07)
+   (Wu et al. 2018, as in DINO).
+3. Linear probe: features standardised by the training set's statistics, multinomial logistic regression with an L2
+   penalty, by L-BFGS. The penalty is chosen on a fifth of the training images, then all of them are fitted.
+
+Accuracies come with their 95 % Wilson interval. Nothing is trained in the ViT. In a folder of pictures, or in its
+`train`, `validation` ... if it has them, each class is a folder. Images that cannot be read are left out and counted.
+
+Shapes: N training images, M test images, D features, K classes.
+"""
+
+import logging
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import ViTModel
+
+from hf_dbp.data.augmentation import center_box, resized, unit_range
+from hf_dbp.data.decoding import UnreadableImageError
+from hf_dbp.data.feeding import unreadable_images
+from hf_dbp.data.folders import file_table, folder_splits
+from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits
+from hf_dbp.data.sources import any_split, holds_pictures, load_folder, pick_splits
+from hf_dbp.downstream.segmentation.data import normalized
+from hf_dbp.downstream.segmentation.upernet import load_vit
+from hf_dbp.hub.untrusted import read_statistics
+from hf_dbp.recipes import parse_arguments
+from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
+
+__all__ = ["ProbeArguments", "extract_features", "knn_accuracy", "linear_accuracy", "main", "run", "wilson_interval"]
+
+logger = logging.getLogger(__name__)
+
+TEMPERATURE = 0.07
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass
+class ProbeArguments:
+    """What to probe with what."""
+
+    model_name_or_path: str = field(metadata={"help": "Stock ViT, folder or Hub id."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a labelled image set."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of parquet files, or with a folder of images per class."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for testing."})
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    label_column_name: str = field(default="label", metadata={"help": "Column of the classes, numbers or names."})
+    train_val_split: float = field(
+        default=0.2, metadata={"help": "Share of each class to test on where there is no such split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many test images."})
+    max_unreadable: int = field(
+        default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
+    )
+    num_channels: int | None = field(default=None, metadata={"help": "Channels of the images."})
+    pooling: str = field(
+        default="mean", metadata={"help": "Feature: mean of the patch tokens, or cls.", "choices": ["mean", "cls"]}
+    )
+    neighbours: int = field(default=20, metadata={"help": "k of the nearest neighbours."})
+    from_scratch: bool = field(default=False, metadata={"help": "Random weights of that shape, to compare with."})
+    batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws, the splits and random weights."})
+    output_file: str = field(default="probe.json", metadata={"help": "JSON file to write."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1:
+            raise ValueError(f"--neighbours is at least 1, got {self.neighbours}")
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
+
+    def source(self) -> ImageSource:
+        names = ImageSource.__dataclass_fields__.keys() & asdict(self).keys()
+        return ImageSource(**{name: getattr(self, name) for name in names})
+
+
+def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a share (95 % by default)."""
+    share, spread = hits / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class CentralSquares(torch.utils.data.Dataset[Tensor | None]):
+    """The largest central square of each image at the ViT's size, normalised: (C, H, W); None if it is unreadable."""
+
+    def __init__(self, images: ImageList, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+        self.images, self.size = images, size
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        try:
+            image = self.images[index]
+        except UnreadableImageError:
+            return None
+        view = resized(image, self.size, center_box((image.shape[0], image.shape[1]), self.size))
+        return normalized(view.astype(np.float32) * np.float32(unit_range(image.dtype)), self.mean, self.std)
+
+
+@torch.no_grad()
+def extract_features(
+    vit: ViTModel, images: torch.utils.data.Dataset[Tensor | None], pooling: str, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Return the frozen ViT's features of the readable images (N, D), float32 on the CPU, and which these are."""
+    vit = vit.eval()
+    features, readable = [], []
+    for views in torch.utils.data.DataLoader(images, batch_size=batch_size, collate_fn=list):
+        readable += [view is not None for view in views]
+        if any(readable[-len(views) :]):
+            pixels = torch.stack([view for view in views if view is not None])
+            tokens = vit(pixels.to(vit.device)).last_hidden_state
+            features.append((tokens[:, 1:].mean(dim=1) if pooling == "mean" else tokens[:, 0]).float().cpu())
+    return torch.cat(features), torch.tensor(readable)
+
+
+def knn_accuracy(train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor, k: int) -> int:
+    """Return how many test images their k nearest training images classify rightly."""
+    classes = int(max(labels_N.max(), truth_M.max())) + 1
+    train_ND, test_MD = nn.functional.normalize(train_ND, dim=1), nn.functional.normalize(test_MD, dim=1)
+    hits = 0
+    for features_BD, truth_B in zip(torch.split(test_MD, 1024), torch.split(truth_M, 1024), strict=True):
+        similarity_Bk, nearest_Bk = (features_BD @ train_ND.T).topk(min(k, len(train_ND)), dim=1)
+        votes_BK = torch.zeros(len(features_BD), classes)
+        votes_BK.scatter_add_(1, labels_N[nearest_Bk], (similarity_Bk / TEMPERATURE).exp())
+        hits += int((votes_BK.argmax(dim=1) == truth_B).sum())
+    return hits
+
+
+def linear_accuracy(
+    train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor, seed: int
+) -> tuple[int, float]:
+    """Return how many test images a linear probe classifies rightly, and the penalty chosen on the training images."""
+    order = torch.randperm(len(train_ND), generator=torch.Generator().manual_seed(seed))
+    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
+    classes = int(max(labels_N.max(), truth_M.max())) + 1
+    right = [
+        _hits(*_fitted(train_ND[kept], labels_N[kept], classes, penalty), train_ND[held], labels_N[held])
+        for penalty in PENALTIES
+    ]
+    penalty = PENALTIES[int(np.argmax(right))]
+    return _hits(*_fitted(train_ND, labels_N, classes, penalty), test_MD, truth_M), penalty
+
+
+def _fitted(features_ND: Tensor, labels_N: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K) that minimise cross-entropy + penalty / 2 * |standardised weight|^2."""
+    mean_D, std_D = features_ND.mean(dim=0), features_ND.std(dim=0, unbiased=False).clamp(min=1e-6)
+    inputs_ND = (features_ND - mean_D) / std_D
+    weight_KD = torch.zeros(classes, features_ND.shape[1], requires_grad=True)
+    bias_K = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight_KD, bias_K], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(nn.functional.linear(inputs_ND, weight_KD, bias_K), labels_N)
+        loss = loss + penalty / 2 * weight_KD.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    weight = weight_KD.detach() / std_D
+    return weight, bias_K.detach() - weight @ mean_D
+
+
+def _hits(weight_KD: Tensor, bias_K: Tensor, features_MD: Tensor, truth_M: Tensor) -> int:
+    return int((nn.functional.linear(features_MD, weight_KD, bias_K).argmax(dim=1) == truth_M).sum())
+
+
+def labelled_splits(source: ImageSource) -> dict[str, datasets.Dataset]:
+    """``train`` and maybe ``validation``, with images and classes: class folders, parquet files, or from the Hub."""
+    if source.dataset_name is not None:
+        splits = read_splits(replace(source, validation_dir=None))
+    else:
+        splits = pick_splits(labelled_folder(str(source.train_dir), "--train_dir", source), source.name)
+    if source.validation_dir is not None:
+        splits["validation"] = any_split(labelled_folder(source.validation_dir, "--validation_dir", source))
+    return splits
+
+
+def labelled_folder(folder: str, flag: str, source: ImageSource) -> Mapping[str, datasets.Dataset]:
+    """The splits of a folder with a folder of pictures per class, or with parquet files.
+
+    Raises:
+        ValueError: no such folder, nothing to read in it, or a picture outside the class folders.
+    """
+    if not holds_pictures(folder, flag):
+        return load_folder(folder, flag, None, {"cache_dir": source.cache_dir, "token": source.token})
+    tables = {}
+    for split, samples in folder_splits(folder).items():
+        outside = [files[0] for name, files in samples.items() if "/" not in name]
+        if outside:
+            raise ValueError(
+                f"{flag} {folder}: {len(outside)} of {len(samples)} pictures lie in no class folder, e.g. "
+                f"{outside[0]}; put each class into a folder of its own"
+            )
+        table = file_table({"image": list(samples.values())}, source.cache_dir)
+        tables[split] = table.add_column("label", [name.partition("/")[0] for name in samples])
+    return tables
+
+
+def class_labels(data: datasets.Dataset, args: ProbeArguments) -> list[str]:
+    """The class name of each row. ValueError if there is no such column."""
+    if args.label_column_name not in data.column_names:
+        columns = ", ".join(data.column_names)
+        raise ValueError(f"no column {args.label_column_name!r}; pass --label_column_name with one of {columns}")
+    feature, labels = data.features[args.label_column_name], data[args.label_column_name][:]
+    return feature.int2str(labels) if isinstance(feature, datasets.ClassLabel) else [str(label) for label in labels]
+
+
+def split_classes(labels: Sequence[str], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and test rows, both in order: of each class ``share`` is tested, at least one image and never all.
+
+    Raises:
+        ValueError: no class has two images.
+    """
+    rng, classes = np.random.default_rng(seed), np.asarray(labels)
+    tested = np.zeros(len(classes), np.bool_)
+    for name in np.unique(classes):
+        rows = rng.permutation(np.flatnonzero(classes == name))
+        tested[rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]] = True
+    if not tested.any():
+        raise ValueError(
+            f"no class of the {len(classes)} images has two, one to train and one to test on; add images, or give "
+            "those to test on by --validation_dir"
+        )
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
+def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], list[str]]:
+    """Training and test images, their class numbers, and the class names.
+
+    Raises:
+        ValueError: no such data or columns, one class only, or test classes that training lacks.
+    """
+    source = args.source()
+    splits = labelled_splits(source)
+    if "validation" not in splits:
+        rows = split_classes(class_labels(splits["train"], args), args.train_val_split, args.seed)
+        splits = {name: splits["train"].select(part) for name, part in zip(("train", "validation"), rows, strict=True)}
+    images, raw = [], []
+    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
+        data = splits[split]
+        if limit is not None and limit < len(data):
+            data = data.shuffle(seed=args.seed).select(range(limit))
+        images.append(image_list(data, source, f"{split} image"))
+        raw.append(class_labels(data, args))
+    names = sorted(set(raw[0]))
+    if len(names) < 2:
+        raise ValueError(f"{source.name}: the training images have {len(names)} class; a probe needs two")
+    unknown = sorted(set(raw[1]) - set(names))
+    if unknown:
+        remedy = "" if args.max_train_samples is None else f"raise --max_train_samples {args.max_train_samples}, or "
+        raise ValueError(
+            f"{source.name}: {len(unknown)} test classes are not in training, e.g. {unknown[0]!r}; {remedy}add images "
+            "of them to training or take them out of the test images"
+        )
+    number = {name: index for index, name in enumerate(names)}
+    return images, [torch.tensor([number[name] for name in labels]) for labels in raw], names
+
+
+def image_list(data: datasets.Dataset, source: ImageSource, name: str) -> ImageList:
+    """The images of a table, left encoded, so that a damaged one is met where it is decoded."""
+    column = find_column(data, source.image_column_name)
+    if isinstance(data.features[column], datasets.Image):
+        data = data.cast_column(column, datasets.Image(decode=False))
+    return ImageList(data, column, source.num_channels, source.max_unreadable, name)
+
+
+def make_room_for(file: str) -> None:
+    """Make the folder of the output file, before the work that it is to hold. ValueError if it cannot be written."""
+    path = Path(file)
+    if path.is_dir():
+        raise ValueError(f"--output_file {file} is a folder; name a file in it, such as {path / 'probe.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output_file {file} cannot be written ({error}); choose another place") from error
+
+
+def run(args: ProbeArguments) -> dict[str, Any]:
+    """Probe; returns what is also written to `output_file`."""
+    make_room_for(args.output_file)
+    images, labels, names = load_labelled(args)
+    vit = load_vit(args.model_name_or_path, **args.hub_options)
+    if args.from_scratch:
+        torch.manual_seed(args.seed)
+        vit = ViTModel(vit.config, add_pooling_layer=False)
+    for part in images:
+        channels = part.readable(0).shape[2]
+        if channels != vit.config.num_channels:
+            raise ValueError(
+                f"the ViT takes {vit.config.num_channels} channels, the images have {channels}: "
+                "convert with --num_channels"
+            )
+        part.num_channels = channels
+    statistics = read_statistics(args.model_name_or_path, **args.hub_options)
+    if statistics is None:
+        logger.warning("%s has no image processor; taking the images' statistics", args.model_name_or_path)
+        statistics = channel_statistics(images[0])
+    mean, std = statistics
+    size = vit.config.image_size
+    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    vit = vit.to("cuda" if torch.cuda.is_available() else "cpu")
+    (train_ND, known), (test_MD, shown) = (
+        extract_features(vit, CentralSquares(part, size, mean, std), args.pooling, args.batch_size) for part in images
+    )
+    labels_N, truth_M = labels[0][known], labels[1][shown]
+    knn = knn_accuracy(train_ND, labels_N, test_MD, truth_M, args.neighbours)
+    linear, penalty = linear_accuracy(train_ND, labels_N, test_MD, truth_M, args.seed)
+    commonest = int((truth_M == labels_N.bincount().argmax()).sum())
+    total = len(truth_M)
+    record = {
+        "schema": 1,
+        "task": "probe",
+        "knn": _score(knn, total) | {"k": min(args.neighbours, len(train_ND))},
+        "linear": _score(linear, total) | {"penalty": penalty},
+        "commonest_class": _score(commonest, total),
+        "data": {
+            "source": args.source().name,
+            "train_images": len(train_ND),
+            "test_images": total,
+            "classes": len(names),
+            "unreadable": unreadable_images({}, *images),
+        },
+        "arguments": arguments_record(args),
+        "commit": source_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    write_json(args.output_file, record)
+    return record
+
+
+def _score(hits: int, trials: int) -> dict[str, Any]:
+    low, high = wilson_interval(hits, trials)
+    return {"accuracy": hits / trials, "interval_95": [low, high]}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse flags and recipe, and probe. User mistakes end with one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.set_verbosity_warning()
+    try:
+        (args,) = parse_arguments((ProbeArguments,), arguments)
+        record = run(args)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    for name in ("knn", "linear", "commonest_class"):
+        low, high = record[name]["interval_95"]
+        print(f"{name:>16}  {record[name]['accuracy']:.4f}  (95 %: {low:.4f} to {high:.4f})")
+    print(f"written to {args.output_file}")
+    return record

@@ -1,0 +1,399 @@
+"""Labelled images for semantic segmentation: Hub sets, parquet folders, image and mask folders, `wire_bonding`.
+
+`load_labelled_images` makes the training and the validation list; `TrainingCrops` serves augmented crops of one. Masks
+hold one class id a pixel (index images; a palette is fine), or colours that a palette file explains. With label
+reduction id 0 becomes `ignore_index` and the others move down by one (ADE20K). Ids that are neither a class nor
+`ignore_index` are refused: all masks are looked at before training. An image or a mask that cannot be read, or does not
+fit the other, is skipped and counted: in training the next pair takes its place, evaluation leaves it out.
+
+Shapes: H, W height and width; C channels.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_dbp.data.augmentation import image_rng
+from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, UnreadableImages, decode, stored
+from hf_dbp.data.images import BUILT_IN, ImageSource, find_column, read_splits, shared_keys
+from hf_dbp.data.masks import Palette, index_mask, pair_folders
+from hf_dbp.data.shards import in_threads
+from hf_dbp.data.sources import any_split
+from hf_dbp.data.subset import chosen, draw, split_rows
+from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
+from hf_dbp.downstream.segmentation.transforms import Augmentation
+
+__all__ = ["LabelledImages", "SegmentationSource", "TrainingCrops", "load_labelled_images", "normalized"]
+
+logger = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+ANNOTATION_COLUMNS = ("annotation", "mask", "label", "segmentation")
+
+
+@dataclasses.dataclass
+class SegmentationSource(ImageSource):
+    """Which labelled images to load; the flags of `ImageSource` and these.
+
+    Args:
+        train_mask_dir: folder of masks for the images of `train_dir`, paired as `hf_dbp.data.masks.pair_folders` does.
+        validation_mask_dir: the same for `validation_dir`.
+        mask_suffix: what the names of masks end in beyond those of their images.
+        palette: palette file of colour masks, or ``binary`` for masks of 0 and 255; see `hf_dbp.data.masks`.
+        annotation_column_name: column of the masks; default the first of annotation, mask, label, segmentation.
+        num_labels: number of classes, without an ignored one; not needed with `id2label`.
+        id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
+        ignore_index: label id that is neither learned nor scored.
+        reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it.
+    """
+
+    train_mask_dir: str | None = None
+    validation_mask_dir: str | None = None
+    mask_suffix: str = ""
+    palette: str | None = None
+    annotation_column_name: str | None = None
+    num_labels: int | None = None
+    id2label: str | None = None
+    ignore_index: int = 255
+    reduce_labels: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_mask_dir is not None and self.train_dir is None:
+            raise ValueError("--train_mask_dir belongs to --train_dir, which names the images; give both")
+        if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
+            raise ValueError("--validation_dir and --validation_mask_dir belong together; give both or neither")
+
+    def class_names(self) -> dict[int, str]:
+        """Return class names by id; "class 7" where no name is known.
+
+        Raises:
+            ValueError: neither names nor a number of classes, or a file of names that is none.
+        """
+        if self.palette is not None:
+            return Palette(self.palette, self.ignore_index).names
+        if self.id2label is not None:
+            return _read_names(self.id2label)
+        if self.dataset_name == BUILT_IN:
+            return dict(enumerate(CLASS_NAMES))
+        if self.num_labels is None:
+            raise ValueError(
+                "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"
+            )
+        return {number: f"class {number}" for number in range(self.num_labels)}
+
+
+def _read_names(path: str) -> dict[int, str]:
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(names, list):
+            return {number: str(name) for number, name in enumerate(names)}
+        return {int(number): str(name) for number, name in names.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f'--id2label {path} is no JSON list of names or {{"0": name, ...}}: {error}') from error
+
+
+class LabelledImages:
+    """Pairs of image (H, W, C) and mask (H, W) with ids 0..K-1 or `ignore_index`.
+
+    Args:
+        samples: maps an index to a mapping from column to picture or array.
+        columns: the columns of the image and of the mask.
+        num_channels: channels that images are brought to; None keeps 3 for pictures and an array's own.
+        num_labels, ignore_index, reduce_labels: as in `SegmentationSource`.
+        palette: what colours mean; None for masks of ids.
+        name: what error messages call it.
+        max_unreadable: how many pairs that cannot be read are tolerated.
+
+    Attributes:
+        unreadable: those found so far.
+    """
+
+    def __init__(
+        self,
+        samples: Any,
+        columns: tuple[str, str],
+        *,
+        num_labels: int,
+        ignore_index: int,
+        reduce_labels: bool = False,
+        num_channels: int | None = None,
+        palette: Palette | None = None,
+        name: str = "the data",
+        max_unreadable: int = 0,
+    ) -> None:
+        self.samples, self.columns, self.num_channels, self.name = samples, columns, num_channels, name
+        self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
+        self.palette = palette
+        self.unreadable = UnreadableImages(len(samples), max_unreadable)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
+        """Return image and mask.
+
+        Raises:
+            UnreadableImageError: one of them cannot be read, or they differ in size.
+            ValueError: that is one too many; or the mask has colours or ids outside the classes.
+        """
+        try:
+            return self._pair(index)
+        except UnreadableImageError as error:
+            self.unreadable.add(index, error)
+            raise
+
+    def readable(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
+        """Return the pair, or the next one that can be read. ValueError if none can."""
+        for offset in range(len(self)):
+            try:
+                return self[(index + offset) % len(self)]
+            except UnreadableImageError as error:
+                last = error
+        raise ValueError(f"none of the {len(self)} pairs of image and mask can be read, the last: {last}")
+
+    def unreadable_images(self) -> dict[str, str]:
+        """Image or mask of the unreadable pairs found so far, each with the reason."""
+        found = {f"{self.name}, image {index}": "it could be read later" for index in self.unreadable.indices()}
+        for index in self.unreadable.indices():
+            try:
+                self._pair(index)
+            except UnreadableImageError as error:  # a worker found it: its reason stayed there
+                del found[f"{self.name}, image {index}"]
+                where, _, reason = str(error).partition(": ")
+                found[where] = reason
+        return found
+
+    def _pair(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
+        sample = self.samples[int(index)]
+        value = sample[self.columns[0]]
+        image_HWC = decode(value, self.num_channels, self._where(value, index))
+        mask_HW = self._ids(sample[self.columns[1]], index)
+        if mask_HW.shape != image_HWC.shape[:2]:
+            raise UnreadableImageError(
+                f"{self._where(sample[self.columns[1]], index)}: the mask has {mask_HW.shape[0]} x {mask_HW.shape[1]} "
+                f"pixels (height x width) but the image {image_HWC.shape[0]} x {image_HWC.shape[1]}; a mask must label "
+                "every pixel of its image: make it again at that size, or scale it without interpolation"
+            )
+        return image_HWC, mask_HW
+
+    def mask(self, index: int) -> npt.NDArray[np.int32]:
+        """Return the mask alone. Errors as for the pair."""
+        try:
+            return self._ids(self.samples[int(index)][self.columns[1]], index)
+        except UnreadableImageError as error:
+            self.unreadable.add(index, error)
+            raise
+
+    def _ids(self, value: Any, index: int) -> npt.NDArray[np.int32]:
+        where = self._where(value, index)
+        try:
+            mask = stored(value)
+        except DECODING_ERRORS as error:
+            raise UnreadableImageError(f"{where}: the mask cannot be read: {error}") from error
+        try:
+            mask_HW = index_mask(mask) if self.palette is None else self.palette(mask)
+        except DECODING_ERRORS as error:
+            raise ValueError(f"{where}: {error}") from error
+        return self.checked(mask_HW.astype(np.int32), where)
+
+    def _where(self, value: Any, index: int) -> str:
+        path = path_of(value)
+        return f"{self.name}, image {index}" + (f" ({path})" if path else "")
+
+    def checked(self, mask_HW: npt.NDArray[np.int32], where: str) -> npt.NDArray[np.int32]:
+        ignored = mask_HW == self.ignore_index
+        if self.reduce_labels:
+            ignored |= mask_HW == 0
+            mask_HW = mask_HW - 1
+        mask_HW = np.where(ignored, np.int32(self.ignore_index), mask_HW)
+        outside = ~ignored & ((mask_HW < 0) | (mask_HW >= self.num_labels))
+        if outside.any():
+            shift = int(self.reduce_labels)
+            raise ValueError(
+                f"{where}: the mask holds ids {(np.unique(mask_HW[outside]) + shift)[:5].tolist()}, but ids run from "
+                f"{shift} to {self.num_labels - 1 + shift} and {self.ignore_index} is ignored; "
+                "correct --num_labels, --ignore_index or --reduce_labels, or the masks"
+            )
+        return mask_HW
+
+
+def path_of(value: Any) -> str:
+    """The file of a stored value; empty if it is none."""
+    return str(value["path"] or "") if isinstance(value, dict) else ""
+
+
+class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Augmented crops: pixel_values (C, S, S) float32 and labels (S, S) int64, indexed by (epoch, index)."""
+
+    def __init__(
+        self,
+        images: LabelledImages,
+        augmentation: Augmentation,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+    ) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
+        self.mean_C, self.std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
+        image_HWC, mask_HW = self.images.readable(index[1])
+        rng = image_rng(self.seed, *index)
+        crop_HWC, labels_HW = self.augmentation(image_HWC, mask_HW, self.mean_C, rng)
+        labels = torch.from_numpy(np.ascontiguousarray(labels_HW))
+        return {"pixel_values": normalized(crop_HWC, self.mean_C, self.std_C), "labels": labels}
+
+
+def normalized(image_HWC: npt.NDArray[np.float32], mean_C: Array, std_C: Array) -> Tensor:
+    """(H, W, C) in [0, 1] -> (C, H, W) with zero mean and unit variance per channel."""
+    pixels = (image_HWC - mean_C) / std_C
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), 2, 0)))
+
+
+def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, LabelledImages]:
+    """Return the training and the validation images; the first of each is read, so that mistakes show at once.
+
+    Raises:
+        ValueError: no such data or column, images and masks that do not pair, a wrong first image or mask.
+    """
+    if source.dataset_name == BUILT_IN:
+        splits, columns = _built_in(source), ("image", "annotation")
+    else:
+        pairs = _paired_folders(source) if source.train_mask_dir is not None else read_splits(source)
+        columns = _find_columns(pairs["train"], source)
+        splits = {split: _encoded(data, columns) for split, data in _drawn(pairs, source).items()}
+    lists = []
+    for split, samples in splits.items():
+        images = LabelledImages(
+            samples, columns,
+            num_labels=len(source.class_names()),
+            ignore_index=source.ignore_index, reduce_labels=source.reduce_labels,
+            num_channels=source.num_channels, max_unreadable=source.max_unreadable,
+            palette=None if source.palette is None else Palette(source.palette, source.ignore_index),
+            name=f"{(split == 'validation' and source.validation_dir) or source.name} ({split})",
+        )  # fmt: skip
+        if len(images) == 0:
+            raise ValueError(f"{images.name} has no images")
+        images.num_channels = images.readable(0)[0].shape[2]
+        lists.append(images)
+    if lists[0].num_channels != lists[1].num_channels:
+        raise ValueError(
+            f"{source.name}: training images have {lists[0].num_channels} channels, validation images "
+            f"{lists[1].num_channels}; pass --num_channels"
+        )
+    if source.dataset_name != BUILT_IN:
+        check_classes(lists[0], lists[1], source.class_names())
+    return lists[0], lists[1]
+
+
+def check_classes(train: LabelledImages, validation: LabelledImages, names: dict[int, str]) -> None:
+    """Read all masks and say what training would suffer from: a class that is missing, 0/255 taken for ids.
+
+    Raises:
+        ValueError: a wrong mask, or masks that leave nothing to learn or to measure.
+    """
+    ids = max(train.num_labels, train.ignore_index + 1)
+    found = []
+    for images in (train, validation):
+        look = functools.partial(_ids_in, images, ids)  # in the threads, so that no mask waits to be counted
+        progress = tqdm(in_threads(look, range(len(images))), "Masks", len(images), leave=False)
+        found.append(np.sum(list(progress), axis=0))
+    missing = [[name for k, name in names.items() if not masks_K[k]] for masks_K in found]
+    if len(missing[0]) >= len(names) - 1:
+        binary = train.ignore_index == 255 and found[0][255]
+        hint = "; if they are masks of 0 and 255, pass --palette binary" if binary else ""
+        raise ValueError(
+            f"the masks of {train.name} hold no class but {', '.join(set(names.values()) - set(missing[0])) or 'none'}"
+            f"{', and ' + str(train.ignore_index) + ', which is ignored' if hint else ''}: nothing to learn{hint}"
+        )
+    if len(missing[1]) == len(names):
+        raise ValueError(
+            f"the masks of {validation.name} hold no class: give --validation_dir or another --subset_seed"
+        )
+    for images, absent in zip((train, validation), missing, strict=True):
+        if absent:
+            effect = "it cannot be learned" if images is train else "its IoU is not part of the mean, or 0"
+            logger.warning(
+                "%s: %s in none of the %d masks, so %s; choose another --subset_seed or give --validation_dir",
+                images.name, ", ".join(absent), len(images), effect,
+            )  # fmt: skip
+
+
+def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool_]:
+    """Which ids below ``ids`` a mask holds; none if it cannot be read."""
+    try:
+        mask_HW = images.mask(index)
+    except UnreadableImageError:
+        return np.zeros(ids, np.bool_)
+    return np.bincount(mask_HW[mask_HW >= 0], minlength=ids)[:ids] > 0  # an ignore_index may be negative
+
+
+def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
+    train, validation = source.max_train_samples or 200, source.max_eval_samples or 50
+    size, seed = source.built_in_size, source.seed
+    return {
+        "train": WireBonding(train, size=size, seed=seed, first=0),
+        "validation": WireBonding(validation, size=size, seed=seed, first=10_000_000),
+    }
+
+
+def _encoded(data: datasets.Dataset, columns: tuple[str, str]) -> datasets.Dataset:
+    """The columns with pictures left encoded, so that a damaged one is met where it is decoded."""
+    for column in columns:
+        if isinstance(data.features[column], datasets.Image):
+            data = data.cast_column(column, datasets.Image(decode=False))
+    return data
+
+
+def _find_columns(data: datasets.Dataset, source: SegmentationSource) -> tuple[str, str]:
+    image_column = find_column(data, source.image_column_name)
+    wanted = [source.annotation_column_name] if source.annotation_column_name else ANNOTATION_COLUMNS
+    for column in wanted:
+        if column in data.column_names and column != image_column:
+            return image_column, column
+    raise ValueError(
+        f"no column {wanted[0]!r} of masks; pass --annotation_column_name with one of {', '.join(data.column_names)}, "
+        "or --train_mask_dir for a folder of masks"
+    )
+
+
+def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> dict[str, datasets.Dataset]:
+    """Split off a validation set where there is none, then draw the part of each that is asked for."""
+    train, validation = splits["train"], splits.get("validation")
+    rows = np.arange(len(train))
+    if validation is None:
+        rows, validation_rows = split_rows(len(train), source.train_val_split, source.seed)
+        validation = train.select(validation_rows)
+    validation_rows = draw(np.arange(len(validation)), source.max_eval_samples, source.seed)
+    rows = draw(rows, source.max_train_samples, source.seed)
+    if source.train_fraction < 1.0:  # the same images as pre-training chooses
+        column = find_column(train, source.image_column_name)
+        encoded = train.select_columns(column)
+        if isinstance(encoded.features[column], datasets.Image):
+            encoded = encoded.cast_column(column, datasets.Image(decode=False))
+        rows = rows[chosen(shared_keys(encoded, column)[rows], source.train_fraction, source.subset_seed)]
+    return {"train": train.select(rows), "validation": validation.select(validation_rows)}
+
+
+def _paired_folders(source: SegmentationSource) -> dict[str, datasets.Dataset]:
+    how = source.mask_suffix, source.channel_files
+    splits = pair_folders(str(source.train_dir), str(source.train_mask_dir), *how)
+    if source.validation_dir is not None:
+        splits["validation"] = any_split(pair_folders(source.validation_dir, str(source.validation_mask_dir), *how))
+    return splits

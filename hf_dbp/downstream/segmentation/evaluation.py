@@ -1,0 +1,83 @@
+"""What an evaluation of a UperNet found: the scores of each class, the content of `eval.json`, and lines to print."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_dbp.data.feeding import unreadable_images
+from hf_dbp.downstream.segmentation.data import SegmentationSource
+from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
+from hf_dbp.records import hardware, source_commit, versions
+
+__all__ = ["evaluation_record", "per_class", "summary"]
+
+
+def per_class(trainer: SegmentationTrainer) -> dict[str, dict[str, float | int | None]]:
+    """IoU, accuracy and pixels of each class in the last evaluation, by name."""
+    assert trainer.scores is not None
+    names, pixels_K = trainer.model.config.id2label, trainer.confusion_KK.sum(axis=1)
+    return {
+        names[k]: {
+            "iou": _number(trainer.scores["per_category_iou"][k]),
+            "accuracy": _number(trainer.scores["per_category_accuracy"][k]),
+            "pixels": int(pixels_K[k]),
+        }
+        for k in range(len(names))
+    }
+
+
+def evaluation_record(
+    trainer: SegmentationTrainer, metrics: dict[str, float], source: SegmentationSource
+) -> dict[str, Any]:
+    """The content of `eval.json`.
+
+    Scores are shares in [0, 1]; `per_class` has null where a class occurs neither in the labels nor in the predictions;
+    `majority_class_mean_iou` is what predicting the commonest class everywhere would score. Fine-tuning adds
+    `arguments`; `evaluations`, a row per evaluation during training; and what training alone cost.
+    """
+    assert trainer.scores is not None
+    scores, pixels_K = trainer.scores, trainer.confusion_KK.sum(axis=1)
+    return {
+        "schema": 1,
+        "task": "segmentation",
+        "mean_iou": scores["mean_iou"],
+        "mean_accuracy": scores["mean_accuracy"],
+        "overall_accuracy": scores["overall_accuracy"],
+        "loss": metrics["eval_loss"],
+        "majority_class_mean_iou": float(pixels_K.max() / pixels_K.sum() / np.count_nonzero(pixels_K)),
+        "per_class": per_class(trainer),
+        "data": {
+            "source": source.name,
+            "train_images": len(trainer.train_dataset),
+            "validation_images": len(trainer.eval_dataset),
+            "validation_pixels": int(pixels_K.sum()),
+            "unreadable": unreadable_images({}, trainer.train_dataset.images, trainer.eval_dataset.images),
+        },
+        "best_checkpoint": trainer.state.best_model_checkpoint,
+        "guards": trainer.skipped_steps(),
+        "seed": trainer.args.seed,
+        "commit": source_commit(),
+        "versions": versions(),
+        "hardware": hardware() | {"processes": trainer.args.world_size},
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def summary(record: dict[str, Any], folder: Path) -> str:
+    """What came out and where it lies, for the end of a run."""
+    rows = [f"\nUperNet on {record['data']['source']}: {folder}"]
+    rows.append(f"  mean IoU {record['mean_iou']:.4f} (commonest class everywhere: "
+                f"{record['majority_class_mean_iou']:.4f}), loss {record['loss']:.4f}")  # fmt: skip
+    for name, scores in record["per_class"].items():
+        iou = "absent" if scores["iou"] is None else f"{scores['iou']:.4f}"
+        rows.append(f"    {name:<20} IoU {iou}")
+    rows.append(
+        f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
+    )
+    curves = "curves.png, " if record["evaluations"] else ""
+    rows.append(f"  model (best), image processor, card, eval.json, {curves}predictions.png are in that folder")
+    return "\n".join(rows)

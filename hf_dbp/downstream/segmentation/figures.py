@@ -1,0 +1,79 @@
+"""A picture of what a segmentation model sees: images, true masks and predictions, with a legend."""
+
+import os
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from transformers import UperNetForSemanticSegmentation
+
+from hf_dbp.data.augmentation import unit_range
+from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels
+
+__all__ = ["class_colours", "plot_predictions"]
+
+VOID = (0.0, 0.0, 0.0)
+LEGEND_LIMIT = 30
+
+
+def class_colours(classes: int) -> npt.NDArray[np.float64]:
+    """Return K x 3 RGB colours, distinct for up to 20 classes and spread over the hues beyond."""
+    if classes <= 20:
+        return np.asarray(matplotlib.colormaps["tab20"](np.r_[0:20:2, 1:20:2][:classes]))[:, :3]
+    hues = np.arange(classes) * 0.618034 % 1.0  # golden-ratio steps keep neighbouring ids apart
+    lightness = 0.55 + 0.45 * (np.arange(classes) % 3) / 2
+    return matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(classes, 0.75), lightness], axis=1))
+
+
+def _painted(ids_HW: npt.NDArray[Any], colours_K3: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    known = (ids_HW >= 0) & (ids_HW < len(colours_K3))
+    return np.where(known[..., None], colours_K3[np.where(known, ids_HW, 0)], VOID)
+
+
+def _displayed(image_HWC: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The image in [0, 1]: RGB as it is, of any other number of channels the first, in grey."""
+    pixels = np.clip(image_HWC * unit_range(image_HWC.dtype), 0, 1)
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels[..., :1], 3, axis=2)
+
+
+def plot_predictions(
+    model: UperNetForSemanticSegmentation,
+    data: WholeImages,
+    path: str | os.PathLike[str],
+    *,
+    crop_size: int,
+    num_images: int = 4,
+) -> None:
+    """Write a PNG with a row per image: image, true mask (void black), prediction; the legend names the classes shown.
+
+    Args:
+        model: a UperNet in eval mode, with `config.id2label`.
+        data: evaluation images; `num_images` at even steps are shown.
+        path: PNG file to write.
+        crop_size: as in training.
+        num_images: how many.
+    """
+    names: dict[int, str] = model.config.id2label
+    colours_K3 = class_colours(len(names))
+    picks = np.linspace(0, len(data) - 1, min(num_images, len(data)), dtype=int)
+    figure = Figure(figsize=(9, 2.6 * len(picks) + 0.8), layout="constrained")
+    axes = figure.subplots(len(picks), 3, squeeze=False)
+    shown: set[int] = set()
+    for row, index in zip(axes, picks, strict=True):
+        image_HWC, true_HW = data.images.readable(int(index))
+        predicted_HW = predict_labels(model, data, image_HWC, crop_size).cpu().numpy()
+        shown |= {*np.unique(true_HW).tolist(), *np.unique(predicted_HW).tolist()}
+        pictures = (_displayed(image_HWC), _painted(true_HW, colours_K3), _painted(predicted_HW, colours_K3))
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture, interpolation="nearest")
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], ("image", "true mask", "prediction"), strict=True):
+        axis.set_title(title)
+    patches = [Patch(color=colours_K3[k], label=names[k]) for k in sorted(shown & names.keys())[:LEGEND_LIMIT]]
+    if shown - names.keys():
+        patches.append(Patch(color=VOID, label="void"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="small", frameon=False)
+    figure.savefig(path, dpi=100)

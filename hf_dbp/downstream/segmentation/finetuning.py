@@ -1,0 +1,345 @@
+"""Fine-tuning UperNet from a ViT, from flags to a folder: the main of `training_scripts/run_upernet.py`.
+
+The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer -> best checkpoint by mean IoU,
+`eval.json`, pictures, card, and the Hub if asked for. What is wrong with flags or data fails before training starts.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import (
+    BeitImageProcessorPil,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTModel,
+    set_seed,
+)
+
+from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.data.augmentation import unit_range
+from hf_dbp.data.feeding import user_message
+from hf_dbp.data.images import ImageList, channel_statistics
+from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
+from hf_dbp.downstream.segmentation.figures import plot_predictions
+from hf_dbp.downstream.segmentation.inference import WholeImages
+from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
+from hf_dbp.downstream.segmentation.transforms import Augmentation
+from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet, load_vit
+from hf_dbp.figures import plot_curves
+from hf_dbp.hub.model_card import write_card
+from hf_dbp.hub.publishing import claim_push
+from hf_dbp.hub.untrusted import read_config, read_statistics
+from hf_dbp.recipes import parse_arguments
+from hf_dbp.records import arguments_record, write_json
+from hf_dbp.training.arguments import RunArguments
+from hf_dbp.training.checkpoints import model_folder
+from hf_dbp.training.clocked import training_meter
+from hf_dbp.training.guards import NonFiniteError
+from hf_dbp.training.processes import ending_processes
+from hf_dbp.training.resuming import find_checkpoint
+from hf_dbp.training.saving import DiskFull, disk_errors
+
+__all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
+
+logger = logging.getLogger(__name__)
+
+EVAL_RESULTS = "eval_results.json"
+
+
+@dataclass
+class DataArguments:
+    """Which labelled images, and how they are cropped."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of parquet files with images and masks, or of images."}
+    )
+    train_mask_dir: str | None = field(
+        default=None, metadata={"help": "Folder of masks, named as the images of train_dir."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "As train_dir, for validation."})
+    validation_mask_dir: str | None = field(default=None, metadata={"help": "As train_mask_dir, for validation."})
+    mask_suffix: str = field(
+        default="", metadata={"help": "What the names of masks end in beyond those of their images, e.g. _mask."}
+    )
+    palette: str | None = field(
+        default=None,
+        metadata={"help": "Colour masks: YAML file of class names and colours. 0/255 masks: binary."},
+    )
+    channel_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    annotation_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the masks (default: annotation, mask, label or segmentation)."}
+    )
+    num_labels: int | None = field(default=None, metadata={"help": "Number of classes, without an ignored one."})
+    id2label: str | None = field(
+        default=None, metadata={"help": 'JSON file of class names, a list or {"0": name, ...}.'}
+    )
+    ignore_index: int = field(default=255, metadata={"help": "Label id that is neither learned nor scored."})
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "Move label ids down by one; 0 becomes ignore_index (ADE20K)."}
+    )
+    train_fraction: float = field(default=1.0, metadata={"help": "Share of the training images to use."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many validation images."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
+    )
+    subset_seed: int = field(default=0, metadata={"help": "Seed of the draws and the split (not of training)."})
+    max_unreadable: int = field(
+        default=100, metadata={"help": "Pairs that cannot be read are skipped and counted; more of them end the run."}
+    )
+    num_channels: int | None = field(
+        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
+    )
+    built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
+    crop_size: int = field(default=512, metadata={"help": "Side of the square crops, a multiple of the patch size."})
+    long_edge: int | None = field(
+        default=None,
+        metadata={"help": "Scale images to this long edge (times 0.5 to 2 in training); 0: native resolution. "
+                  "Default: crop_size, as in the paper."},
+    )  # fmt: skip
+
+    def source(self, cache_dir: str | None, token: str | None) -> SegmentationSource:
+        """The data flags without those of cropping. ValueError for values that cannot be."""
+        flags = asdict(self)
+        for name in ("crop_size", "long_edge"):
+            del flags[name]
+        return SegmentationSource(**flags, cache_dir=cache_dir, token=token, seed=self.subset_seed)
+
+    @property
+    def scaled_long_edge(self) -> int | None:
+        """Long edge in pixels that images are scaled to; None for their native resolution."""
+        return self.crop_size if self.long_edge is None else self.long_edge or None
+
+
+@dataclass
+class ModelArguments:
+    """Which encoder UperNet starts from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Stock ViT, folder or Hub id: fused DBP, BP, supervised ..."}
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Take that ViT's shape with random weights."})
+    model_size: str | None = field(
+        default=None, metadata={"help": "Without a ViT: named size of a random one.", "choices": list(SIZES)}
+    )
+    patch_size: int = field(default=16, metadata={"help": "Patch size of a random ViT without a model."})
+    head_size: int = field(default=512, metadata={"help": "Width of UperNet's decode head."})
+    auxiliary_head_size: int = field(default=256, metadata={"help": "Width of the auxiliary head."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+
+    def __post_init__(self) -> None:
+        if (self.model_name_or_path is None) == (self.model_size is None):
+            raise ValueError(
+                "give the encoder: --model_name_or_path VIT, or --model_size for random weights (not both)"
+            )
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
+
+
+@dataclass
+class FinetuningArguments(RunArguments):
+    """TrainingArguments with the paper's optimiser and schedule as defaults; the best checkpoint is by mean IoU."""
+
+    output_dir: str = field(default="outputs/upernet", metadata={"help": "Where everything is written."})
+    learning_rate: float = field(default=2.5e-5, metadata={"help": "Peak learning rate."})
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Layer-wise learning-rate decay: factor per layer below the heads; 1 for none."}
+    )
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
+    )
+
+    def __post_init__(self) -> None:
+        self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
+        super().__post_init__()
+        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
+
+
+def check_channels(taken: int, there: int | None) -> None:
+    if taken != there:
+        raise ValueError(
+            f"the ViT takes {taken} channels, the images have {there}: "
+            "pre-train on such images, or convert them with --num_channels"
+        )
+
+
+def build_model(
+    model_args: ModelArguments, data_args: DataArguments, names: dict[int, str], num_channels: int
+) -> UperNetForSemanticSegmentation:
+    """UperNet over the chosen ViT. ValueError if the ViT does not fit the images."""
+    if model_args.model_name_or_path is not None:
+        vit = load_vit(model_args.model_name_or_path, **model_args.hub_options)
+        if model_args.from_scratch:
+            vit = ViTModel(vit.config, add_pooling_layer=False)
+    else:
+        shape = {name: value for name, value in SIZES[str(model_args.model_size)].items() if "decoder" not in name}
+        sizes = {"image_size": data_args.crop_size, "patch_size": model_args.patch_size}
+        vit = ViTModel(ViTConfig(**shape, **sizes, num_channels=num_channels), add_pooling_layer=False)
+    check_channels(vit.config.num_channels, num_channels)
+    return build_upernet(
+        vit,
+        names,
+        ignore_index=data_args.ignore_index,
+        hidden_size=model_args.head_size,
+        auxiliary_channels=model_args.auxiliary_head_size,
+    )
+
+
+def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images."""
+    if model_args.model_name_or_path is not None:
+        statistics = read_statistics(model_args.model_name_or_path, **model_args.hub_options)
+        if statistics is not None and len(statistics[0]) != images.num_channels:
+            raise ValueError(
+                f"the image processor of {model_args.model_name_or_path} has statistics of {len(statistics[0])} "
+                f"channels, the images have {images.num_channels}"
+            )
+        if statistics is not None:
+            return statistics
+        logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
+    return channel_statistics(
+        ImageList(images.samples, images.columns[0], images.num_channels, images.unreadable.limit)
+    )
+
+
+def image_processor(data: WholeImages) -> BeitImageProcessorPil:
+    """The stock image processor that scales and normalises as evaluation does (padding to the crop is left to do).
+
+    It scales 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
+    refuses.
+    """
+    factor = unit_range(data.images.readable(0)[0].dtype)
+    scaling: dict[str, Any] = {"do_resize": False, "do_rescale": factor != 1, "rescale_factor": factor}
+    if data.long_edge is not None and len(data.mean) in (1, 3) and factor == 1 / 255:
+        size = {"max_height": data.long_edge, "max_width": data.long_edge}
+        scaling |= {"do_resize": True, "size": size, "resample": 3}
+    statistics = {"image_mean": list(data.mean), "image_std": list(data.std)}
+    return BeitImageProcessorPil(do_center_crop=False, **scaling, **statistics)
+
+
+def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> ModelArguments:
+    """With --do_eval alone: the UperNet of --model_name_or_path, else (that is an encoder) of the run in output_dir.
+
+    Raises:
+        ValueError: neither is there, or a push is asked for.
+    """
+    if args.push_to_hub:
+        raise ValueError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
+    named = model_args.model_name_or_path
+    if named is not None and read_config(named, **model_args.hub_options)["model_type"] == "upernet":
+        return model_args
+    try:
+        folder = str(model_folder(args.output_dir))
+    except ValueError as error:
+        raise ValueError(
+            f"no UperNet to evaluate: {error}; train one with --do_train, or name one by --model_name_or_path"
+        ) from error
+    return dataclasses.replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
+
+
+def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
+    """Evaluate a trained UperNet; returns what is also written to `eval_results.json`, and to nothing else."""
+    model_args = model_to_evaluate(model_args, args)
+    model_source, source = str(model_args.model_name_or_path), data_args.source(model_args.cache_dir, model_args.token)
+    train_images, images = load_labelled_images(source)
+    hub = model_args.hub_options
+    model = load_upernet(model_source, source.class_names(), ignore_index=data_args.ignore_index, **hub)
+    check_channels(model.config.backbone_config.num_channels, images.num_channels)
+    data = WholeImages(images, data_args.scaled_long_edge, *pixel_statistics(model_args, train_images))
+    trainer = SegmentationTrainer(model=model, args=args, crop_size=data_args.crop_size, eval_dataset=data)
+    results = trainer.evaluate() | {"per_class": per_class(trainer), "model": model_source}
+    if args.should_save:
+        file = Path(args.output_dir) / EVAL_RESULTS
+        write_json(file, results)
+        print(f"mean IoU {results['eval_mean_iou']:.4f} of {model_source}; written to {file}")
+    return results
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
+    """Fine-tune, evaluate, save; returns what is also written to `output_dir/eval.json`.
+
+    Without ``do_train`` a trained UperNet is evaluated, and nothing but `eval_results.json` written.
+    """
+    if not (args.do_train or args.do_eval):
+        raise ValueError("nothing to do: give --do_train, --do_eval or both")
+    if not args.do_train:
+        return evaluate_alone(model_args, data_args, args)
+    source = data_args.source(model_args.cache_dir, model_args.token)
+    train_images, eval_images = load_labelled_images(source)
+    set_seed(args.seed)
+    model = build_model(model_args, data_args, source.class_names(), train_images.readable(0)[0].shape[2])
+    mean, std = pixel_statistics(model_args, train_images)
+    augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
+    eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
+    destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
+    meter = training_meter(args, args.country)
+    trainer = SegmentationTrainer(
+        model=model,
+        args=args,
+        crop_size=data_args.crop_size,
+        layer_decay=args.layer_decay,
+        arguments=arguments,
+        meter=meter,
+        energy=meter.description if meter is not None else None,
+        max_skipped_steps=args.max_skipped_steps,
+        train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed),
+        eval_dataset=eval_data,
+        processing_class=image_processor(eval_data),
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
+    metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
+    trainer.save_model()
+    record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
+    record |= trainer.costs() | {"energy": {**trainer.energy}}
+    if trainer.resumed_with:
+        record["resumed_with"] = trainer.resumed_with
+    if args.should_save:
+        folder = Path(args.output_dir)
+        trainer.save_state()
+        write_json(folder / "eval.json", record)
+        best = trainer.accelerator.unwrap_model(trainer.model).eval()
+        plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
+        if history:
+            plot_curves(history, folder / "curves.png", loss="cross-entropy")
+        write_card(folder, None if destination is None else destination.repo_id)
+        print(summary(record, folder))
+        if destination is not None:
+            print(f"pushed: {destination.push(folder)}")
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.set_verbosity_warning()
+    try:
+        parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
+        with disk_errors(parsed[-1].output_dir), ending_processes():
+            return run(*parsed)
+    except (ValueError, DiskFull, NonFiniteError) as error:
+        if logger.isEnabledFor(logging.DEBUG):
+            raise
+        print(f"error: {user_message(error)}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,230 @@
+"""`SegmentationTrainer`: transformers' Trainer for UperNet.
+
+It adds what the stock Trainer gets wrong or lacks here:
+- the loss is the mean over the labelled pixels of the whole batch: each micro-batch and each process weighs by its
+  share of them, so that accumulation and several processes give one batch's gradient; a micro-batch that is all void
+  weighs 0 (the stock loss would be NaN);
+- crops are drawn by `EpochSampler`: they follow from (seed, epoch, image);
+- layer-wise learning-rate decay;
+- evaluation over whole images at label resolution, every image once whatever the number of processes;
+- the run's arguments in every checkpoint: with another encoder, data, crop, seed or optimizer no run goes on from it,
+  other changes are told;
+- the clock of training alone, saving, stopping and resuming, which pre-training shares (`ClockedTrainer`).
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from transformers import UperNetForSemanticSegmentation
+
+from hf_dbp.data.feeding import make_sampler, step_images
+from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels
+from hf_dbp.downstream.segmentation.mean_iou import SegmentationScores, scores_from_confusion
+from hf_dbp.downstream.segmentation.upernet import parameter_groups, synchronize_batch_norm
+from hf_dbp.records import read_arguments, write_json
+from hf_dbp.training.clocked import ClockedTrainer
+from hf_dbp.training.resuming import SHAPING, compared_arguments, noted_changes
+from hf_dbp.training.stopping import shield_workers
+
+__all__ = ["SegmentationTrainer"]
+
+ARGUMENTS = "arguments.json"
+FIXED = (
+    "model_name_or_path", "model_revision", "model_size", "from_scratch", "dataset_name", "dataset_config_name",
+    "train_dir", "train_mask_dir", "validation_dir", "validation_mask_dir", "mask_suffix", "palette", "channel_files",
+    "image_column_name", "annotation_column_name", "num_labels", "id2label", "ignore_index", "reduce_labels",
+    "train_fraction", "max_train_samples", "max_eval_samples", "train_val_split", "subset_seed", "num_channels",
+    "built_in_size", "crop_size", "seed", "optim", "layer_decay",
+)  # fmt: skip
+SHAPING_TOO = ("long_edge", "per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+class SegmentationTrainer(ClockedTrainer):
+    """Trainer of a stock UperNet.
+
+    Args:
+        crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
+        layer_decay: as in `parameter_groups`.
+        arguments: what the run was given, by name, to be kept in its checkpoints and compared on resume.
+        kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops` (None to evaluate
+            alone), `eval_dataset` a `WholeImages`.
+
+    Raises:
+        ValueError: sizes that cannot be trained on.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: Any
+
+    def __init__(
+        self, *, crop_size: int, layer_decay: float = 1.0, arguments: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.crop_size, self.layer_decay, self.arguments = crop_size, layer_decay, arguments or {}
+        self.resumed_with: dict[str, Any] = {}
+        self.paid: dict[str, float] = {}  # `costs` at the last checkpoint
+        model: UperNetForSemanticSegmentation = kwargs["model"]
+        args = kwargs["args"]
+        synchronize_batch_norm(model, args.world_size, args.device)
+        model.accepts_loss_kwargs = False
+        model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
+        super().__init__(**kwargs)
+        patch = model.config.backbone_config.patch_size
+        if crop_size % patch:
+            raise ValueError(f"crop_size {crop_size} is no multiple of the patch size {patch}")
+        if self.train_dataset is not None:
+            self._check_batches(model)
+            self.use_sampler(make_sampler(self.train_dataset.images, args))
+        self.scores: SegmentationScores | None = None
+        self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
+
+    def _check_batches(self, model: UperNetForSemanticSegmentation) -> None:
+        synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        if self.args.per_device_train_batch_size == 1 and not synchronized:
+            raise ValueError(
+                "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
+                "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
+            )
+        images, batch, step = len(self.train_dataset), self.args.train_batch_size, step_images(self.args)
+        if self.args.dataloader_drop_last and images < step:
+            raise ValueError(
+                f"{images} training images do not fill one step of {step}; "
+                "lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            )
+        alone = images % batch == 1 and self.args.world_size == 1  # several processes fill their last batches
+        if not self.args.dataloader_drop_last and alone:
+            raise ValueError(
+                f"{images} training images in batches of {batch} leave one image alone, which UperNet cannot "
+                "normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
+            )
+
+    # ---- arguments in checkpoints ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        checkpoint = self.named_checkpoint(resume_from_checkpoint)
+        if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
+            self._compare(checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _compare(self, checkpoint: str) -> None:
+        """Take over what the checkpoint says of earlier changes and costs, and add the changes of now.
+
+        Raises:
+            ValueError: an argument of `FIXED` differs: the checkpoint is of another model, not of this one begun.
+        """
+        before, self.resumed_with, spent = read_arguments(Path(checkpoint) / ARGUMENTS)
+        known = [name for name in FIXED if name in before and name in self.arguments]
+        fixed = {name: (before[name], self.arguments[name]) for name in known}
+        changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *SHAPING_TOO), checkpoint)
+        tell = self.is_world_process_zero()
+        self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
+        self.preset_costs(spent)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.paused():
+            self.paid = self.costs()  # over all processes, of which one writes
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        super()._write_model(folder, state_dict)
+        if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
+            content = {"arguments": self.arguments, "resumed_with": self.resumed_with, "costs": self.paid}
+            write_json(folder / ARGUMENTS, content)
+
+    # ---- data and optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # ---- loss ----
+
+    def _labelled(self, labels: Tensor) -> Tensor:
+        return labels.ne(self.model.config.loss_ignore_index).sum()
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of a step, and the number of labelled pixels in them over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self._labelled(batch["labels"]).to(device) for batch in batches]
+        return batches, self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum") if counts else torch.ones(
+            ()
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """This micro-batch's part of the mean over the step's labelled pixels, scaled for Trainer's and DDP's means."""
+        labels_BSS, labelled = inputs["labels"], self._labelled(inputs["labels"])
+        if num_items_in_batch is None:
+            num_items_in_batch = labelled
+        all_void = labelled == 0  # one pixel stands in, so that the loss is finite; it weighs nothing
+        labels_BSS = labels_BSS.clone()
+        labels_BSS[0, 0, 0] = torch.where(all_void, 0, labels_BSS[0, 0, 0])
+        outputs = model(**{**inputs, "labels": labels_BSS})
+        parts = self.current_gradient_accumulation_steps * self.args.world_size if self.is_in_train else 1
+        loss = outputs.loss * (labelled * parts / num_items_in_batch.clamp(min=1))
+        return (loss, outputs) if return_outputs else loss
+
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
+        """This process's share of the validation images: every world_size-th, so that each counts exactly once."""
+        data: WholeImages = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = torch.utils.data.Subset(data, range(self.args.process_index, len(data), self.args.world_size))
+        loader = torch.utils.data.DataLoader(
+            share,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=list,
+        )
+        shield_workers(loader)
+        return loader
+
+    def evaluate(
+        self, eval_dataset: WholeImages | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and scores over all pixels of all whole images of all processes; the clock stands still."""
+        with self.clock.paused():
+            return self._scored(eval_dataset, metric_key_prefix)
+
+    def _scored(self, eval_dataset: WholeImages | None, metric_key_prefix: str) -> dict[str, float]:
+        start, model = time.perf_counter(), self.accelerator.unwrap_model(self.model_wrapped).eval()
+        if (
+            self.args.world_size > 1
+        ):  # running statistics of CPU processes differ; those of process 0 are the saved ones
+            broadcast(list(model.buffers()))
+        with self.compute_loss_context_manager():
+            confusion_KK, loss_sum = count_pixels(
+                model,
+                self.get_eval_dataloader(eval_dataset),
+                num_labels=model.config.num_labels,
+                ignore_index=model.config.loss_ignore_index,
+                crop_size=self.crop_size,
+            )
+        confusion = torch.from_numpy(confusion_KK).to(self.args.device)
+        self.confusion_KK = self.accelerator.reduce(confusion, reduction="sum").cpu().numpy()
+        loss = torch.tensor(loss_sum, dtype=torch.float64, device=self.args.device)
+        loss_sum = self.accelerator.reduce(loss, reduction="sum").item()
+        self.scores = scores_from_confusion(self.confusion_KK)
+        metrics = {
+            f"{metric_key_prefix}_loss": loss_sum / self.confusion_KK.sum().item(),
+            **{f"{metric_key_prefix}_{name}": score for name, score in self.scores.items() if isinstance(score, float)},
+            f"{metric_key_prefix}_runtime": time.perf_counter() - start,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

@@ -1,0 +1,354 @@
+"""The README.md of a model: what was trained on what, how, with which measured result; as a Hub model card.
+
+    python -m hf_dbp.hub.model_card outputs/demo-fused --output_dir model_cards/demo
+
+Everything that differs between two cards is read from the files of the model's folder: `config.json`, the record
+(`run.json` of pre-training, `eval.json` of segmentation) and which pictures there are. A figure that the record lacks
+is left out. The text around it is `model_card.md.jinja`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+__all__ = ["CARD", "main", "write_card"]
+
+CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+RECORDS = ("run.json", "eval.json")
+METHODS = {
+    "dbp": "decorrelated backpropagation (DBP)",
+    "bp": "plain backpropagation",
+    "stock": "plain backpropagation",
+}
+PICTURES = {
+    "curves.png": "Loss by optimizer step.",
+    "reconstruction.png": "Validation images, what the encoder saw of them, and what the decoder filled in.",
+    "predictions.png": "Validation images, true masks and predictions.",
+}
+RESULTS = {  # name in the record: how the card calls it, and as which metric the Hub knows it
+    "eval_loss": ("mean squared error on the masked patches of the validation images", "mse"),
+    "interpolation_loss": ("the same for interpolated means of the visible patches, the plainest guess", None),
+    "mean_iou": ("mean IoU over the whole validation set", "mean_iou"),
+    "mean_accuracy": ("mean accuracy of the classes", "mean_accuracy"),
+    "overall_accuracy": ("accuracy of all pixels", "accuracy"),
+    "loss": ("validation loss", None),
+    "majority_class_mean_iou": ("mean IoU of the commonest class everywhere, the plainest guess", None),
+    "train_seconds": ("training time in seconds, validation and checkpoints excluded", None),
+    "kwh": ("energy of training in kWh", None),
+    "co2e_kg": ("CO2-equivalent of training in kg", None),
+    "fusion_largest_difference": ("largest difference between fused and unfused outputs", None),
+}
+SETTINGS = {  # name of the flag: how the card calls it
+    "optimizer": "optimizer",
+    "learning_rate": "peak learning rate",
+    "layer_decay": "factor of the learning rate per layer below the heads",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warm-up (steps, or a share of them below 1)",
+    "weight_decay": "weight decay",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "num_train_epochs": "epochs",
+    "mask_ratio": "share of the patches that is masked",
+    "norm_pix_loss": "target patches normalised",
+    "crop_size": "side of the crops in pixels",
+    "bf16": "bfloat16 autocast",
+    "fp16": "float16 autocast",
+}
+DECORRELATION_SETTINGS = {
+    "decorrelated_layers": "decorrelated layers",
+    "eta": "learning rate of R (eta)",
+    "eta_schedule": "schedule of eta",
+    "eta_stop": "share of all steps after which R stays as it is",
+    "kappa": "weight of the pull of variances to 1 (kappa)",
+    "update_interval": "optimizer steps per update of R",
+    "sample_fraction": "share of the token rows that estimates C",
+    "row_floor": "rows for C at least, times the width",
+    "row_cap": "rows for C at most, times the width",
+    "bound_eta": "eta kept below 1 / the largest eigenvalue of cov(z)",
+}
+
+
+def write_card(folder: Path, name: str | None = None) -> Path:
+    """Write the card of the model in ``folder`` beside it; returns its path.
+
+    Args:
+        folder: holds `config.json` and, for a card that tells more than how to load the model, a record.
+        name: Hub id of the model; default: the folder.
+
+    Raises:
+        ValueError: no model there, or one that this library does not make.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model (config.json), which a card is about")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    record_file = next((folder / file for file in RECORDS if (folder / file).is_file()), None)
+    record = {} if record_file is None else json.loads(record_file.read_text(encoding="utf-8"))
+    facts = card_facts(config, record, name or str(folder))
+    card = ModelCard.from_template(
+        card_data=metadata(config, record, facts["title"]),
+        template_path=str(TEMPLATE),
+        pictures=[(file, caption) for file, caption in PICTURES.items() if (folder / file).is_file()],
+        record_file=record_file and record_file.name,
+        **facts,
+    )
+    card.save(folder / CARD)
+    return folder / CARD
+
+
+# ---- what the card says ----
+
+
+def card_facts(config: Mapping[str, Any], record: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The values of the template but for metadata and pictures."""
+    kind = config["model_type"]
+    if kind not in LOADING:
+        raise ValueError(f"cards are of {', '.join(LOADING)} models, not of {kind}")
+    title = name.rstrip("/").rpartition("/")[2]
+    return {
+        "title": title,
+        "summary": summary(config, record),
+        "loading": LOADING[kind].format(name=name),
+        "usage": usage(config, record),
+        "results": [
+            (label, f"{figures(record)[key]:.4g}") for key, (label, _) in RESULTS.items() if key in figures(record)
+        ],
+        "per_class": [
+            (label, *(f"{row[key]:.4f}" if row[key] is not None else "-" for key in ("iou", "accuracy")), row["pixels"])
+            for label, row in record.get("per_class", {}).items()
+        ],
+        "training": training(record),
+        "limits": limits(config, record),
+    }
+
+
+LOADING = {
+    "vit": """\
+from transformers import AutoImageProcessor, ViTModel
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = ViTModel.from_pretrained("{name}", add_pooling_layer=False)""",
+    "upernet": """\
+from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = UperNetForSemanticSegmentation.from_pretrained("{name}")""",
+    "dbp_vit_mae": """\
+from hf_dbp import load_fused_vit
+model = load_fused_vit("{name}")  # a stock ViTModel; W R takes the place of (W, R)""",
+    "vit_mae": """\
+from transformers import AutoImageProcessor, ViTMAEForPreTraining
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = ViTMAEForPreTraining.from_pretrained("{name}")""",
+}
+
+
+def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """What the model is and what it was trained on, in one or two sentences."""
+    kind, encoder = config["model_type"], config.get("backbone_config") or config
+    shape = (
+        f"{encoder['num_hidden_layers']} layers, {encoder['hidden_size']} wide, patches of {encoder['patch_size']} "
+        f"pixels, {encoder['num_channels']} channels"
+    )
+    what = {
+        "vit": f"A stock Vision Transformer ({shape})",
+        "upernet": f"UperNet for semantic segmentation over a Vision Transformer ({shape}), stock transformers",
+        "dbp_vit_mae": f"A masked autoencoder with the unfused matrices of decorrelated training ({shape})",
+        "vit_mae": f"A masked autoencoder ({shape})",
+    }[kind]
+    if kind == "dbp_vit_mae" and config.get("decorrelated_layers") == "none":
+        what = f"A masked autoencoder ({shape})"
+    if not record:
+        return f"{what}."
+    how = "fine-tuned"
+    if record["task"] == "pretraining":
+        masked = record["arguments"]["mask_ratio"]
+        method = METHODS[record["method"]]
+        how = f"pre-trained as a masked autoencoder ({masked:.0%} of the patches masked) with {method}"
+    data = record["data"]
+    counts = f"{data['train_images']} training and {data['validation_images']} validation images"
+    text = f"{what}, {how} on {shown(data['source'])}: {counts}."
+    start = record["arguments"].get("model_name_or_path")
+    return f"{text} It started from {shown(start)}." if start else text
+
+
+def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """What stands under the lines that load the model."""
+    kind, encoder = config["model_type"], config.get("backbone_config") or config
+    if kind == "dbp_vit_mae":
+        return (
+            "These weights are for training on. Stock transformers classes refuse the folder, since without its "
+            "matrices R the network is another one."
+        )
+    given = "images" if encoder["num_channels"] == 3 else 'images, input_data_format="channels_last"'
+    result = "logits" if kind in ("upernet", "vit_mae") else "last_hidden_state"
+    text = f'`model(**processor({given}, return_tensors="pt")).{result}` is its output'
+    if encoder["num_channels"] in (1, 3):
+        return f"{text}."
+    text += f" for arrays of {encoder['num_channels']} channels. Stock resizing would take one of them for alpha"
+    arguments = record.get("arguments", {})
+    long_edge = arguments.get("crop_size") if arguments.get("long_edge") is None else arguments["long_edge"]
+    if kind == "upernet":
+        return (
+            f"{text}: scale them before, as in training to a long edge of {long_edge} pixels."
+            if long_edge
+            else f"{text}."
+        )
+    size = encoder["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{text}: bring them to {height} x {width} pixels before."
+
+
+def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Settings and circumstances of the run, by name."""
+    if not record:
+        return []
+    arguments, hardware = record["arguments"], record["hardware"]
+    names = SETTINGS | (DECORRELATION_SETTINGS if record.get("method") == "dbp" else {})
+    rows = [(label, arguments[key]) for key, label in names.items() if told(key, arguments.get(key))]
+    batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * hardware["processes"]
+    rows += [("images per optimizer step", batch), ("seed", record["seed"]), ("hardware", hardware_used(record))]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    if record.get("energy"):
+        rows.append(("energy and CO2e", f"{energy_source(record)}; {record['energy']['scope']}"))
+    return [*rows, ("versions", versions), ("commit of hf_dbp", record.get("commit") or "unknown")]
+
+
+def told(key: str, value: Any) -> bool:
+    """Whether a setting is worth a row: what is off or not given is not, but for the bound on eta."""
+    return value not in (None, False) or (key == "bound_eta" and value is not None)
+
+
+def limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """What the model is not good for or was not measured, as sentences."""
+    kind = config["model_type"]
+    channels = (config.get("backbone_config") or config)["num_channels"]
+    found = {
+        "vit": ["It has no head: fine-tune it, or train a classifier on its features. Neither was measured here."],
+        "upernet": [
+            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            "It is stock UperNet over a plain ViT: no relative position bias and no LayerScale, with which the "
+            "published segmentation results of masked autoencoders were reached.",
+        ],
+        "dbp_vit_mae": ["It reconstructs masked patches. For features or fine-tuning take the fused model."],
+        "vit_mae": ["It reconstructs masked patches. For features take its encoder."],
+    }[kind]
+    if record:
+        found.append(f"It is one run (seed {record['seed']}); how much results vary over seeds was not measured.")
+        found.append("It saw images of one source only. Other cameras, scenes or preparations were not tried.")
+    if channels != 3:
+        found.append(
+            f"It takes {channels} channels; the pipelines of transformers turn every image into RGB and do not fit."
+        )
+    return found
+
+
+# ---- metadata ----
+
+
+def metadata(config: Mapping[str, Any], record: Mapping[str, Any], title: str) -> ModelCardData:
+    """The YAML block: results as ``model-index``, emissions, tags."""
+    kind = config["model_type"]
+    segments = kind == "upernet"
+    fields: dict[str, Any] = {"library_name": "hf_dbp" if kind == "dbp_vit_mae" else "transformers"}
+    if kind in ("vit", "upernet"):
+        fields["pipeline_tag"] = "image-segmentation" if segments else "image-feature-extraction"
+    fields["tags"] = ["vision", "masked-auto-encoding" if not segments else "semantic-segmentation"]
+    if record.get("method") == "dbp":
+        fields["tags"].append("decorrelated-backpropagation")
+    source = record.get("data", {}).get("source")
+    if hub_id(source):
+        fields["datasets"] = [source]
+    start = record.get("arguments", {}).get("model_name_or_path")
+    if hub_id(start):
+        fields["base_model"] = start
+    if record and (results := eval_results(record)):
+        fields |= {"model_name": title, "eval_results": results}
+    if (kilograms := figures(record).get("co2e_kg")) is not None:
+        fields["co2_eq_emissions"] = {
+            "emissions": kilograms * 1000,  # the Hub counts grams
+            "source": energy_source(record),
+            "training_type": "fine-tuning" if segments else "pre-training",
+            "geographical_location": record["energy"]["country"],
+            "hardware_used": hardware_used(record),
+        }
+    return ModelCardData(**fields)
+
+
+def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    """The measured figures that the Hub has a metric for."""
+    source = record["data"]["source"]
+    task = "image-segmentation" if record["task"] == "segmentation" else "masked-auto-encoding"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=source if hub_id(source) else shown(source),
+            dataset_name=shown(source),
+            dataset_split="validation",
+            metric_type=metric,
+            metric_name=label,
+            metric_value=figures(record)[key],
+        )
+        for key, (label, metric) in RESULTS.items()
+        if metric is not None and key in figures(record)
+    ]
+
+
+def figures(record: Mapping[str, Any]) -> dict[str, float]:
+    """The measured figures of a record by name: of the whole run, and the loss of its best evaluation."""
+    found = {**record, "eval_loss": record.get("best", {}).get("eval_loss"), **record.get("results", {})}
+    return {key: found[key] for key in RESULTS if isinstance(found.get(key), float) and math.isfinite(found[key])}
+
+
+def hardware_used(record: Mapping[str, Any]) -> str:
+    """The GPUs, else the processor."""
+    hardware = record["hardware"]
+    if "gpu" in hardware:
+        return f"{hardware['processes']} x {hardware['gpu']}"
+    return f"{hardware['processor']}, {hardware['cores']} cores"
+
+
+def energy_source(record: Mapping[str, Any]) -> str:
+    """How energy and CO2e were found."""
+    energy = record["energy"]
+    parts = f"processor: {energy['cpu']}; memory: {energy['ram']}; GPU: {energy['gpu']}"
+    intensity = f"{energy['carbon_intensity_g_per_kwh']:g} g/kWh, {energy['country']}"
+    return f"codecarbon {energy['codecarbon']} ({parts}) at {intensity}"
+
+
+def hub_id(name: str | None) -> bool:
+    """Whether a name is ``user/name`` on the Hub and not a folder here, be it gone since."""
+    return bool(name and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(str(name)).parent.exists()
+
+
+def shown(source: str | None) -> str:
+    """A name for the public: a Hub id or built-in set as it is, of a folder its last part."""
+    name = str(source)
+    return name if hub_id(name) else Path(name).name
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the card of a model's folder, there or with record and pictures in another folder."""
+    parser = argparse.ArgumentParser(prog="hf_dbp.hub.model_card", description="Write the card of a trained model.")
+    parser.add_argument("folder", type=Path, help="folder of a model: pre-trained, fused or fine-tuned")
+    parser.add_argument("--hub_model_id", help="its name on the Hub (default: the folder)")
+    parser.add_argument("--output_dir", type=Path, help="folder for a copy of the card, the record and the pictures")
+    args = parser.parse_args(arguments)
+    card = write_card(args.folder, args.hub_model_id)
+    if args.output_dir is not None:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        for name in (CARD, *RECORDS, *PICTURES):
+            if (args.folder / name).is_file():
+                card = Path(shutil.copy(args.folder / name, args.output_dir))
+    print(card)
+
+
+if __name__ == "__main__":
+    main()

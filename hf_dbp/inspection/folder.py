@@ -1,0 +1,311 @@
+"""What is in a folder, what the tool will do with it, and the recipes to start from: the main of `hf-dbp inspect`.
+
+    hf-dbp inspect IMAGES --masks MASKS
+
+reads every file once and writes, beside what it prints, `contact_sheet.png`, `pretrain.yaml`, with masks
+`finetune.yaml`, and for colour masks without a palette file a `palette.yaml` to put the names in. The recipes are
+`industrial.yaml` and `industrial_upernet.yaml` with what was found filled in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hf_dbp.data.folders import Samples, folder_splits
+from hf_dbp.data.masks import BINARY, IGNORE, Palette, pair_splits
+from hf_dbp.data.sources import pick_splits
+from hf_dbp.data.subset import split_rows
+from hf_dbp.inspection.contact_sheet import write_contact_sheet
+from hf_dbp.inspection.survey import ImageKind, MaskSurvey, duplicates, survey_images, survey_masks
+from hf_dbp.recipes import read_yaml, recipe_path
+
+__all__ = ["inspect_folder", "main"]
+
+T = TypeVar("T")
+VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
+
+
+@dataclass
+class Findings:
+    """Lines of the report, things to put right, and flags for the recipes."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    finetuning: dict[str, Any] = field(default_factory=dict)
+
+
+def common(counts: Counter[Any], shown: int = 4) -> str:
+    """The commonest entries with their counts, and how many others there are."""
+    first = ", ".join(f"{entry} ({count})" for entry, count in counts.most_common(shown))
+    return first + (f" and {len(counts) - shown} other kinds" if len(counts) > shown else "")
+
+
+def pooled(splits: Mapping[str, dict[str, T]]) -> dict[str, T]:
+    """All that the splits hold; names outside ``train`` begin with that of their split."""
+    return {
+        name if split == "train" else f"{split}/{name}": value
+        for split, content in splits.items()
+        for name, value in content.items()
+    }
+
+
+def training_share(splits: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many training will see: ``train``, less what is set aside where there is no ``validation``."""
+    count = len(splits["train"])
+    return count if splits.get("validation") else count - max(1, round(count * VALIDATION))
+
+
+def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Findings) -> list[ImageKind]:
+    """Counts, sizes, channels, depth, unreadable files and duplicates; returns the kinds of the readable ones."""
+    files = [file for sample in samples.values() for file in sample]
+    suffixes = Counter(Path(file).suffix.lower() for file in files)
+    readable = [kind for kind in kinds.values() if not kind.error]
+    if not readable:
+        raise ValueError(f"none of the {len(samples)} images can be read, e.g. {next(iter(kinds.values())).error}")
+    gigabytes = sum(Path(file).stat().st_size for file in files) / 1e9
+    found.lines += [
+        f"images     {len(samples)} in {len(files)} files: {common(suffixes)}; {gigabytes:.2f} GB",
+        f"sizes      {common(Counter(f'{k.size[0]} x {k.size[1]}' for k in readable))} (height x width)",
+        f"channels   {common(Counter(f'{k.channels} of {k.dtype}' for k in readable))}",
+    ]
+    errors = [kind.error for kind in kinds.values() if kind.error]
+    if errors:
+        found.problems.append(
+            f"{len(errors)} of {len(samples)} images cannot be read and will be left out of training, e.g. "
+            f"{errors[0]}; repair them or move them away"
+        )
+    copies = duplicates(files)
+    if copies:
+        found.problems.append(
+            f"{sum(len(group) - 1 for group in copies)} files are copies of others, e.g. {' = '.join(copies[0][:2])}; "
+            "a copy in training and validation makes validation look better than it is: leave one of each"
+        )
+    return readable
+
+
+def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findings) -> None:
+    """Channels, view size, native tiles or not, batch for so many images: what the recipe says and why."""
+    pictures = all(kind.picture for kind in readable)
+    counts = Counter((1 if k.channels < 3 else 3) if k.picture else k.channels for k in readable)  # without alpha
+    channels = counts.most_common(1)[0][0]
+    if len(counts) > 1 and counts.keys() <= {1, 3}:
+        channels = 3  # grey becomes RGB
+    elif len(counts) > 1:
+        found.problems.append(
+            f"images of {' and '.join(map(str, sorted(counts)))} channels: those of other than {channels} will be "
+            "left out; sort them into folders of their own, or pass --num_channels to pretrain"
+        )
+    if len({kind.dtype for kind in readable}) > 1:
+        found.problems.append(
+            f"pixel types {common(Counter(kind.dtype for kind in readable))} are mixed; 8 and 16 bits are each scaled "
+            "by their full range, float is taken as it is: convert them to one type if that is not what they mean"
+        )
+    short = int(np.median([min(kind.size) for kind in readable]))
+    patch = 16 if short >= 128 else 8
+    size = max(patch, min(512, short // patch * patch))
+    native = short >= 2 * size
+    found.pretraining = {
+        "image_size": size,
+        "patch_size": patch,
+        "num_channels": channels,
+        "native_tiles": native,
+        "per_device_train_batch_size": max(1, min(16, trained)),
+    }
+    statistics = "ImageNet's" if channels == 3 and pictures else "measured once on the training images"
+    found.lines += [
+        f"views      {'random tiles of ' if native else 'random parts, made smaller to '}{size} x {size} pixels"
+        f"{' at native resolution (native_tiles: false for whole images made smaller)' if native else ''}",
+        f"input      {channels} channels, mean and standard deviation {statistics}",
+    ]
+
+
+def describe_masks(
+    args: argparse.Namespace, splits: Mapping[str, Samples], kinds: Mapping[str, ImageKind], found: Findings
+) -> Samples:
+    """Pairing, kind of masks, sizes, class balance, and the flags that follow; returns the masks by image."""
+    every = folder_splits(args.masks)
+    try:
+        pairs = pair_splits(args.folder, splits, args.masks, every, args.mask_suffix)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return {}
+    masks = {name: files[1] for name, files in pooled(pairs).items()}
+    survey = survey_masks(masks)
+    found.lines += ["", f"masks      {len(masks)}; {len(kinds) - len(masks)} images have none and only pre-train"]
+    if survey.errors:
+        found.problems.append(
+            f"{len(survey.errors)} masks cannot be read and will be left out of fine-tuning with their images, e.g. "
+            f"{next(iter(survey.errors.values()))}; repair them or move them away"
+        )
+    other = [name for name, size in survey.sizes.items() if not kinds[name].error and kinds[name].size != tuple(size)]
+    if other:
+        (height, width), of = survey.sizes[other[0]], kinds[other[0]].size
+        found.problems.append(
+            f"{len(other)} masks are of another size than their images, e.g. {other[0]}: {height} x {width} for "
+            f"{of[0]} x {of[1]}; such pairs will be left out of fine-tuning: make them again at the images' size, or "
+            "scale them without interpolation"
+        )
+    found.finetuning = {"train_mask_dir": args.masks, "mask_suffix": args.mask_suffix}
+    ids = describe_classes(args, survey, found)
+    check_split(ids, [name for name in ids if name in pooled({"validation": pairs.get("validation", {})})], found)
+    labelled = max(2, training_share(pairs))
+    size = found.pretraining["image_size"]
+    found.finetuning |= {
+        "num_channels": found.pretraining["num_channels"],
+        "crop_size": max(32, size),
+        "long_edge": 0 if found.pretraining["native_tiles"] else size,
+        "per_device_train_batch_size": max(2, min(16, labelled // 2)),
+    }
+    return masks
+
+
+def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:
+    """Class balance and the flags that name the classes; returns, of each mask, class -> pixels."""
+    palette_file = args.palette
+    if palette_file is None and survey.kind == "binary":
+        palette_file = BINARY
+        found.lines.append("           they hold 0 and 255: background and foreground (palette: binary)")
+    elif palette_file is None and survey.kind == "palette":
+        palette_file = str(Path(args.output_dir) / "palette.yaml")
+        if not Path(palette_file).is_file():
+            write_palette(Path(palette_file), survey)
+        values = f"{len(survey.pixels)} {'colours' if survey.coloured else 'grey values'}"
+        found.problems.append(
+            f"the masks hold {values}, not ids; {palette_file} lists them: put the names of the classes in it "
+            f"({IGNORE} for what is not to be learned)"
+        )
+    elif palette_file is None and survey.kind == "smeared":
+        found.problems.append(
+            f"the masks hold {len(survey.pixels)} different values, as JPEG or smooth scaling makes them: "
+            "save masks as PNG, scaled without interpolation"
+        )
+        return {}
+    if palette_file is not None:
+        palette = Palette(palette_file, 255)
+        grey = 1 if survey.coloured else 0x010101
+        known = {int(c): palette.names.get(int(i), IGNORE) for c, i in zip(palette.codes, palette.ids, strict=True)}
+        names = {value: known.get(value * grey, "not in the palette") for value in survey.pixels}
+        order, found.finetuning["palette"] = [*palette.names.values(), IGNORE], palette_file
+    else:
+        classes = max((value for value in survey.pixels if value != 255), default=0) + 1
+        names = {value: "255 (ignored)" if value == 255 else f"class {value}" for value in survey.pixels}
+        order, found.finetuning["num_labels"] = [f"class {k}" for k in range(classes)], classes
+    balance = {
+        mask: sum((Counter({names[v]: n}) for v, n in values.items()), Counter())
+        for mask, values in survey.values.items()
+    }
+    total = sum(balance.values(), Counter())
+    for name in [*order, *(total.keys() - set(order))]:
+        if name in total or name != IGNORE:
+            share, holders = total[name] / total.total(), sum(name in counts for counts in balance.values())
+            found.lines.append(f"           {name:<20} {share:8.3%} of the pixels, in {holders} masks")
+    return balance
+
+
+def check_split(balance: Mapping[str, Counter[str]], validation: Sequence[str], found: Findings) -> None:
+    """Say which classes the validation masks lack; where none are given, find a seed whose draw lacks none."""
+    names = list(balance)
+    if len(names) < 2:
+        return
+    every = set().union(*balance.values())
+    missing: set[str] = set()
+    if validation:
+        missing = every - set().union(*(balance[name] for name in validation))
+        if missing:
+            found.problems.append(
+                f"{', '.join(sorted(missing))} is in no mask of the validation folder, so its IoU would not count; "
+                "move images and masks with it there"
+            )
+        return
+    for seed in range(100):
+        held = set().union(*(balance[names[row]] for row in split_rows(len(names), VALIDATION, seed)[1]))
+        if held == every:
+            found.finetuning["subset_seed"] = seed
+            return
+        missing = missing or every - held
+    found.problems.append(
+        f"{', '.join(sorted(missing))} would be missing from the validation masks, so its IoU would not count; "
+        "label more images of it, or give --validation_dir and --validation_mask_dir"
+    )
+
+
+def write_palette(path: Path, survey: MaskSurvey) -> None:
+    """A palette file of the colours found, commonest first, to be edited."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["# Name the classes; lines of one class can be joined: name: [colour, colour]. `ignore` is not learned."]
+    for number, (value, count) in enumerate(survey.pixels.most_common()):
+        colour = f'"#{value:06x}"' if survey.coloured else str(value)
+        lines.append(f"class {number}: {colour}  # {count / survey.pixels.total():.3%} of the pixels")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
+    """The recipe ``base`` with these flags in place of its own."""
+    content = read_yaml(recipe_path(base)) | {key: value for key, value in flags.items() if value not in (None, "", [])}
+    lines = [f"# {base} with what `hf-dbp inspect` found; change what you like."]
+    for key, value in content.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        plain = not isinstance(value, list) and re.fullmatch(r"[\w./+-]+", text)
+        lines.append(f"{key}: {text if plain else json.dumps(value)}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def inspect_folder(args: argparse.Namespace) -> Findings:
+    """Read everything, write the files, and return what to print."""
+    found = Findings()
+    splits = folder_splits(args.folder, args.channel_files)
+    taken = pick_splits(splits, args.folder)
+    samples, masks = pooled(taken), {}
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    kinds = survey_images(samples)
+    choose_pretraining(training_share(taken), describe_images(samples, kinds, found), found)
+    data = {"train_dir": args.folder, "channel_files": args.channel_files}
+    write_recipe(output / "pretrain.yaml", "industrial.yaml", data | found.pretraining)
+    commands = [f"hf-dbp pretrain --config {shlex.quote(str(output / 'pretrain.yaml'))}",
+                "hf-dbp fuse outputs/industrial --output_dir outputs/industrial-fused"]  # fmt: skip
+    if args.masks is not None:
+        inside = Path(args.folder).resolve() in Path(args.masks).resolve().parents
+        if inside:
+            raise ValueError(f"{args.masks} lies in {args.folder}, all of whose pictures are images; move it out")
+        masks = describe_masks(args, splits, kinds, found)
+        if found.finetuning:
+            flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
+            write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)
+            commands.append(f"hf-dbp finetune --config {shlex.quote(str(output / 'finetune.yaml'))}")
+    readable = {name: files for name, files in samples.items() if not kinds[name].error}
+    write_contact_sheet(output / "contact_sheet.png", readable, masks, found.finetuning.get("palette"))
+    found.lines += ["", *(f"PROBLEM    {problem}" for problem in found.problems)]
+    found.lines += [f"written    contact_sheet.png and the recipes, in {output}", "next       " + commands[0]]
+    found.lines += [" " * 11 + command for command in commands[1:]]
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse and run. User mistakes end with one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", help="folder of images, nested as it is")
+    parser.add_argument("--masks", help="folder of masks, named as the images; not all images need one")
+    parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
+    parser.add_argument("--palette", help="YAML file of class names and colours, or `binary` for 0/255 masks")
+    parser.add_argument(
+        "--channel_files", nargs="+", help="a file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'"
+    )
+    parser.add_argument("--output_dir", default="outputs/inspection", help="where recipes and contact sheet go")
+    try:
+        print("\n".join(inspect_folder(parser.parse_args(arguments)).lines))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,200 @@
+"""Flags of pre-training: which images, which model, how it sees the images, how it is trained (as fine-tuning, too)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.data.feeding import feed_fast
+from hf_dbp.training.measurement import check_country
+from hf_dbp.training.processes import check_processes, use_one_gpu
+
+__all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "RunArguments"]
+
+
+@dataclass
+class DataArguments:
+    """Which images; flags as in transformers' run_mae.py, and what goes beyond it."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of images or parquet files."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    channel_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many validation images."})
+    num_channels: int | None = field(
+        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
+    )
+    built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read images in place, on the Hub or on disk (parquet, webdataset, pictures), instead of "
+            "converting all of them first. With --cache_dir each is read once and kept there decoded."
+        },
+    )
+    train_fraction: float = field(
+        default=1.0, metadata={"help": "Share of the training images to use, chosen by a hash of their content."}
+    )
+    subset_seed: int = field(default=0, metadata={"help": "Which share --train_fraction chooses."})
+    cache_short_side: int = field(
+        default=256, metadata={"help": "Side in pixels that larger images are made smaller to in the streamed cache."}
+    )
+    max_unreadable: int = field(
+        default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """Which model; flags as in transformers' run_mae.py, and what goes beyond it."""
+
+    method: str = field(
+        default="dbp",
+        metadata={
+            "help": "dbp: decorrelated backprop. bp: the same model, nothing decorrelated. stock: transformers' class.",
+            "choices": ["dbp", "bp", "stock"],
+        },
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata={"help": "adamw, or muon on hidden matrices with AdamW on the rest.", "choices": ["adamw", "muon"]},
+    )
+    model_size: str = field(default="base", metadata={"help": "Named size of a fresh model.", "choices": list(SIZES)})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to start from: any ViT-MAE, folder or Hub id; default: from scratch."},
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a fresh model, folder or Hub id."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Settings of a fresh model, e.g. hidden_size=192,decoder_num_hidden_layers=4."}
+    )
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "Input size in pixels, one number or height and width (default: 224)."}
+    )
+    patch_size: int | None = field(default=None, metadata={"help": "Side of a patch in pixels (default: 16)."})
+    mask_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the patches that is masked (default: the checkpoint's, else 0.75)."}
+    )
+    norm_pix_loss: bool | None = field(
+        default=None, metadata={"help": "Normalise each target patch (default: as the checkpoint, else not)."}
+    )
+    decorrelated_layers: str = field(
+        default="encoder",
+        metadata={"help": "Layers that dbp decorrelates.", "choices": ["encoder", "block_inputs", "full", "none"]},
+    )
+    naive_decorrelation: bool = field(default=False, metadata={"help": "Decorrelate every token, not the weights."})
+    image_processor_name: str | None = field(
+        default=None, metadata={"help": "Image processor to take mean and std from."}
+    )
+    image_statistics: str = field(
+        default="auto",
+        metadata={
+            "help": "Mean and std per channel: imagenet's, measured once on the training images, or auto: those of "
+            "--model_name_or_path if it has them for as many channels, else imagenet's for 8-bit RGB, else measured.",
+            "choices": ["auto", "imagenet", "measured"],
+        },
+    )
+    native_tiles: bool = field(
+        default=False,
+        metadata={
+            "help": "See random tiles of --image_size pixels at native resolution, for large images with fine detail. "
+            "Default: random parts, from a fifth to all of an image, made smaller to --image_size."
+        },
+    )
+    augment_on_device: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let workers read the parts of 8-bit images as bytes, and flip, resize and normalise them on the "
+            "device. Default: on a GPU."
+        },
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Refused: no code of a model or a data set is ever run."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.trust_remote_code:
+            raise ValueError("--trust_remote_code: no code of a model or a data set is ever run here; leave it out")
+        if self.method == "dbp" and self.decorrelated_layers == "none":
+            raise ValueError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
+        if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
+        if self.image_size is not None and len(self.image_size) > 2:
+            raise ValueError(f"--image_size takes one number or height and width, got {self.image_size}")
+
+
+@dataclass
+class RunArguments(TrainingArguments):  # type: ignore[misc]
+    """TrainingArguments with the defaults that pre-training and fine-tuning share."""
+
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
+    save_strategy: str | None = field(
+        default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
+    )
+    save_steps: float | None = field(
+        default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    max_skipped_steps: int = field(
+        default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
+    )
+    country: str | None = field(
+        default=None,
+        metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
+    )
+
+    def __post_init__(self) -> None:
+        check_country(self.country)
+        self.remove_unused_columns = False
+        feed_fast(self)
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        if self.save_strategy is None:
+            self.save_strategy = "steps" if self.eval_strategy == "no" else self.eval_strategy
+        if self.save_steps is None:  # the best checkpoint must have been saved
+            needed = self.load_best_model_at_end and self.eval_strategy == self.save_strategy == "steps"
+            self.save_steps = (self.eval_steps or self.logging_steps) if needed else 500
+        super().__post_init__()
+        check_processes(self)
+        use_one_gpu(self)
+
+
+@dataclass
+class PretrainingArguments(RunArguments):
+    """TrainingArguments with the defaults that masked autoencoding needs; the best checkpoint is by eval_loss."""
+
+    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (He et al.: 0.95)."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
+    push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
+
+    def __post_init__(self) -> None:
+        self.metric_for_best_model, self.greater_is_better = "eval_loss", False
+        super().__post_init__()
+        if self.base_learning_rate is not None:
+            total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+            self.learning_rate = self.base_learning_rate * total / 256

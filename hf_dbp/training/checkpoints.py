@@ -1,0 +1,57 @@
+"""From a checkpoint to a fused model in one call; which folder of a run holds its model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import ViTModel
+from transformers.trainer_callback import TrainerState
+
+from hf_dbp.hub.untrusted import load_model
+from hf_dbp.modeling_dbp_vit_mae import extract_vit
+from hf_dbp.training.saving import whole_checkpoints
+
+__all__ = ["load_fused_vit", "model_folder"]
+
+CONFIG, STATE = "config.json", "trainer_state.json"
+
+
+def model_folder(run: str | os.PathLike[str]) -> Path:
+    """The folder that holds the model of a run.
+
+    Args:
+        run: output folder of a run, or one of its ``checkpoint-N`` folders.
+
+    Returns:
+        ``run`` itself if it holds a model; of an unfinished run its best checkpoint (lowest validation loss, highest
+        mean IoU), or its last one where none was evaluated. Checkpoints that were cut off while written do not count.
+
+    Raises:
+        ValueError: there is no model and no complete checkpoint.
+    """
+    run = Path(run)
+    if (run / CONFIG).is_file():
+        return run
+    complete = whole_checkpoints(run)
+    if not complete:
+        raise ValueError(f"{run} holds no model; give the output folder of a run or one of its checkpoint-N folders")
+    last = complete[max(complete)]
+    best_step = TrainerState.load_from_json(str(last / STATE)).best_global_step
+    return complete.get(best_step, last)
+
+
+def load_fused_vit(name_or_path: str | os.PathLike[str], **kwargs: Any) -> ViTModel:
+    """A stock `ViTModel` straight from a pre-training checkpoint, decorrelated or plain; folder or Hub id.
+
+    Args:
+        name_or_path: output folder of a run (as `model_folder`: unfinished ones too), a checkpoint of it, or a Hub id.
+        kwargs: as for ``from_pretrained`` (``revision``, ``token``, ``dtype``, ...).
+
+    Raises:
+        ValueError: there is no checkpoint of that name, it is damaged, incomplete or no ViT-MAE
+            (`hf_dbp.hub.untrusted`), or a fused weight is not finite (the layer is named).
+    """
+    source = model_folder(name_or_path) if Path(name_or_path).is_dir() else name_or_path
+    return extract_vit(load_model(source, "dbp_vit_mae", "vit_mae", **kwargs))

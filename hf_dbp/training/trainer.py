@@ -1,0 +1,234 @@
+"""`MAETrainer`: transformers' Trainer for masked autoencoders, plain or decorrelated.
+
+It adds what the stock Trainer gets wrong or lacks here:
+- saving, stopping and resuming, which fine-tuning shares (`ResumingTrainer`);
+- images are drawn by `EpochSampler`, so that views and masks follow from (seed, epoch, image);
+- Muon with AdamW as one optimizer;
+- a run record with one row per evaluation, kept in every checkpoint: losses, seconds and kWh of training alone, and how
+  correlated the layers' inputs are, measured while the clock stands still.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_dbp.callbacks import DecorrelationCallback
+from hf_dbp.correlations import mean_correlations, measure_correlations
+from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
+from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
+from hf_dbp.data.order import EpochSampler
+from hf_dbp.records import RunRecord
+from hf_dbp.training.clocked import ClockedTrainer
+from hf_dbp.training.guards import NonFiniteError
+from hf_dbp.training.measurement import Meter
+from hf_dbp.training.optimizers import MuonWithAdamW, decay_groups
+from hf_dbp.training.resuming import changed_arguments, noted_changes
+from hf_dbp.training.stopping import shield_workers
+
+__all__ = ["RECORD", "MAETrainer"]
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
+
+
+class MAETrainer(ClockedTrainer):
+    """Trainer of masked autoencoders.
+
+    Args:
+        record: the run record to fill.
+        optimizer_name: ``adamw`` or ``muon``.
+        decorrelation: updates R; None for plain backprop.
+        meter: measures this node's energy; None in all but one process of a node.
+        kwargs: as for `transformers.Trainer`; ``train_dataset`` is a `MaskedImages`.
+    """
+
+    sampler: EpochSampler
+
+    def __init__(
+        self,
+        *,
+        record: RunRecord,
+        optimizer_name: str = "adamw",
+        decorrelation: DecorrelationCallback | None = None,
+        meter: Meter | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_collator=collate, meter=meter, energy=record.energy, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
+        self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
+        self.use_sampler(make_sampler(self.train_dataset.images, self.args))
+        self.input = InputMeter()
+        record.data["feeding"] = feeding(self.sampler, self.args)
+        if decorrelation is not None:  # right after the clock, so that what it adds to the logs reaches all others
+            self.callback_handler.callbacks.insert(1, decorrelation)
+        self._probe_batch: dict[str, Tensor] | None = None
+        self._losses = torch.zeros(2, device=self.args.device)  # sum and number of finite ones since the last row
+
+    # ---- data and optimizer ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
+        """This rank's share of the validation views, a run of neighbours, so that each counts exactly once."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        first, last = (
+            len(data) * rank // self.args.world_size for rank in (self.args.process_index, self.args.process_index + 1)
+        )
+        loader = torch.utils.data.DataLoader(
+            EvaluationViews(data, range(first, last)),
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=evaluation_collate,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        shield_workers(loader)
+        return loader
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: torch.utils.data.DataLoader[Any], description: str, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Mean loss over all validation images of all ranks (the stock loop counts padded ones twice)."""
+        model = self.accelerator.unwrap_model(self.model_wrapped).eval()
+        total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
+        for batch in dataloader:
+            if not batch:  # nothing in it could be read
+                continue
+            inputs = self._prepare_inputs(batch)
+            self._probe_batch = self._probe_batch or {key: value[:PROBE_IMAGES] for key, value in batch.items()}
+            with self.compute_loss_context_manager(), self.accelerator.autocast():
+                loss = model(**inputs).loss
+            count = len(inputs["pixel_values"])
+            total += torch.stack([loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)])
+        loss_sum, count = self.accelerator.reduce(total, reduction="sum").tolist()
+        if not count:
+            raise ValueError(f"none of the {len(self.eval_dataset)} validation images can be read")
+        return EvalLoopOutput(None, None, {"eval_loss": loss_sum / count}, int(count))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        before = self.clock.seconds
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        images = sum(len(batch["pixel_values"]) for batch in batches) * self.args.world_size
+        self.input.add(images, self.clock.seconds - before)
+        return batches, count
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self.input.since_last(self.clock.seconds)
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
+        if optimizer is None and self.optimizer_name == "muon":
+            optimizer = MuonWithAdamW(
+                model or self.model,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+            )
+        elif optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
+            optimizer = optimizer_class(decay_groups(named, self.args.weight_decay), **options)
+        self.optimizer = optimizer
+        return optimizer
+
+    # ---- clock and record ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint is not None and (Path(resume_from_checkpoint) / RECORD).is_file():
+            before = RunRecord.read(Path(resume_from_checkpoint) / RECORD)
+            changed = changed_arguments(before, self.record, resume_from_checkpoint)
+            if "feeding" in before.data:
+                adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
+            self.record.rows, self.record.results = before.rows, before.results
+            if changed:
+                earlier, tell = before.results.get("resumed_with", {}), self.is_world_process_zero()
+                self.record.results["resumed_with"] = noted_changes(changed, earlier, resume_from_checkpoint, tell=tell)
+            if self.decorrelation is not None:
+                self.decorrelation.shares.preset(before.results.get("guards", {}))
+        spent = self.record.results
+        self.preset_costs(spent)
+        self.input.preset(spent.get("input", {}), self.clock.seconds)
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except NonFiniteError as error:
+            self.record.results |= self.costs() | self.guard_results() | {"stopped": str(error)}
+            if self.args.should_save:
+                self.record.write(Path(self.args.output_dir) / RECORD)
+            raise
+        self.record.results |= self.costs() | self.input_results() | self.guard_results()
+        return output
+
+    def input_results(self) -> dict[str, Any]:
+        """What the input did so far, over all processes, for the record; the clock must stand still."""
+        lists = [data.images for data in (self.train_dataset, self.eval_dataset)]
+        return {
+            "input": self.input.totals(self.clock.seconds),
+            "unreadable": unreadable_images(self.record.results.get("unreadable", {}), *lists),
+        }
+
+    def guard_results(self) -> dict[str, Any]:
+        """What the numerical guards did so far, for the record."""
+        of_R = self.decorrelation.shares.results() if self.decorrelation is not None else {}
+        return {"guards": self.skipped_steps() | of_R}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        views = self.train_dataset.finished(self._prepare_inputs(inputs))
+        loss: Tensor = super().training_step(model, views, *args, **kwargs)
+        self._losses = self._losses + self.finite * torch.stack(
+            [loss * self.current_gradient_accumulation_steps, self.finite]
+        )
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.paused():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            self.record.add_row(self.evaluation_row(metrics["eval_loss"]))
+            self.record.results |= self.input_results()
+            if self.args.should_save and self.is_in_train:  # for whoever watches the run
+                self.record.write(Path(self.args.output_dir) / RECORD)
+        return metrics
+
+    def evaluation_row(self, eval_loss: float) -> dict[str, Any]:
+        """The record's row for an evaluation now; the training loss is the mean of the finite ones since the last."""
+        row: dict[str, Any] = {
+            "step": self.state.global_step,
+            "epoch": self.state.epoch,
+            **self.costs(),
+            "eval_loss": eval_loss,
+        }
+        step_seconds = self.timer.median()
+        if step_seconds is not None:
+            row["step_seconds"] = step_seconds
+        if sys.platform != "win32":
+            row["load_average"] = os.getloadavg()[0]
+        total, count = self.accelerator.reduce(self._losses, reduction="sum").tolist()
+        if count:
+            row["train_loss"] = total / count
+        self._losses = torch.zeros_like(self._losses)
+        if self._probe_batch is None:  # this rank's share has no readable image, or none at all
+            self._probe_batch = evaluation_collate([self.eval_dataset[0]])
+        layers = measure_correlations(
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self._probe_batch
+        )
+        return row | mean_correlations(layers) | {"decorrelation": layers}
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.paused():
+            self.record.results |= self.costs() | self.input_results() | self.guard_results()
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _write_model(self, *args: Any, **kwargs: Any) -> None:
+        super()._write_model(*args, **kwargs)
+        self.record.write(Path(args[0]) / RECORD)

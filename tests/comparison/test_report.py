@@ -1,0 +1,262 @@
+"""The report says what the runs say, whatever became of them."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+from runs import NAN, QUICK, SLOW, made_plan, made_run
+
+from hf_dbp.comparison.plans import Run, best_settings
+from hf_dbp.comparison.report import write_report
+from hf_dbp.comparison.report.analysis import analyse
+from hf_dbp.comparison.report.tables import headline
+from hf_dbp.comparison.statistics import paired_test
+
+
+def three_seeds(variant, losses, **fields):
+    return [made_run(variant, seed, [loss + 0.01 * seed for loss in losses], **fields) for seed in range(3)]
+
+
+def paired_runs():
+    runs = [*three_seeds("adamw", SLOW), *three_seeds("dbp+adamw", QUICK, second=1.2)]
+    runs[3].record.rows[-1]["eval_loss"] -= 0.05  # so that differences vary
+    return runs
+
+
+def test_table_one_and_savings_are_those_of_the_curves():
+    analysis = analyse(made_plan(), paired_runs())
+    adamw, dbp = (analysis["variants"][name] for name in ("adamw", "dbp+adamw"))
+    assert adamw["validation"]["best"]["loss"]["mean"] == pytest.approx(0.51)
+    assert adamw["validation"]["best"]["epoch"]["mean"] == 2.0
+    assert dbp["training"]["final"]["loss"]["mean"] == pytest.approx(0.31)
+    # after 40 s BP has ended; DBP, at 1.2 s a step, is a third of the way from its third evaluation to its last
+    equal_time = (0.5 - 0.15 / 3 + 0.51 - 0.1 / 3 + 0.52 - 0.1 / 3) / 3
+    assert dbp["validation"]["equal time"]["loss"]["mean"] == pytest.approx(equal_time)
+    assert dbp["validation"]["equal time"]["epoch"]["mean"] == pytest.approx(40 / 12 / 2)
+    (comparison,) = analysis["comparisons"]
+    costs = comparison["target"]["costs"]
+    assert (costs["steps"]["baseline"], costs["steps"]["other"]) == (40.0, 30.0)
+    assert costs["steps"]["percent"]["mean"] == pytest.approx(-25.0)
+    assert (costs["seconds"]["baseline"], costs["seconds"]["other"]) == (40.0, 36.0)
+    assert costs["kg CO2e"]["percent"]["mean"] == pytest.approx(-25.0)
+    assert comparison["tests"]["step time"]["percent"]["mean"] == pytest.approx(20.0)
+    best = paired_test([0.5, 0.51, 0.52], [0.35, 0.41, 0.42])
+    found = comparison["tests"]["best validation loss"]
+    assert (found["p_value"], found["effect_size"]) == pytest.approx((best.p_value, best.effect_size))
+    assert analysis["remarks"] == []
+
+
+def test_the_target_is_met_between_evaluations():
+    runs = [made_run("adamw", 0, SLOW), made_run("dbp+adamw", 0, (0.9, 0.7, 0.3))]
+    analysis = analyse(made_plan(seeds=[0]), runs)
+    assert analysis["comparisons"][0]["target"]["costs"]["steps"]["other"] == pytest.approx(25.0)
+    assert "Curves of unequal length: runs end after 30 to 40 steps." in analysis["remarks"]
+
+
+def test_one_seed_says_so():
+    analysis = analyse(made_plan(seeds=[0]), [made_run("adamw", 0, SLOW), made_run("dbp+adamw", 0, QUICK)])
+    assert any(remark.startswith("One seed:") for remark in analysis["remarks"])
+    (sentence,) = headline(analysis)
+    assert "-20.0 %, 1 seed." in sentence
+    assert "p =" not in sentence
+    assert "saves +25.0 % of the steps" in sentence
+
+
+def test_a_target_that_is_never_met_says_so():
+    runs = [*three_seeds("adamw", QUICK), *three_seeds("dbp+adamw", SLOW)]
+    analysis = analyse(made_plan(), runs)
+    assert analysis["comparisons"][0]["target"]["costs"]["steps"] is None
+    assert "not lower" in headline(analysis)[0]
+    assert "It never reaches adamw's best loss." in headline(analysis)[0]
+    runs[3] = made_run("dbp+adamw", 0, QUICK)
+    assert "(1 of 3 seeds reach it)" in headline(analyse(made_plan(), runs))[0]
+
+
+def test_diverged_failed_and_missing_runs_are_named():
+    runs = paired_runs()
+    runs[0] = made_run("adamw", 0, (1.0, NAN, NAN))
+    runs[1] = made_run("adamw", 1, (1.0, 0.9, 2.0))
+    runs[5] = Run(runs[5].planned, error="exit status 1: out of memory")
+    plan = made_plan(("adamw", "dbp+adamw", "muon"))
+    remarks = "\n".join(analyse(plan, runs)["remarks"])
+    assert "adamw, seed 0 diverged" in remarks
+    assert "adamw, seed 1 diverged" in remarks
+    assert "dbp+adamw, seed 2 failed and is left out: exit status 1: out of memory" in remarks
+    assert "muon has no finished run." in remarks
+    assert "Unequal numbers of seeds (adamw 3, dbp+adamw 2)" in remarks
+
+
+def test_runs_that_do_not_compare_are_named():
+    runs = paired_runs()
+    runs[3].record.data["train_images"] = 17
+    runs[4].record.hardware = {"processor": "another", "cores": 1}
+    runs[5].record.commit = "1" * 40
+    remarks = "\n".join(analyse(made_plan(), runs)["remarks"])
+    for what in ("Data", "Hardware", "Code (commit)"):
+        assert f"{what} differ between runs that are compared." in remarks
+
+
+def test_the_best_setting_is_chosen_without_diverged_runs_and_edges_are_named():
+    plan = made_plan(
+        ("adamw",),
+        seeds=[0],
+    )
+    plan.search = {"learning_rate": ["1e-3", "2e-3", "4e-3"]}
+    losses = {"1e-3": SLOW, "2e-3": QUICK, "4e-3": (0.9, 0.1, 5.0)}
+    runs = [made_run("adamw", 0, curve, searched=[("learning_rate", rate)]) for rate, curve in losses.items()]
+    analysis = analyse(plan, runs)
+    assert analysis["variants"]["adamw"]["setting"] == {"learning_rate": "2e-3"}
+    assert not any("edge" in remark for remark in analysis["remarks"])
+    assert any("at the edge" in remark for remark in analyse(plan, [runs[0], runs[2]])["remarks"])
+
+
+def searched_run(rate, seed, losses):
+    return made_run("adamw", seed, losses, searched=[("learning_rate", rate)])
+
+
+def test_settings_are_held_against_each_other_on_the_seeds_that_all_have():
+    first = [searched_run("1e-3", 0, QUICK), searched_run("2e-3", 0, SLOW)]
+    harder = [searched_run("1e-3", seed, (1.0, 0.9, 0.8, 0.7)) for seed in (1, 2)]
+    assert best_settings(first + harder) == best_settings(first) == {"adamw": (("learning_rate", "1e-3"),)}
+    diverged = [searched_run("1e-3", 1, (1.0, 0.9, 2.0))]
+    assert best_settings(first + diverged) == best_settings(first)
+    both = [*first, *harder, searched_run("2e-3", 1, QUICK), searched_run("2e-3", 2, QUICK)]
+    assert best_settings(both) == {"adamw": (("learning_rate", "2e-3"),)}  # all have three seeds, and here all count
+    apart = [searched_run("1e-3", 0, SLOW), searched_run("2e-3", 1, QUICK)]
+    assert best_settings(apart) == {"adamw": (("learning_rate", "2e-3"),)}
+
+
+def evaluation(seed, miou):
+    rows = [{"epoch": float(k), "eval_mean_iou": miou * k / 3} for k in range(1, 4)]
+    data = {"source": "made up", "train_images": 8, "validation_images": 4}
+    return {"mean_iou": miou, "seed": seed, "evaluations": rows, "data": data, "majority_class_mean_iou": 0.1}
+
+
+def test_mean_iou_is_paired_by_seed_and_held_against_random_weights(tmp_path):
+    runs = paired_runs()
+    for run in runs:
+        better = run.planned.variant != "adamw"
+        run.segmentation = evaluation(run.planned.seed, 0.4 + 0.1 * better + 0.01 * run.planned.seed**2)
+    random = [evaluation(seed, 0.2 + 0.01 * seed) for seed in range(3)]
+    figures = analyse(made_plan(), runs, random)["segmentation"]
+    assert figures["variants"]["random weights"]["mean"] == pytest.approx(0.21)
+    tests = {(t["baseline"], t["other"]): t["test"] for t in figures["tests"]}
+    assert tests["adamw", "dbp+adamw"]["difference"]["mean"] == pytest.approx(0.1)
+    assert tests["random weights", "adamw"]["n"] == 3
+    write_report(tmp_path, made_plan(), runs, command="c", random=random)
+    assert "random weights" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "miou.svg").is_file()
+
+
+def grid_runs(plan):
+    return [
+        made_run(variant, 0, QUICK, searched=[("learning_rate", a), ("eta", b)])
+        for variant in plan.variants
+        for a in plan.search["learning_rate"]
+        for b in plan.search["eta"]
+    ]
+
+
+def test_pages_hold_every_table_and_figure_and_nothing_from_elsewhere(tmp_path):
+    plan = made_plan()
+    path = write_report(tmp_path, plan, paired_runs(), command="python x.py --note <b>", note="nothing", jobs=2)
+    page, markdown = path.read_text(), (tmp_path / "README.md").read_text()
+    names = re.findall(r"\]\((\w+\.(?:png|svg))\)", markdown)
+    assert {name.split(".")[0] for name in names} == {"loss_by_epoch", "loss_by_time", "to_target", "correlations"}
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+    assert page.count("data:image/svg+xml;base64,") == len(names) / 2
+    assert page.count("<table>") == len(re.findall(r"^\| ---", markdown, flags=re.M)) == 5
+    assert not re.search(r"""(src|href)=["'](?!data:)|<script|@import|url\(""", page)
+    assert "&lt;b&gt;" in page
+    for text in (page, markdown):
+        assert "Beside the runs: nothing" in text
+        assert "500 g CO2e/kWh" in text
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content["comparisons"][0]["target"]["reached"] == [0, 1, 2]
+
+
+ROOT = Path(__file__).parents[2]
+FAST = {
+    "bp": "AdamW",
+    "paper": "DBP, R every step",
+    "every 5th step": "DBP, R every 5 steps",
+    "block inputs": "DBP, block inputs",
+    "block inputs, every 5th step": "DBP, block inputs, every 5 steps",
+}
+
+
+def published(name):
+    """Of a report under docs/results: by variant its best loss, and by (variant, baseline) overhead and savings."""
+    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+    losses, overheads, savings = {}, {}, {}
+    for variant, figures in report["variants"].items():
+        loss = figures["validation"]["best"]["loss"]
+        losses[variant] = f"{loss['mean']:.3f} ± {loss['sd']:.3f}"
+    for row in report["comparisons"]:
+        pair = row["other"], row["baseline"]
+        overheads[pair] = row["tests"]["step time"]["percent"]["mean"]
+        costs = (row["target"]["costs"][cost]["percent"] for cost in ("steps", "seconds"))
+        savings[pair] = [f"{-c['mean']:.0f} % [{-c['high']:.0f}, {-c['low']:.0f}]" for c in costs]
+    return losses, overheads, savings
+
+
+def test_the_readme_says_what_the_reports_say():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
+    losses, overheads, savings = published("methods")
+    for variant, loss in losses.items():
+        label = variant.replace("dbp+", "DBP + ").replace("adamw", "AdamW").replace("muon", "Muon")
+        saved = (savings.get((variant, baseline), ["", ""]) for baseline in ("adamw", "muon"))
+        assert [label, loss, *itertools.chain(*saved)] in table
+    over_adamw, over_muon = overheads["dbp+adamw", "adamw"], overheads["dbp+muon", "muon"]
+    expected = f"took {over_adamw:.0f} % longer than AdamW's and {over_muon:.0f} % longer than Muon's"
+    assert expected in " ".join(readme.split())
+    street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
+    random, bp, dbp = (
+        f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
+    )
+    expected = f"was {random} from random weights, {bp} after 2,400 steps of pre-training with Muon and {dbp} with DBP"
+    assert expected in " ".join(readme.split())
+    losses, overheads, savings = published("fast_settings")
+    for variant, label in FAST.items():
+        pair = variant, "bp"
+        cells = [f"{overheads[pair]:+.1f} %", *savings[pair]] if pair in savings else ["", "", ""]
+        assert [label, losses[variant], *cells] in table
+
+
+def test_the_report_is_the_same_at_every_call(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        write_report(folder, made_plan(), paired_runs(), command="c")
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+def test_grids_become_heat_maps(tmp_path):
+    plan = made_plan(seeds=[0])
+    plan.search = {"learning_rate": ["1e-3", "2e-3"], "eta": ["0", "5e-4"]}
+    write_report(tmp_path / "search", plan, grid_runs(plan)[:-1], command="c")
+    assert "by learning_rate and eta" in (tmp_path / "search" / "README.md").read_text()
+    axes = made_plan(("a, x", "a, y", "b, x", "b, y"), seeds=[0])
+    axes.axes = {"one": ["a", "b"], "two": ["x", "y"]}
+    write_report(tmp_path / "axes", axes, [made_run(name, 0) for name in axes.variants], command="c")
+    assert "by one and two" in (tmp_path / "axes" / "README.md").read_text()
+
+
+def test_a_baseline_that_is_best_before_its_first_step_is_reported(tmp_path):
+    """With --eval_on_start the first evaluation costs nothing, and nothing is relative to that."""
+    runs = [made_run("adamw", 0, (0.5, 0.9, 0.8)), made_run("dbp+adamw", 0, (0.6, 0.5, 0.4))]
+    for run in runs:
+        run.record.rows[0] |= dict.fromkeys(("step", "epoch", "train_seconds", "kwh", "co2e_kg"), 0)
+    write_report(tmp_path, made_plan(seeds=[0]), runs, command="c")
+    page = (tmp_path / "README.md").read_text()
+    assert "adamw has its best loss before its first step: there is nothing to save." in page
+    assert "| dbp+adamw to adamw's best | seconds | 1 of 1 | 0 | 20 | - | - |" in page
+
+
+def test_nothing_but_diverged_runs_is_still_reported(tmp_path):
+    runs = [made_run("adamw", 0, (1.0, NAN)), made_run("dbp+adamw", 0, (NAN, NAN))]
+    write_report(tmp_path, made_plan(seeds=[0]), runs, command="c")
+    json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)

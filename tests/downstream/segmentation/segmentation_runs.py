@@ -1,0 +1,109 @@
+"""A tiny fine-tuning for the trainer's tests, in this process or as one of two: python segmentation_runs.py FOLDER."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainingArguments, ViTConfig, ViTModel
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from hf_dbp.downstream.segmentation.data import LabelledImages, TrainingCrops
+from hf_dbp.downstream.segmentation.inference import WholeImages
+from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
+from hf_dbp.downstream.segmentation.transforms import Augmentation
+from hf_dbp.downstream.segmentation.upernet import build_upernet
+from hf_dbp.training.processes import end_processes
+
+CLASSES, CROP = 3, 32
+
+
+def labelled(count: int, void: float = 0.0) -> LabelledImages:
+    """Images whose channels show their ids, in stripes of another width each; `void` of each second one unlabelled."""
+    rng, samples = np.random.default_rng(0), []
+    for index in range(count):
+        mask = (np.arange(40) // (4 + index % 5) % CLASSES)[None].repeat(40, axis=0)
+        image = np.stack([mask * 80 + rng.integers(0, 40, mask.shape)] * 3, axis=2).astype(np.uint8)
+        if index % 2:
+            mask = np.where(rng.random(mask.shape) < void, 255, mask)
+        samples.append({"image": image, "annotation": mask})
+    return LabelledImages(samples, ("image", "annotation"), num_labels=CLASSES, ignore_index=255)
+
+
+def frozen_batch_norm(model: nn.Module) -> None:
+    """Keep BatchNorm in eval mode: in training it sees one micro-batch, which no accumulation can undo."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+
+
+def trainer(folder: Path, *, count: int = 8, void: float = 0.0, frozen: bool = False, **options: Any):
+    torch.manual_seed(0)
+    vit = ViTModel(
+        ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=48,
+            image_size=CROP,
+            patch_size=8,
+        ),
+        add_pooling_layer=False,
+    )
+    names = {k: f"class {k}" for k in range(CLASSES)}
+    model = build_upernet(vit, names, hidden_size=8, auxiliary_channels=8)
+    if frozen:
+        frozen_batch_norm(model)
+    images, statistics = labelled(count, void), {"mean": [0.5] * 3, "std": [0.25] * 3}
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "max_grad_norm": 0.0,
+    }
+    return SegmentationTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **(defaults | options)),
+        crop_size=CROP,
+        train_dataset=TrainingCrops(images, Augmentation(CROP, CROP, 255), **statistics, seed=0),
+        eval_dataset=WholeImages(labelled(5, 0.5), None, **statistics),
+    )
+
+
+def one_step(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """One step of plain gradient descent with rate 1: the change of the weights is the gradient."""
+    run = trainer(
+        folder, frozen=True, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant", max_steps=1, **options
+    )
+    run.train()
+    return run.model.state_dict()
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    weights = one_step(out / "run", void=0.7, per_device_train_batch_size=2, ddp_find_unused_parameters=False)
+    run = trainer(
+        out / "run", max_steps=6, per_device_train_batch_size=2, learning_rate=2e-2, ddp_find_unused_parameters=False
+    )
+    run.train()
+    metrics = run.evaluate()
+    metrics["pixels"] = int(run.confusion_KK.sum())
+    if os.environ["RANK"] == "0":
+        torch.save(weights, out / "weights.pt")
+        run.save_model(str(out / "model"))
+    (out / f"metrics{os.environ['RANK']}.json").write_text(json.dumps(metrics))
+    del run
+    end_processes()

@@ -1,0 +1,79 @@
+"""Whole images: padding and windows leave no trace where the model looks at single pixels."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_dbp.downstream.segmentation.data import LabelledImages
+from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, predict_labels, whole_image_logits
+
+
+class PixelModel(nn.Module):
+    """Logits of a pixel are a linear function of that pixel; refuses anything but full crops."""
+
+    def __init__(self, crop_size):
+        super().__init__()
+        self.crop_size, self.linear, self.batches = crop_size, nn.Conv2d(3, 4, 1), []
+
+    def forward(self, pixel_values):
+        assert pixel_values.shape[2:] == (self.crop_size, self.crop_size)
+        self.batches.append(len(pixel_values))
+        return SimpleNamespace(logits=self.linear(pixel_values))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 10), (40, 9), (33, 50), (17, 16), (100, 31)])
+def test_windows_and_padding_give_the_logits_of_the_whole(size):
+    model, image = PixelModel(16), torch.randn(3, *size)
+    with torch.no_grad():
+        logits = whole_image_logits(model, [image, image[:, :5, :5]], 16, batch_size=4)
+        torch.testing.assert_close(logits[0], model.linear(image))
+        torch.testing.assert_close(logits[1], model.linear(image[:, :5, :5]))
+    assert max(model.batches) <= 4
+
+
+def test_windows_overlap_by_a_third():
+    model = PixelModel(30)
+    with torch.no_grad():
+        whole_image_logits(model, [torch.randn(3, 30, 90)], 30, batch_size=100)
+    assert model.batches == [4]  # at 0, 20, 40, 60
+
+
+def labelled_set(sizes, classes=4):
+    rng = np.random.default_rng(0)
+    samples = [
+        {"image": rng.integers(0, 256, (*size, 3), dtype=np.uint8), "annotation": rng.integers(0, classes, size)}
+        for size in sizes
+    ]
+    samples[0]["annotation"][:2] = 255
+    images = LabelledImages(samples, ("image", "annotation"), num_labels=classes, ignore_index=255)
+    return samples, WholeImages(images, None, [0.5] * 3, [0.25] * 3)
+
+
+def test_confusion_and_loss_count_every_labelled_pixel_once():
+    samples, data = labelled_set([(20, 31), (16, 8), (40, 40)])
+    model = PixelModel(16).eval()
+    options = {"num_labels": 4, "ignore_index": 255, "crop_size": 16}
+    confusion, loss = count_pixels(model, [[data[0], data[1]], [data[2]]], **options)
+    expected, expected_loss = np.zeros((4, 4), int), 0.0
+    for sample in samples:
+        pixels = torch.from_numpy((sample["image"] / 255 - 0.5) / 0.25).float().permute(2, 0, 1)
+        target = torch.from_numpy(sample["annotation"])
+        logits = model.linear(pixels).detach()
+        expected_loss += nn.functional.cross_entropy(logits[None], target[None], ignore_index=255, reduction="sum")
+        for true in range(4):
+            for predicted in range(4):
+                expected[true, predicted] += ((target == true) & (logits.argmax(0) == predicted)).sum().item()
+        ids = predict_labels(model, data, sample["image"], 16)
+        torch.testing.assert_close(ids, logits.argmax(0))
+    np.testing.assert_array_equal(confusion, expected)
+    assert loss == pytest.approx(float(expected_loss), rel=1e-5)
+
+
+def test_images_are_scaled_to_the_long_edge_and_predicted_at_label_resolution():
+    samples, data = labelled_set([(40, 60)])
+    scaled = WholeImages(data.images, 30, data.mean, data.std)
+    assert scaled[0][0].shape == (3, 20, 30)
+    assert predict_labels(PixelModel(16), scaled, samples[0]["image"], 16).shape == (40, 60)

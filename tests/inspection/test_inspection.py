@@ -1,0 +1,266 @@
+"""`hf-dbp inspect` says what is there; a newcomer's mistakes each get what was found and what to do."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+
+from hf_dbp.data.masks import Palette, index_mask
+from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
+from hf_dbp.inspection.folder import main as inspect
+from hf_dbp.inspection.survey import duplicates
+from hf_dbp.recipes import read_yaml
+from hf_dbp.training.arguments import DataArguments, ModelArguments
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(count=6, size=(32, 40), mask_size=None, mask=None):
+    """Two-channel 16-bit TIFFs and masks of classes 0..2."""
+    for number in range(count):
+        for folder in ("images", "masks"):
+            Path(folder).mkdir(exist_ok=True)
+        image = RNG.integers(0, 65535, (2, *size), dtype=np.uint16)
+        tifffile.imwrite(f"images/{number}.tif", image, photometric="minisblack")
+        drawn = RNG.integers(0, 3, mask_size or size, dtype=np.uint8) if mask is None else mask(number)
+        cv2.imwrite(f"masks/{number}.png", drawn)
+
+
+def report(capsys, *flags):
+    inspect(["images", *flags])
+    return capsys.readouterr().out
+
+
+def labelled(**flags):
+    flags = {"num_labels": 3} | flags
+    return load_labelled_images(SegmentationSource(train_dir="images", train_mask_dir="masks", **flags))
+
+
+def test_what_is_there_and_what_will_be_done(capsys):
+    write()
+    Path("masks/5.png").unlink()
+    out = report(capsys, "--masks", "masks")
+    for line in ("6 in 6 files: .tif (6)", "32 x 40 (6)", "2 of uint16 (6)", "masks      5; 1 images have none",
+                 "class 2", "in 5 masks", "measured once"):  # fmt: skip
+        assert line in out
+    assert "PROBLEM" not in out
+    recipe = read_yaml(Path("outputs/inspection/pretrain.yaml"))
+    assert (recipe["train_dir"], recipe["num_channels"], recipe["mask_ratio"]) == ("images", "2", "0.4")
+    assert set(recipe) <= {f for group in (DataArguments, ModelArguments) for f in group.__dataclass_fields__} | set(
+        read_yaml(Path(__file__).parents[2] / "hf_dbp/recipes/industrial.yaml")
+    )
+    finetuning = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert (finetuning["num_labels"], finetuning["train_mask_dir"]) == ("3", "masks")
+    sheet = cv2.imread("outputs/inspection/contact_sheet.png")
+    assert sheet.shape[1] > 1000 and sheet.std() > 10
+
+
+def test_large_images_are_seen_as_tiles(capsys):
+    write(2, (1100, 1030))
+    assert "random tiles of 512 x 512 pixels at native resolution" in report(capsys)
+    assert read_yaml(Path("outputs/inspection/pretrain.yaml"))["native_tiles"] == "true"
+
+
+def test_corrupt_files_and_copies(capsys, caplog):
+    write()
+    Path("images/2.tif").write_bytes(Path("images/2.tif").read_bytes()[:900])
+    Path("images/copy.tif").write_bytes(Path("images/0.tif").read_bytes())
+    out = report(capsys)
+    assert "1 of 7 images cannot be read and will be left out of training, e.g. images/2.tif: " in out
+    assert "repair them or move them away" in out and "refuse" not in out  # fine-tuning skips and counts them
+    assert "1 files are copies of others, e.g. images/0.tif = images/copy.tif" in out
+    data = labelled(train_val_split=0.2)
+    with pytest.raises(ValueError, match=r"images/2\.tif"):
+        [images[index] for images in data for index in range(len(images))]
+
+
+def test_equal_pieces_are_not_yet_copies(tmp_path):
+    block = bytes(2**16)
+    for name, byte in (("a", b"x"), ("b", b"y"), ("c", b"x")):  # differ between the pieces that are read first
+        (tmp_path / name).write_bytes(block * 2 + byte + block * 4)
+    assert duplicates(str(tmp_path / name) for name in "abc") == [[str(tmp_path / "a"), str(tmp_path / "c")]]
+
+
+def test_masks_that_do_not_match_by_name(capsys):
+    write()
+    for file in list(Path("masks").iterdir()):
+        file.rename(file.with_stem(f"{file.stem}_gt"))
+    message = "6 of the 6 masks in masks have no image of that name among the 6 in images"
+    out = report(capsys, "--masks", "masks")
+    assert message in out and "pass --mask_suffix _gt" in out
+    with pytest.raises(ValueError, match=f"{message}.*pass --mask_suffix _gt"):
+        labelled()
+    assert len(labelled(mask_suffix="_gt")[0]) == 5
+    Path("masks/0_gt.png").rename("masks/other_gt.png")
+    with pytest.raises(ValueError, match=r"1 of the 6 masks .* 'other' .*name each mask as its image"):
+        labelled(mask_suffix="_gt")
+
+
+def coloured(number):
+    return np.array([[0, 0, 0], [0, 0, 255], [0, 128, 0]], np.uint8)[RNG.integers(0, 3, (32, 40))]
+
+
+def test_colour_masks_taken_for_indices(capsys):
+    write(mask=coloured)
+    with pytest.raises(ValueError, match=r"has 3 colours \(#000000, #008000, #ff0000 ...\), not one class.*--palette"):
+        labelled()
+    out = report(capsys, "--masks", "masks")
+    assert "the masks hold 3 colours, not ids; outputs/inspection/palette.yaml lists them" in out
+    train, _ = labelled(palette="outputs/inspection/palette.yaml", num_labels=None)
+    assert set(np.unique(train[0][1])) == {0, 1, 2}
+    Path("palette.yaml").write_text('a: "#000000"\nb: [255, 0, 0]\n')
+    with pytest.raises(ValueError, match=r"masks/\d\.png\): .*1 colours without a class, above all #008000: add"):
+        labelled(palette="palette.yaml")
+
+
+def test_validation_masks_without_a_class():
+    write(mask=lambda number: np.full((32, 40), 255, np.uint8))
+    void = {"validation_dir": "images", "validation_mask_dir": "masks"}
+    for folder in ("images", "masks"):
+        Path(folder).rename(f"void_{folder}")
+    write(mask=lambda number: RNG.integers(0, 2, (32, 40), dtype=np.uint8))
+    void = {name: f"void_{folder}" for name, folder in void.items()}
+    with pytest.raises(ValueError, match=r"masks of void_images \(validation\) hold no class: give --validation_dir"):
+        labelled(**void)
+
+
+def test_masks_of_0_and_255_taken_for_indices(capsys):
+    write(mask=lambda _: RNG.integers(0, 2, (32, 40), dtype=np.uint8) * 255)
+    with pytest.raises(ValueError, match=r"no class but class 0, and 255, which is ignored: nothing to learn.*binary"):
+        labelled()
+    assert "palette: binary" in report(capsys, "--masks", "masks")
+    assert read_yaml(Path("outputs/inspection/finetune.yaml"))["palette"] == "binary"
+    assert set(np.unique(labelled(palette="binary", num_labels=None)[0][0][1])) == {0, 1}
+
+
+def test_jpeg_masks(capsys):
+    write(mask=lambda n: cv2.GaussianBlur(np.kron(RNG.integers(0, 255, (8, 10, 3)), np.ones((4, 4, 1))), (0, 0), 1.5))
+    assert "different values, as JPEG or smooth scaling makes them: save masks as PNG" in report(
+        capsys, "--masks", "masks"
+    )
+
+
+def test_a_class_missing_in_validation(capsys, caplog):
+    write(8, mask=lambda n: np.arange(1280, dtype=np.uint8).reshape(32, 40) % (3 if n == 3 else 2))
+    found = {}
+    for seed in range(30):
+        caplog.clear()
+        labelled(subset_seed=seed, seed=seed)
+        found[seed] = [r.getMessage() for r in caplog.records if "in none of the" in r.getMessage()]
+    lost = [message for messages in found.values() for message in messages]
+    assert any("images (validation): class 2 in none of the 1 masks" in message for message in lost)
+    assert any("cannot be learned" in message for message in lost)
+    assert all("--subset_seed or give --validation_dir" in message for message in lost)
+    out = report(capsys, "--masks", "masks")
+    assert "PROBLEM" not in out
+    seed = int(read_yaml(Path("outputs/inspection/finetune.yaml"))["subset_seed"])
+    assert not any("(validation)" in message for message in found.get(seed, []))
+
+
+def test_masks_smaller_than_images(capsys):
+    write(mask_size=(16, 20))
+    out = report(capsys, "--masks", "masks")
+    assert (
+        "6 masks are of another size than their images, e.g. 0: 16 x 20 for 32 x 40; such pairs will be left out" in out
+    )
+    with pytest.raises(ValueError, match=r"masks/.*has 16 x 20 pixels .* the image 32 x 40; .*scale it without"):
+        labelled()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a", "no mapping of class names"),
+        ("a: '#12'", "'#12' is no colour"),
+        ("a: 300", "300 is no colour"),
+        ("a: 0\nb: '#000000'", "#000000 has two names"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_what_is_no_palette(content, message):
+    Path("p.yaml").write_text(content)
+    with pytest.raises(ValueError, match=f"--palette p.yaml.*{message}"):
+        Palette("p.yaml", 255)
+
+
+def test_palettes_of_grey_values_and_several_colours():
+    Path("p.yaml").write_text('low: 0\nhigh: [127, "#ffffff"]\nignore: [[1, 2, 3]]\n')
+    palette = Palette("p.yaml", 99)
+    assert palette.names == {0: "low", 1: "high"}
+    assert palette(np.array([[0, 127, 255]], np.uint8)).tolist() == [[0, 1, 1]]
+    assert palette(np.array([[[1, 2, 3], [127, 127, 127]]], np.uint8)).tolist() == [[99, 1]]
+    assert index_mask(np.array([[[3], [4]]], np.uint8)).tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nowhere"], "nowhere: there is no such folder"),
+        (["."], "lies in"),
+        (["texts"], "texts holds no pictures"),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, message, capsys):
+    write(2)
+    Path("texts").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        inspect([*flags, "--masks", "masks"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def in_splits(count=8):
+    """The images and masks of `write`, the last two moved to folders ``validation``, the others to ``train``."""
+    write(count)
+    for folder in ("images", "masks"):
+        for file in sorted(Path(folder).iterdir()):
+            split = "validation" if int(file.stem) >= count - 2 else "train"
+            Path(folder, split).mkdir(exist_ok=True)
+            file.rename(Path(folder, split, file.name))
+
+
+def seen(images):
+    return {images[index][0].tobytes() for index in range(len(images))}
+
+
+def test_folders_train_and_validation_are_the_splits(capsys):
+    """As in pre-training: what is to be validated on is not trained on."""
+    in_splits()
+    train, validation = labelled()
+    assert [len(train), len(validation)] == [6, 2]
+    stored = {np.moveaxis(tifffile.imread(f"images/validation/{n}.tif"), 0, 2).tobytes() for n in (6, 7)}
+    assert seen(validation) == stored and not seen(train) & stored
+    out = report(capsys, "--masks", "masks")
+    assert "images     8 in 8 files" in out and "masks      8; 0 images have none" in out
+    assert "PROBLEM" not in out
+    recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert (recipe["train_mask_dir"], recipe["per_device_train_batch_size"]) == ("masks", "3")
+
+
+def test_splits_without_masks_or_without_a_class(capsys, caplog):
+    in_splits()
+    for number in (6, 7):
+        cv2.imwrite(f"masks/validation/{number}.png", np.zeros((32, 40), np.uint8) + number % 2)
+    assert "class 2 is in no mask of the validation folder" in report(capsys, "--masks", "masks")
+    for number in (6, 7):
+        Path(f"masks/validation/{number}.png").unlink()
+    Path("masks/validation").rmdir()
+    train, validation = labelled()
+    assert [len(train), len(validation)] == [5, 1]  # set aside from those of `train`
+    assert "0 of 2 images in images (validation) have a mask" in caplog.text
+    assert "masks      6; 2 images have none and only pre-train" in report(capsys, "--masks", "masks")
+    Path("masks/test").mkdir()
+    Path("masks/train/0.png").rename("masks/test/0.png")
+    message = "masks has the folders train, test, images has train, validation: give both the same"
+    with pytest.raises(ValueError, match=message):
+        labelled()
+    assert message in report(capsys, "--masks", "masks")
