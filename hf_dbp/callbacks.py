@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import has_length
 
 from hf_dbp.correlations import correlation_values, mean_correlations
+from hf_dbp.errors import UserError
 from hf_dbp.layers import RowSampling
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.update import (
@@ -65,15 +66,15 @@ class DecorrelationArguments:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta < 1.0:
-            raise ValueError(f"--eta lies in [0, 1), got {self.eta}; the paper uses 5e-4")
+            raise UserError(f"--eta lies in [0, 1), got {self.eta}; the paper uses 5e-4")
         if self.eta_schedule not in ("decay", "constant"):
-            raise ValueError(f"--eta_schedule is decay or constant, got {self.eta_schedule!r}")
+            raise UserError(f"--eta_schedule is decay or constant, got {self.eta_schedule!r}")
         if not 0.0 < self.eta_stop <= 1.0:
-            raise ValueError(f"--eta_stop is a share of all steps in (0, 1], got {self.eta_stop}")
+            raise UserError(f"--eta_stop is a share of all steps in (0, 1], got {self.eta_stop}")
         if not 0.0 <= self.kappa <= 1.0:
-            raise ValueError(f"--kappa lies in [0, 1], got {self.kappa}; the paper uses 0")
+            raise UserError(f"--kappa lies in [0, 1], got {self.kappa}; the paper uses 0")
         if self.update_interval < 1:
-            raise ValueError(f"--update_interval is a number of steps, at least 1, got {self.update_interval}")
+            raise UserError(f"--update_interval is a number of steps, at least 1, got {self.update_interval}")
         self.sampling(1)  # refuses a bad fraction, floor or cap
 
     def sampling(self, shares: int) -> RowSampling:
@@ -177,7 +178,7 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         if args.n_gpu > 1:
-            raise ValueError(
+            raise UserError(
                 f"this process would train on {args.n_gpu} GPUs with nn.DataParallel, whose replicas lose the rows "
                 f"that R is updated from: start one process per GPU, accelerate launch --multi_gpu --num_processes "
                 f"{args.n_gpu} SCRIPT, or show it one with CUDA_VISIBLE_DEVICES=0"
@@ -261,7 +262,7 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
 def refuse_restoring(args: TrainingArguments) -> None:
     """ValueError if a stock Trainer is to go back to a checkpoint of our models: it finds no ``model.safetensors``."""
     if args.load_best_model_at_end or args.resume_from_checkpoint:
-        raise ValueError(
+        raise UserError(
             "transformers.Trainer restores no checkpoint of this model (model.unfused.safetensors, so named that no "
             "stock class takes W for W R): train with hf_dbp.ResumingTrainer, a Trainer with the same arguments, for "
             "load_best_model_at_end and resume_from_checkpoint"

@@ -17,6 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, ViTMAEConfig
 from transformers.activations import ACT2FN
 
+from hf_dbp.errors import UserError
+
 __all__ = ["CHECKED", "SIZES", "DBPViTMAEConfig", "LayerChoice", "check_fields", "check_image_size", "parameters"]
 
 LayerChoice = Literal["encoder", "block_inputs", "full", "none"]
@@ -76,18 +78,18 @@ class DBPViTMAEConfig(ViTMAEConfig):  # type: ignore[misc]
         try:
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # fields of every model's
-            raise ValueError(f"the configuration: {' '.join(str(error).split())}") from error
+            raise UserError(f"the configuration: {' '.join(str(error).split())}") from error
 
 
 def check_image_size(image_size: int | list[int] | tuple[int, int], patch_size: int) -> None:
     """Refuse an image size that the patches do not tile. ValueError with the nearest sizes that would do."""
     if not isinstance(patch_size, int) or patch_size < 1:
-        raise ValueError(f"patch_size is one positive number of pixels; got {patch_size!r}")
+        raise UserError(f"patch_size is one positive number of pixels; got {patch_size!r}")
     for side in (image_size,) if isinstance(image_size, int) else image_size:
         if side < patch_size or side % patch_size:
             below, above = side // patch_size * patch_size, (side // patch_size + 1) * patch_size
             nearest = f"{below} or {above}" if below else str(above)
-            raise ValueError(f"image size {side} is not a multiple of patch size {patch_size}; use {nearest}")
+            raise UserError(f"image size {side} is not a multiple of patch size {patch_size}; use {nearest}")
 
 
 WIDTH, LAYERS, HEADS = (1, 2**15), (1, 1000), (1, 1024)
@@ -131,7 +133,7 @@ def check_fields(fields: Mapping[str, Any], name: str = "the configuration") -> 
     """
 
     def wrong(field: str, expected: str) -> ValueError:
-        return ValueError(f"{name}: {field} is {reprlib.repr(fields[field])}; expected {expected}")
+        return UserError(f"{name}: {field} is {reprlib.repr(fields[field])}; expected {expected}")
 
     for field, (low, high) in WHOLE.items():
         if field in fields and not (type(fields[field]) is int and low <= fields[field] <= high):
@@ -165,7 +167,7 @@ def check_fields(fields: Mapping[str, Any], name: str = "the configuration") -> 
         if not isinstance(fields.get(field), torch.dtype | None) and fields[field] not in DTYPES:
             raise wrong(field, f"one of {', '.join(DTYPES)}")
     if parameters(fields) > PARAMETERS:
-        raise ValueError(f"{name}: it has {parameters(fields):.1e} parameters; expected at most {PARAMETERS:.1e}")
+        raise UserError(f"{name}: it has {parameters(fields):.1e} parameters; expected at most {PARAMETERS:.1e}")
 
 
 def parameters(fields: Mapping[str, Any]) -> int:

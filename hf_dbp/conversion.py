@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from hf_dbp.errors import UserError
 from hf_dbp.layers import DecorrelatedLayer, DecorrelatedLinear, DecorrelatedPatchProjection, Fusable
 
 __all__ = ["all_linears", "convert_to_decorrelated", "decorrelated_layers", "fuse", "fused_state_dict"]
@@ -48,14 +49,14 @@ def convert_to_decorrelated(
         ValueError: no layer was chosen, ``module`` is itself a layer, a chosen convolution is no patch projection.
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
-        raise ValueError("a layer cannot be swapped in place of itself; use DecorrelatedLinear.from_linear(layer)")
+        raise UserError("a layer cannot be swapped in place of itself; use DecorrelatedLinear.from_linear(layer)")
     chosen = {
         child: name
         for name, child in module.named_modules()
         if type(child) in (nn.Linear, nn.Conv2d) and predicate(child, name)
     }
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"the predicate chose none of the linear layers of {type(module).__name__}; "
             "print the names with `[name for name, _ in module.named_modules()]`"
         )
@@ -71,7 +72,7 @@ def decorrelated(name: str, layer: nn.Module, naive: bool) -> nn.Module:
     try:
         return DecorrelatedPatchProjection.from_conv(layer, naive=naive)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def replace_submodules(module: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
@@ -96,7 +97,7 @@ def fuse_layer(name: str, layer: DecorrelatedLayer) -> nn.Module:
     try:
         return layer.fuse()
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def fuse(module: nn.Module) -> nn.Module:
@@ -112,7 +113,7 @@ def fuse(module: nn.Module) -> nn.Module:
     plain = copy.deepcopy(module)
     fused = {layer: fuse_layer(name, layer) for name, layer in decorrelated_layers(plain)}
     if not fused:
-        raise ValueError(f"{type(module).__name__} has no decorrelated layer to fuse; it is plain already")
+        raise UserError(f"{type(module).__name__} has no decorrelated layer to fuse; it is plain already")
     replace_submodules(plain, fused)
     return plain
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,15 +18,15 @@ from transformers import ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
 
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.masked import MaskedImages
+from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import Destination
 from hf_dbp.hub.untrusted import load_model, read_config, read_statistics
 from hf_dbp.modeling_dbp_vit_mae import UNFUSED, extract_vit
-from hf_dbp.records import RunRecord
+from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.saving import UNFINISHED, clear, move_files
-from hf_dbp.training.trainer import RECORD
 
 __all__ = ["check_views", "fuse_run", "largest_difference", "main", "push_run"]
 
@@ -62,7 +61,7 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
     config = read_config(folder)
     statistics = read_statistics(folder)
     if statistics is None:
-        raise ValueError(f"{folder} has no preprocessor_config.json, which tells mean and std")
+        raise UserError(f"{folder} has no preprocessor_config.json, which tells mean and std")
     channels, size = config.get("num_channels", 3), config.get("image_size", 224)
     record = RunRecord.read(folder / RECORD) if (folder / RECORD).is_file() else None
     seed = 0
@@ -76,7 +75,7 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
         given |= {"cache_dir": None} if given.get("streaming") else {}
         source = ImageSource(**given, seed=seed)
     else:
-        raise ValueError(f"{folder} has no {RECORD}, which tells the data of the run; pass --image_dir FOLDER")
+        raise UserError(f"{folder} has no {RECORD}, which tells the data of the run; pass --image_dir FOLDER")
     _, images = load_images(source)
     return MaskedImages(
         images,
@@ -108,16 +107,16 @@ def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, n
     """
     folder = model_folder(run)
     if output_dir.resolve() in (run.resolve(), folder.resolve()):
-        raise ValueError("--output_dir must be another folder than the run's")
+        raise UserError("--output_dir must be another folder than the run's")
     if any(output_dir.glob(f"model.{UNFUSED}*")):
-        raise ValueError(f"--output_dir {output_dir} holds the model of a run; choose another folder")
+        raise UserError(f"--output_dir {output_dir} holds the model of a run; choose another folder")
     mae = load_model(folder, "dbp_vit_mae", "vit_mae")
     vit = extract_vit(mae)
     mae = mae.float()  # what is compared: in bfloat16 every product rounds in another place
     pixels_BCHW = torch.stack([views[index]["pixel_values"] for index in range(min(count, len(views)))])
     difference, scale = largest_difference(mae, extract_vit(mae), pixels_BCHW)
     if not difference <= 1e-4 * max(scale, 1.0):
-        raise ValueError(f"fused and unfused outputs differ by {difference:.2e}; nothing was written")
+        raise UserError(f"fused and unfused outputs differ by {difference:.2e}; nothing was written")
     print(
         f"largest difference between fused and unfused outputs on {len(pixels_BCHW)} images: {difference:.2e} "
         f"(of {scale:.1f})"
@@ -153,6 +152,7 @@ def push_run(run: Path, fused: Path, destination: Destination, *, unfused: bool 
         print(f"pushed: {destination.push(folder)}")
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse arguments, fuse, and push if asked to. User mistakes end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description="Fuse a pre-training run to a stock ViTModel.")
@@ -165,19 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     parser.add_argument("--push_unfused", action="store_true", help="push the unfused model too, to NAME-unfused")
     args = parser.parse_args(arguments)
-    try:
-        if args.num_images < 1:
-            raise ValueError(f"--num_images is how many images to check on, at least 1, got {args.num_images}")
-        destination = None
-        if args.push_to_hub or args.push_unfused:
-            repo_id = args.hub_model_id or args.output_dir.resolve().name
-            destination = Destination(repo_id, private=args.private or None).opened()
-        views = check_views(args.run, args.image_dir, args.num_images)
-        name = None if destination is None else destination.repo_id
-        fuse_run(args.run, args.output_dir, views, args.num_images, name)
-        print(f'stock ViT written; load it with ViTModel.from_pretrained("{args.output_dir}", add_pooling_layer=False)')
-        if destination is not None:
-            push_run(args.run, args.output_dir, destination, unfused=args.push_unfused)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    if args.num_images < 1:
+        raise UserError(f"--num_images is how many images to check on, at least 1, got {args.num_images}")
+    destination = None
+    if args.push_to_hub or args.push_unfused:
+        repo_id = args.hub_model_id or args.output_dir.resolve().name
+        destination = Destination(repo_id, private=args.private or None).opened()
+    views = check_views(args.run, args.image_dir, args.num_images)
+    name = None if destination is None else destination.repo_id
+    fuse_run(args.run, args.output_dir, views, args.num_images, name)
+    print(f'stock ViT written; load it with ViTModel.from_pretrained("{args.output_dir}", add_pooling_layer=False)')
+    if destination is not None:
+        push_run(args.run, args.output_dir, destination, unfused=args.push_unfused)

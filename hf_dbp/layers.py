@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_dbp.errors import UserError
 from hf_dbp.functional import decorrelated_linear, fused_weight, sample_rows
 
 __all__ = [
@@ -51,14 +52,14 @@ class RowSampling:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"the sample fraction must lie in (0, 1], got {self.fraction}; the paper uses 0.1")
+            raise UserError(f"the sample fraction must lie in (0, 1], got {self.fraction}; the paper uses 0.1")
         for name, value in (("floor", self.floor), ("cap", self.cap)):
             if value is not None and value <= 0:
-                raise ValueError(f"the row {name} is a positive multiple of the layer's in_features, got {value}")
+                raise UserError(f"the row {name} is a positive multiple of the layer's in_features, got {value}")
         if self.shares < 1:
-            raise ValueError(f"shares counts the forwards of one optimizer step, at least 1; got {self.shares}")
+            raise UserError(f"shares counts the forwards of one optimizer step, at least 1; got {self.shares}")
         if self.floor is not None and self.cap is not None and self.floor > self.cap:
-            raise ValueError(f"the row floor ({self.floor}) must not exceed the row cap ({self.cap})")
+            raise UserError(f"the row floor ({self.floor}) must not exceed the row cap ({self.cap})")
 
     def num_samples(self, num_rows: int, num_features: int) -> int:
         """Rows to draw from one forward with ``num_rows`` rows of ``num_features`` features."""
@@ -163,7 +164,7 @@ def fuse_parameter(weight: Tensor, R_DD: Tensor) -> nn.Parameter:
     fused = fused_weight(weight.detach().flatten(1).double(), R_DD.detach().double())
     fused = fused.to(weight.dtype).view_as(weight)
     if not torch.isfinite(fused).all():
-        raise ValueError("the fused weight W R has non-finite values; go back to a checkpoint before they appeared")
+        raise UserError("the fused weight W R has non-finite values; go back to a checkpoint before they appeared")
     return nn.Parameter(fused, requires_grad=weight.requires_grad)
 
 
@@ -220,7 +221,7 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
     def from_conv(cls, conv: nn.Conv2d, *, naive: bool = False) -> DecorrelatedPatchProjection:
         """The same layer with R = I; it adopts ``conv``'s Parameters. ValueError unless it is a patch projection."""
         if conv.stride != conv.kernel_size or conv.groups != 1 or conv.padding not in ((0, 0), "valid"):
-            raise ValueError(f"only a convolution with stride = kernel size and no padding is a linear layer: {conv}")
+            raise UserError(f"only a convolution with stride = kernel size and no padding is a linear layer: {conv}")
         with torch.device("meta"):
             layer = cls(
                 conv.in_channels,

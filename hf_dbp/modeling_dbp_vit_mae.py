@@ -39,6 +39,7 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEAttention, eager_
 
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers, fused_state_dict
+from hf_dbp.errors import UserError
 from hf_dbp.functional import decorrelated_linear
 from hf_dbp.layers import DecorrelatedLayer, Decorrelation, Fusable, fuse_linear
 from hf_dbp.stock_vit_mae import RectangularViTMAE, freeze_fixed_, initialize_mae_, initialize_mae_module, patch_grid
@@ -203,7 +204,7 @@ class DBPPreTrainedMixin(Fusable):
             ValueError: another variant of a model with R, which under the usual name would be read as a stock one.
         """
         if kwargs.get("variant", UNFUSED) != UNFUSED and any(True for _ in decorrelated_layers(self)):  # type: ignore[arg-type]
-            raise ValueError(
+            raise UserError(
                 f"variant={kwargs['variant']!r}: weights with R are saved as {UNFUSED!r} alone, other names pass for a "
                 "stock model's; save fuse(model) or extract_vit(model)"
             )
@@ -267,7 +268,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 def check_loaded(name: str, missing: list[str], ours: bool) -> None:
     """Refuse one of our checkpoints that lacks a tensor; say what a foreign one leaves at its initialisation."""
     if ours and missing:
-        raise ValueError(f"{name} lacks {len(missing)} tensors, among them {missing[0]}; the checkpoint is incomplete")
+        raise UserError(f"{name} lacks {len(missing)} tensors, among them {missing[0]}; the checkpoint is incomplete")
     fresh = [key for key in missing if not key.endswith("decorrelation.R")]
     if fresh:
         logger.warning("%s has no weights for %d tensors, which start afresh: %s", name, len(fresh), ", ".join(fresh))
@@ -311,7 +312,7 @@ def extract_vit(mae: PreTrainedModel) -> ViTModel:
         ValueError: a fused weight is not finite (the layer is named), or ``mae`` is not a ViT-MAE.
     """
     if not isinstance(mae, ViTMAEForPreTraining | ViTMAEModel):
-        raise ValueError(f"expected a ViT-MAE model, got {type(mae).__name__}")
+        raise UserError(f"expected a ViT-MAE model, got {type(mae).__name__}")
     encoder = mae.vit if isinstance(mae, ViTMAEForPreTraining) else mae
     config = ViTConfig(**stock_fields(encoder.config, ViTConfig))
     config._attn_implementation = encoder.config._attn_implementation

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import augments_on_device, step_images, user_message
+from hf_dbp.data.feeding import augments_on_device, step_images
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_images
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
+from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.fusing import fuse_run, push_run
 from hf_dbp.hub.model_card import write_card
@@ -38,16 +38,15 @@ from hf_dbp.hub.untrusted import check_memory, known_fields, load_weights, read_
 from hf_dbp.hub.warm_start import fits, warm_start_
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
 from hf_dbp.recipes import parse_arguments
-from hf_dbp.records import RunRecord, arguments_record, write_json
+from hf_dbp.records import RECORD, RunRecord, arguments_record, write_json
 from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
-from hf_dbp.training.guards import NonFiniteError
 from hf_dbp.training.processes import ending_processes
 from hf_dbp.training.resuming import find_checkpoint
-from hf_dbp.training.saving import DiskFull, disk_errors
-from hf_dbp.training.trainer import RECORD, MAETrainer
+from hf_dbp.training.saving import disk_errors
+from hf_dbp.training.trainer import MAETrainer
 
 __all__ = ["build_model", "main"]
 
@@ -142,7 +141,7 @@ def pixel_statistics(
     if model_args.image_processor_name is not None:
         found = read_statistics(model_args.image_processor_name, token=model_args.token)
         if found is None:
-            raise ValueError(f"--image_processor_name {model_args.image_processor_name} has no image processor")
+            raise UserError(f"--image_processor_name {model_args.image_processor_name} has no image processor")
         return found
     if model_args.model_name_or_path is not None and model_args.image_statistics == "auto":
         hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
@@ -165,7 +164,7 @@ def prepare_data(
     config = model_config(model_args, data_args.num_channels or 3)  # of which only the sizes are used here
     size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
     if data_args.streaming and model_args.cache_dir is not None and data_args.cache_short_side < min(size):
-        raise ValueError(
+        raise UserError(
             f"--cache_short_side {data_args.cache_short_side} is less than the model's input, {min(size)} pixels; "
             f"8/7 of it is usual: pass --cache_short_side {min(size) * 8 // 7}"
         )
@@ -173,7 +172,7 @@ def prepare_data(
     num_channels = train_images.readable(0).shape[2]
     mean, std = pixel_statistics(model_args, train_images, num_channels, source.kept_in)
     if len(mean) != num_channels:
-        raise ValueError(f"the image processor has statistics of {len(mean)} channels, the images have {num_channels}")
+        raise UserError(f"the image processor has statistics of {len(mean)} channels, the images have {num_channels}")
     views: dict[str, Any] = {"size": size, "patch_size": config.patch_size, "mean": mean, "std": std, "seed": seed}
     views["native"] = model_args.native_tiles
     return MaskedImages(train_images, **views), MaskedImages(eval_images, **views), num_channels
@@ -183,7 +182,7 @@ def check_run(args: PretrainingArguments, train_data: MaskedImages) -> None:
     """Refuse what would fail or do nothing after training has begun."""
     step = step_images(args)
     if args.do_train and args.dataloader_drop_last and len(train_data) < step:
-        raise ValueError(
+        raise UserError(
             f"{len(train_data)} training images do not fill one batch of {step} (over all processes and accumulation); "
             "lower --per_device_train_batch_size or pass --dataloader_drop_last false"
         )
@@ -215,9 +214,7 @@ def new_record(
 def model_to_evaluate(model_args: ModelArguments, args: PretrainingArguments) -> ModelArguments:
     """With --do_eval alone: that of --model_name_or_path, else of the run in the output folder, else a fresh one."""
     if args.push_to_hub:
-        raise ValueError(
-            "--push_to_hub pushes what --do_train trains; a finished run: fuse_checkpoint.py --push_to_hub"
-        )
+        raise UserError("--push_to_hub pushes what --do_train trains; a finished run: fuse_checkpoint.py --push_to_hub")
     if model_args.model_name_or_path is not None:
         return model_args
     try:
@@ -238,7 +235,7 @@ def run(
     Without ``do_train`` a model is evaluated, and nothing but ``eval_results.json`` written.
     """
     if not (args.do_train or args.do_eval):
-        raise ValueError("nothing to do: give --do_train, --do_eval or both")
+        raise UserError("nothing to do: give --do_train, --do_eval or both")
     if not args.do_train:
         model_args = model_to_evaluate(model_args, args)
     set_seed(args.seed)
@@ -332,21 +329,14 @@ def summary(record: RunRecord, folder: Path) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
     """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    try:
-        parsed = parse_arguments(
-            (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments), arguments
-        )
-        with disk_errors(parsed[-1].output_dir), ending_processes():
-            return run(*parsed)
-    except (ValueError, DiskFull, NonFiniteError) as error:
-        if logger.isEnabledFor(logging.DEBUG):
-            raise
-        print(f"error: {user_message(error)}", file=sys.stderr)
-        raise SystemExit(2) from error
+    parsed = parse_arguments((ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments), arguments)
+    with disk_errors(parsed[-1].output_dir), ending_processes():
+        return run(*parsed)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ from typing import Any
 
 import torch
 
+from hf_dbp.errors import UserError
+
 __all__ = [
+    "RECORD",
     "RunRecord",
     "arguments_record",
     "hardware",
@@ -52,6 +55,7 @@ __all__ = [
     "write_json",
 ]
 
+RECORD = "run.json"  # the record of a pre-training run, in its folder
 SCHEMA = 1
 PACKAGES = (
     "torch",
@@ -124,18 +128,18 @@ class RunRecord:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+            raise UserError(f"{path} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not a run record of schema {SCHEMA}; it was written by something else")
+            raise UserError(f"{path} is not a run record of schema {SCHEMA}; it was written by something else")
         missing = sorted(REQUIRED - content.keys())
         if missing:
-            raise ValueError(f"{path} is not a complete run record: it lacks {', '.join(missing)}")
+            raise UserError(f"{path} is not a complete run record: it lacks {', '.join(missing)}")
         for name, kind in KINDS.items():
             if name in content and type(content[name]) is not kind:
-                raise ValueError(f"{path}: {name} is {content[name]!r:.80}; expected {kind.__name__}")
+                raise UserError(f"{path}: {name} is {content[name]!r:.80}; expected {kind.__name__}")
         for row in content.get("rows", []):
             if not is_row(row):
-                raise ValueError(f"{path}: rows hold {row!r:.200}; expected numbers by name, step and eval_loss in all")
+                raise UserError(f"{path}: rows hold {row!r:.200}; expected numbers by name, step and eval_loss in all")
         return cls(**{name: content[name] for name in KINDS if name in content})
 
 
@@ -178,11 +182,11 @@ def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
         content = json.loads(path.read_text(encoding="utf-8"))
         parts = content["arguments"], content["resumed_with"], content.get("costs", {})
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not hold the arguments of a run: {error!r}") from error
+        raise UserError(f"{path} does not hold the arguments of a run: {error!r}") from error
     if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{path} does not hold the arguments of a run: expected mappings")
+        raise UserError(f"{path} does not hold the arguments of a run: expected mappings")
     if not all(isinstance(value, float) for value in parts[2].values()):
-        raise ValueError(f"{path} does not hold the costs of a run: {parts[2]!r:.80}")
+        raise UserError(f"{path} does not hold the costs of a run: {parts[2]!r:.80}")
     return parts
 
 

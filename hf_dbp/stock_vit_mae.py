@@ -22,6 +22,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
 )
 
 from hf_dbp.configuration_dbp_vit_mae import check_image_size
+from hf_dbp.errors import UserError
 from hf_dbp.layers import Decorrelation
 
 __all__ = ["RectangularViTMAE", "freeze_fixed_", "initialize_mae_", "initialize_mae_module", "patch_grid"]
@@ -37,7 +38,7 @@ def patch_grid(config: ViTMAEConfig) -> tuple[int, int]:
 def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
     """MAE's fixed position table (1, 1 + T, dim): zeros for the class token, then sin and cos of w, then of h."""
     if dim % 4:
-        raise ValueError(f"sin-cos position tables need a hidden size that is a multiple of 4, got {dim}")
+        raise UserError(f"sin-cos position tables need a hidden size that is a multiple of 4, got {dim}")
     table = build_2d_sinusoidal_position_embedding(*grid, embed_dim=dim, cls_token=True)
     h_half, w_half = table.chunk(2, dim=-1)
     return torch.cat([w_half, h_half], dim=-1).unsqueeze(0)

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_dbp.conversion import decorrelated_layers
+from hf_dbp.errors import UserError
 from hf_dbp.functional import (
     covariance_sums,
     decorrelation_metrics,
@@ -61,7 +62,7 @@ def decorrelations(module: nn.Module) -> list[tuple[str, Decorrelation]]:
     """The `Decorrelation` of every decorrelated layer with the layer's name. ValueError if there is none."""
     found = [(name, layer.decorrelation) for name, layer in decorrelated_layers(module)]
     if not found:
-        raise ValueError(f"{type(module).__name__} has no decorrelated layer; see convert_to_decorrelated")
+        raise UserError(f"{type(module).__name__} has no decorrelated layer; see convert_to_decorrelated")
     return found
 
 
@@ -155,7 +156,7 @@ def gathered_groups(module: nn.Module) -> Iterator[Layers]:
         if decorrelation.rows is not None:
             by_width[decorrelation.num_features, decorrelation.R.device].append((decorrelation.rows, decorrelation))
     if not by_width:
-        raise ValueError("no rows were gathered: run a forward in train mode before each update of R")
+        raise UserError("no rows were gathered: run a forward in train mode before each update of R")
     for layers in by_width.values():
         R_DD = layers[0][1].R
         size = 1 if R_DD.is_cpu and not is_distributed() else max(1, GROUP_NUMBERS // R_DD.numel())

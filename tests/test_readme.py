@@ -133,8 +133,18 @@ def test_every_flag_of_the_table_exists():
 
 
 def test_the_file_listing_is_the_package():
-    listing = README.split("```\nhf_dbp/\n")[1].split("```")[0]
-    named = set(re.findall(r"(\w+)\.py", listing)) | set(re.findall(r"^  .*?(\w+)/", listing, flags=re.MULTILINE))
-    package = ROOT / "hf_dbp"
+    """Every file and folder of the top floor is listed, and what is listed in a folder is there."""
+    listing = README.split("```\nhf_dbp/\n")[1].split("```")[0].split("training_scripts/")[0]
+    package, room, named = ROOT / "hf_dbp", None, set()
+    for line in listing.splitlines():
+        names = re.findall(r"(\w+)(\.py|/)", line[: line.find("  ", 4) if "  " in line[4:] else None])
+        names += re.findall(r"  (\w+)(\.py|/)  ", line)
+        for name, kind in names:
+            if line.startswith("    "):
+                assert room is not None
+                assert (package / room / (name + kind)).exists(), line
+            else:
+                named.add(name)
+                room = name if kind == "/" else room
     actual = {path.stem for path in package.glob("*.py")} | {p.parent.name for p in package.glob("*/__init__.py")}
-    assert named == actual - {"__init__"}
+    assert named == {name for name in actual if not name.startswith("_")}

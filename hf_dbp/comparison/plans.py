@@ -32,11 +32,11 @@ from typing import Any
 from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.errors import UserError
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
-from hf_dbp.records import RunRecord
+from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.training.resuming import SHAPING
-from hf_dbp.training.trainer import RECORD
 
 __all__ = [
     "Plan",
@@ -175,7 +175,7 @@ class Plan:
             try:
                 self.segmentation.check()
             except ValueError as error:
-                raise ValueError(f"segmentation: {error}") from error
+                raise UserError(f"segmentation: {error}") from error
 
 
 def slug(text: str) -> str:
@@ -193,19 +193,19 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
         ValueError: there is no such plan, it is not one, or ``extra`` sets what the plan varies.
     """
     if not Path(name).is_file() and name not in plan_names():
-        raise ValueError(f"no plan {name!r}: give a YAML file or one of {', '.join(plan_names())}")
+        raise UserError(f"no plan {name!r}: give a YAML file or one of {', '.join(plan_names())}")
     content = read_yaml(recipe_path(name))
     if not isinstance(content, dict) or not content.get("axes"):
-        raise ValueError(f"plan {name} must be a mapping with at least `axes`; see hf_dbp/comparison/plans.py")
+        raise UserError(f"plan {name} must be a mapping with at least `axes`; see hf_dbp/comparison/plans.py")
     unknown = sorted(content.keys() - set(KEYS))
     if unknown:
-        raise ValueError(f"plan {name}: unknown key {unknown[0]!r}; a plan has {', '.join(KEYS)}")
+        raise UserError(f"plan {name}: unknown key {unknown[0]!r}; a plan has {', '.join(KEYS)}")
     axes = check_axes(content["axes"], name)
     parts = {key: mapping(content, key, name) for key in ("search", "flags", "against", "segmentation")}
     search = {flag: v if isinstance(v, list) else [v] for flag, v in parts["search"].items()}
     for key in ("title", "recipe"):
         if not isinstance(content.get(key, ""), str):
-            raise ValueError(f"plan {name}: {key} is {content[key]!r:.80}; expected text")
+            raise UserError(f"plan {name}: {key} is {content[key]!r:.80}; expected text")
     variants = {}
     for labels in itertools.product(*axes.values()):
         overrides = [axes[axis][label] for axis, label in zip(axes, labels, strict=True)]
@@ -213,7 +213,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     varied = {flag for flags in variants.values() for flag in flags} | search.keys() | set(OWN)
     given = {part[2:].partition("=")[0] for part in extra if part.startswith("--")}
     if given & varied:
-        raise ValueError(f"--{min(given & varied)} is set by the plan for each run; leave it out")
+        raise UserError(f"--{min(given & varied)} is set by the plan for each run; leave it out")
     shared = [*(recipe_arguments(content["recipe"]) if "recipe" in content else [])]
     shared += [*flag_arguments(parts["flags"], f"plan {name}"), *extra]
     return Plan(
@@ -234,7 +234,7 @@ def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
     if value in ("null", "~"):
         return {}
     if not isinstance(value, dict):
-        raise ValueError(f"plan {name}: {key} is {value!r:.80}; expected a mapping")
+        raise UserError(f"plan {name}: {key} is {value!r:.80}; expected a mapping")
     return value
 
 
@@ -242,12 +242,12 @@ def read_segmentation(settings: dict[str, Any], name: str) -> Segmentation | Non
     """What the plan says on segmentation; None if nothing. ValueError for what it cannot say."""
     unknown = sorted(settings.keys() - set(SEGMENTATION_KEYS))
     if unknown:
-        raise ValueError(f"plan {name}: segmentation has {', '.join(SEGMENTATION_KEYS)}; not {unknown[0]!r}")
+        raise UserError(f"plan {name}: segmentation has {', '.join(SEGMENTATION_KEYS)}; not {unknown[0]!r}")
     random = typed(settings.get("random", "false"))
     if not isinstance(random, bool):
-        raise ValueError(f"plan {name}: random of segmentation is {random!r:.80}; expected true or false")
+        raise UserError(f"plan {name}: random of segmentation is {random!r:.80}; expected true or false")
     if not isinstance(settings.get("recipe", ""), str):
-        raise ValueError(f"plan {name}: recipe of segmentation is {settings['recipe']!r:.80}; expected text")
+        raise UserError(f"plan {name}: recipe of segmentation is {settings['recipe']!r:.80}; expected text")
     arguments = recipe_arguments(settings["recipe"]) if "recipe" in settings else []
     arguments += flag_arguments(mapping(settings, "flags", name), f"plan {name}, segmentation")
     return Segmentation(tuple(arguments), random) if settings else None
@@ -257,7 +257,7 @@ def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
     """The axes, each label with its flags. ValueError if they are not mappings of mappings."""
     is_mapping = isinstance(axes, dict) and all(isinstance(values, dict) and values for values in axes.values())
     if not is_mapping or not all(isinstance(flags, dict) for values in axes.values() for flags in values.values()):
-        raise ValueError(f"plan {name}: axes are mappings, axis -> label -> flags")
+        raise UserError(f"plan {name}: axes are mappings, axis -> label -> flags")
     return axes  # type: ignore[no-any-return]
 
 
@@ -266,9 +266,9 @@ def check_seeds(seeds: Any, name: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(seed) for seed in (seeds if isinstance(seeds, list) else [seeds]))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"plan {name}: seeds are whole numbers, got {seeds}") from error
+        raise UserError(f"plan {name}: seeds are whole numbers, got {seeds}") from error
     if not numbers or len(set(numbers)) < len(numbers):
-        raise ValueError(f"plan {name}: seeds must be different and at least one, got {seeds}")
+        raise UserError(f"plan {name}: seeds must be different and at least one, got {seeds}")
     return numbers
 
 
@@ -276,11 +276,11 @@ def check_against(against: dict[str, Any], variants: list[str], name: str) -> di
     """Baseline -> variants held against it, by default the first and all others. ValueError for unknown ones."""
     against = against or {variants[0]: variants[1:]}
     if not all(isinstance(others, list) for others in against.values()):
-        raise ValueError(f"plan {name}: against maps a baseline to a list of variants; got {against!r:.80}")
+        raise UserError(f"plan {name}: against maps a baseline to a list of variants; got {against!r:.80}")
     named = [*against, *(other for others in against.values() for other in others)]
     for variant in named:
         if variant not in variants:
-            raise ValueError(f"plan {name}: against names {variant!r}; the variants are {', '.join(variants)}")
+            raise UserError(f"plan {name}: against names {variant!r}; the variants are {', '.join(variants)}")
     return {baseline: list(others) for baseline, others in against.items()}
 
 
@@ -335,7 +335,7 @@ def collect_runs(folders: Sequence[str]) -> list[Run]:
     records = []
     for folder in folders:
         if not (Path(folder) / RECORD).is_file():
-            raise ValueError(f"{folder} holds no {RECORD}; name output folders of run_dbp_mae.py")
+            raise UserError(f"{folder} holds no {RECORD}; name output folders of run_dbp_mae.py")
         records.append(RunRecord.read(Path(folder) / RECORD))
     varied = varied_flags(records)
     runs: dict[PlannedRun, Run] = {}
@@ -344,10 +344,10 @@ def collect_runs(folders: Sequence[str]) -> list[Run]:
         searched = tuple((flag, str(record.arguments.get(flag))) for flag in varied)
         planned = PlannedRun(variant_of(record), searched, record.seed)
         if planned in places:
-            raise ValueError(f"{places[planned]} and {folder} are both {planned.name}; name one of them")
+            raise UserError(f"{places[planned]} and {folder} are both {planned.name}; name one of them")
         run = read_run(planned, Path(folder))
         if run is None:
-            raise ValueError(f"the run in {folder} has not finished; start it again to go on")
+            raise UserError(f"the run in {folder} has not finished; start it again to go on")
         runs[planned], places[planned] = run, folder
     return list(runs.values())
 

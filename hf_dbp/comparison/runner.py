@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from hf_dbp.comparison.plans import Plan, PlannedRun, Run, best_settings, collect_runs, plan_of, read_plan, read_run
 from hf_dbp.comparison.report import write_report
+from hf_dbp.errors import UserError, command
 from hf_dbp.fusing import check_views, fuse_run
 from hf_dbp.recipes import plan_names
-from hf_dbp.records import RunRecord, without_secrets, write_json
+from hf_dbp.records import RECORD, RunRecord, without_secrets, write_json
 from hf_dbp.training.stopping import handling, leave
-from hf_dbp.training.trainer import RECORD
 
 __all__ = ["Runner", "main", "run_plan"]
 
@@ -143,7 +143,7 @@ def check_flags(folder: Path, arguments: Sequence[str]) -> None:
     begun = any((folder / name).is_file() for name in (RECORD, EVALUATION)) or any(folder.glob("checkpoint-*"))
     file = folder / FLAGS_FILE
     if begun and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(arguments):
-        raise ValueError(f"{folder} holds a run with other flags; choose another --output_dir or delete it")
+        raise UserError(f"{folder} holds a run with other flags; choose another --output_dir or delete it")
 
 
 def failure(status: int, log: Path) -> str:
@@ -226,7 +226,7 @@ def finetune(arguments: Sequence[str], own: Sequence[str], folder: Path) -> dict
         with log.open("ab") as file:
             status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
         if not evaluation.is_file():
-            raise ValueError(failure(status, log))
+            raise UserError(failure(status, log))
     return json.loads(evaluation.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -250,43 +250,38 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--note", default="", help="a sentence for the report, such as what ran beside")
     args, extra = parser.parse_known_args(arguments)
     if (args.plan is None) == (args.runs is None):
-        raise ValueError("give --plan PLAN or --runs FOLDER ... (not both)")
+        raise UserError("give --plan PLAN or --runs FOLDER ... (not both)")
     if args.runs is not None and extra:
-        raise ValueError(f"unknown flag {extra[0]}; finished runs take no flags")
+        raise UserError(f"unknown flag {extra[0]}; finished runs take no flags")
     if args.jobs < 1:
-        raise ValueError(f"--jobs is a positive number, got {args.jobs}")
+        raise UserError(f"--jobs is a positive number, got {args.jobs}")
     return args, extra
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison and write its report. User mistakes end with one line on stderr and exit status 2."""
-    try:
-        args, extra = parse(arguments)
-        if args.plan is None:
-            runs = collect_runs(args.runs)
-            plan = plan_of(runs)
-        else:
-            plan = read_plan(args.plan, extra)
-            with handling(leave):
-                runs = run_plan(plan, args.output_dir, jobs=args.jobs, launcher=args.launcher)
-        if not any(run.record for run in runs):
-            raise ValueError(f"no run has finished; the first says: {runs[0].error}")
-        own = without_secrets(sys.argv[1:] if arguments is None else arguments)
-        here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
-        program = sys.argv[0] if sys.argv[0] == "hf-dbp compare" else "python training_scripts/run_comparison.py"
-        command = shlex.join([*program.split(), *(one.replace(here, "") for one in own)])
-        report = write_report(
-            args.report_dir or args.output_dir / "report",
-            plan,
-            runs,
-            command=command,
-            note=args.note,
-            jobs=args.jobs,
-            random=random_evaluations(args.output_dir),
-        )
-        print(f"report: {report}")
-    except ValueError as error:
-        if os.environ.get("DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    args, extra = parse(arguments)
+    if args.plan is None:
+        runs = collect_runs(args.runs)
+        plan = plan_of(runs)
+    else:
+        plan = read_plan(args.plan, extra)
+        with handling(leave):
+            runs = run_plan(plan, args.output_dir, jobs=args.jobs, launcher=args.launcher)
+    if not any(run.record for run in runs):
+        raise UserError(f"no run has finished; the first says: {runs[0].error}")
+    own = without_secrets(sys.argv[1:] if arguments is None else arguments)
+    here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
+    program = sys.argv[0] if sys.argv[0] == "hf-dbp compare" else "python training_scripts/run_comparison.py"
+    command = shlex.join([*program.split(), *(one.replace(here, "") for one in own)])
+    report = write_report(
+        args.report_dir or args.output_dir / "report",
+        plan,
+        runs,
+        command=command,
+        note=args.note,
+        jobs=args.jobs,
+        random=random_evaluations(args.output_dir),
+    )
+    print(f"report: {report}")

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from hf_dbp.errors import UserError
+
 __all__ = ["Mean", "Paired", "crossing", "mean_interval", "paired_test", "value_at"]
 
 CONFIDENCE = 0.95
@@ -67,7 +69,7 @@ def mean_interval(values: Sequence[float]) -> Mean:
     """
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0 or not np.isfinite(x).all():
-        raise ValueError(f"a mean needs finite values, got {list(values)}")
+        raise UserError(f"a mean needs finite values, got {list(values)}")
     mean, n = float(x.mean()), int(x.size)
     if n == 1:
         return Mean(mean, n)
@@ -83,7 +85,7 @@ def paired_test(baseline: Sequence[float], other: Sequence[float]) -> Paired:
         ValueError: another number of values on either side, none, or one that is not finite.
     """
     if len(baseline) != len(other):
-        raise ValueError(f"pairs need as many values on both sides, got {len(baseline)} and {len(other)}")
+        raise UserError(f"pairs need as many values on both sides, got {len(baseline)} and {len(other)}")
     a, b = np.asarray(baseline, dtype=np.float64), np.asarray(other, dtype=np.float64)
     d = b - a
     difference, relative = mean_interval(d.tolist()), 100 * d[a != 0] / a[a != 0]

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from hf_dbp.errors import UserError
+
 __all__ = ["Box", "center_box", "cut", "image_rng", "native_tile", "random_resized_crop", "resized", "unit_range"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -130,4 +132,4 @@ def unit_range(dtype: np.dtype[np.generic]) -> float:
         return 1.0
     if dtype in (np.uint8, np.uint16):
         return 1.0 / float(np.iinfo(dtype).max)  # type: ignore[type-var]
-    raise ValueError(f"images of {dtype} are not supported; convert them to uint8, uint16 or float in [0, 1]")
+    raise UserError(f"images of {dtype} are not supported; convert them to uint8, uint16 or float in [0, 1]")

@@ -27,6 +27,7 @@ from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import UnreadableImageError, decode, too_many
 from hf_dbp.data.shards import ShardedImages, fingerprint, in_threads
 from hf_dbp.data.subset import Keys, chosen, content_key, readable_bytes
+from hf_dbp.errors import UserError
 
 __all__ = ["CachedImages", "Materialization", "materialized"]
 
@@ -95,7 +96,7 @@ def _make(images: ShardedImages, target: Path, how: Materialization) -> None:
         if len(unreadable) > how.limit:
             raise too_many(how.limit, unreadable[-1])
     if count == 0:
-        raise ValueError(f"{images.listing.files[0]} and its like hold no readable image")
+        raise UserError(f"{images.listing.files[0]} and its like hold no readable image")
     content = {"parts": len(parts), "channels": how.num_channels, "dtype": how.depth}
     part_file = target / ".images.json"
     part_file.write_text(json.dumps(content), encoding="utf-8")

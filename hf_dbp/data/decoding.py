@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from hf_dbp.data.readers import read_picture
+from hf_dbp.errors import UserError
 
 __all__ = [
     "DECODING_ERRORS",
@@ -50,7 +51,7 @@ DECODING_ERRORS = (  # what Pillow, tifffile, OpenCV and NumPy raise on damaged 
 )
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(UserError):
     """An image that cannot be decoded, or not as the wanted number of channels."""
 
 
@@ -89,7 +90,7 @@ class UnreadableImages:
 
 def too_many(limit: int, last: object) -> ValueError:
     """The error that ends a run on too many unreadable images."""
-    return ValueError(
+    return UserError(
         f"more than {limit} unreadable images, the last: {last}; "
         "repair the data, or raise --max_unreadable if they can be left out"
     )
@@ -140,7 +141,7 @@ def joined(files: list[str]) -> NDArray[np.generic]:
     channels = [to_array(read_picture(file), 1) for file in files]
     kinds = [f"{c.shape[0]} x {c.shape[1]} pixels of {c.dtype} in {f}" for c, f in zip(channels, files, strict=True)]
     if len({(channel.shape, channel.dtype) for channel in channels}) > 1:
-        raise ValueError(f"the channels do not fit together: {', '.join(kinds)}")
+        raise UserError(f"the channels do not fit together: {', '.join(kinds)}")
     return np.concatenate(channels, axis=2)
 
 
@@ -184,14 +185,14 @@ def pixel_values(array: NDArray[Any]) -> NDArray[Any]:
         ValueError: it has no three axes, or other values than numbers.
     """
     if array.ndim != 3 or array.dtype.kind not in "buif":
-        raise ValueError(f"an array of {array.dtype} and shape {array.shape} is no image")
+        raise UserError(f"an array of {array.dtype} and shape {array.shape} is no image")
     if array.dtype in (np.uint8, np.uint16, np.float32):
         return array
     return array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array.astype(np.float32)
 
 
 def _wrong_channels(array: NDArray[np.generic], num_channels: int | None) -> ValueError:
-    return ValueError(
+    return UserError(
         f"an image of shape {array.shape} (height, width, channels) cannot be read as {num_channels} channels; "
         f"pass --num_channels {array.shape[2]} or convert the images"
     )

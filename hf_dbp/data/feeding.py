@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from transformers import TrainingArguments
 
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.order import EpochSampler, Lanes
+from hf_dbp.errors import UserError
 
 __all__ = [
     "InputMeter",
@@ -22,7 +22,6 @@ __all__ = [
     "make_sampler",
     "step_images",
     "unreadable_images",
-    "user_message",
 ]
 
 
@@ -47,7 +46,7 @@ def augments_on_device(asked: bool | None, args: TrainingArguments, images: Imag
     """
     dtype = images.readable(0).dtype
     if asked and dtype != np.uint8:
-        raise ValueError(f"--augment_on_device is for 8-bit images, these are {dtype}; leave it out")
+        raise UserError(f"--augment_on_device is for 8-bit images, these are {dtype}; leave it out")
     return bool(dtype == np.uint8 and (args.device.type == "cuda" if asked is None else asked))
 
 
@@ -93,17 +92,17 @@ def adopt_order(sampler: EpochSampler, before: dict[str, Any], now: dict[str, An
     old, new = before["feeding"], now["feeding"]
     advice = "to begin anew from its weights, pass --model_name_or_path CHECKPOINT and another --output_dir"
     if before["train_images"] != now["train_images"] or before.get("subset") != now.get("subset"):
-        raise ValueError(
+        raise UserError(
             f"the checkpoint was trained on {before['train_images']} images (subset {before.get('subset')}), this run "
             f"has {now['train_images']} (subset {now.get('subset')}): give the same data, or, {advice}"
         )
     if old["step_images"] != new["step_images"]:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint was trained with {old['step_images']} images a step, this run has {new['step_images']}: "
             "choose --per_device_train_batch_size x --gradient_accumulation_steps x processes alike, or, " + advice
         )
     if not drop_last and old["processes"] != new["processes"]:
-        raise ValueError(
+        raise UserError(
             f"with --dataloader_drop_last false a run is resumed on the {old['processes']} processes it began on, "
             f"not on {new['processes']}"
         )
@@ -117,12 +116,6 @@ def unreadable_images(before: dict[str, Any], *lists: Any) -> dict[str, Any]:
     found = gather_object([entry for images in lists for entry in images.unreadable_images().items()])
     reasons = {**before.get("images", {}), **dict(sorted(found))}
     return {"count": len(reasons), "images": reasons}
-
-
-def user_message(error: Exception) -> str:
-    """The error in one piece: what a loader worker wraps in its traceback is taken out of it."""
-    text = str(error).strip()
-    return re.split(r"\n[\w.]*Error: ", text)[-1] if text.startswith("Caught ") else text
 
 
 class InputMeter:

@@ -18,6 +18,8 @@ from typing import Any
 
 import datasets
 
+from hf_dbp.errors import UserError
+
 __all__ = ["IMAGE_FILES", "SPLITS", "file_stamp", "file_table", "folder_splits", "list_samples", "picture_files"]
 
 IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".npy"}
@@ -41,20 +43,20 @@ def list_samples(folder: str, channel_files: Sequence[str] | None = None) -> Sam
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
+        raise UserError(f"{folder}: there is no such folder")
     files = picture_files(root)
     for file in files:
         if file.encode(errors="replace").decode() != file:  # Arrow keeps UTF-8 alone
-            raise ValueError(f"{folder} holds a picture whose name is not UTF-8, {file!a}; rename it")
+            raise UserError(f"{folder} holds a picture whose name is not UTF-8, {file!a}; rename it")
     if not files:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_FILES))})")
+        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(IMAGE_FILES))})")
     if channel_files:
         return join_channels(folder, files, channel_files)
     samples: Samples = {}
     for file in files:
         name = file[: -len(Path(file).suffix)]
         if name in samples:
-            raise ValueError(f"{samples[name][0]} and {root / file} are of one name; leave one of them out")
+            raise UserError(f"{samples[name][0]} and {root / file} are of one name; leave one of them out")
         samples[name] = (str(root / file),)
     return samples
 
@@ -63,16 +65,16 @@ def join_channels(folder: str, files: Sequence[str], patterns: Sequence[str]) ->
     found: list[dict[str, str]] = []
     for pattern in patterns:
         if pattern.count("*") != 1:
-            raise ValueError(f"--channel_files {pattern!r}: write one * for what names the sample, e.g. '*_ch0.tif'")
+            raise UserError(f"--channel_files {pattern!r}: write one * for what names the sample, e.g. '*_ch0.tif'")
         matches = [(re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), file), file) for file in files]
         found.append({match[1]: str(Path(folder) / file) for match, file in matches if match})
         if not found[-1]:
-            raise ValueError(f"--channel_files {pattern!r} fits none of the {len(files)} files, e.g. {files[0]!r}")
+            raise UserError(f"--channel_files {pattern!r} fits none of the {len(files)} files, e.g. {files[0]!r}")
     names = sorted(set().union(*found))
     for channel, pattern in zip(found, patterns, strict=True):
         missing = [name for name in names if name not in channel]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{len(missing)} of the {len(names)} samples in {folder} have no file {pattern!r}, e.g. "
                 f"{pattern.replace('*', missing[0])!r}; add it or move the rest of the sample away"
             )

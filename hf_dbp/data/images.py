@@ -39,6 +39,7 @@ from hf_dbp.data.sources import (
 )
 from hf_dbp.data.subset import Keys, chosen, content_keys, draw, keys_digest, readable_bytes, split_rows
 from hf_dbp.data.wire_bonding import WireBonding
+from hf_dbp.errors import UserError
 
 __all__ = [
     "BUILT_IN",
@@ -123,7 +124,7 @@ class ImageList:
                 return self._decoded((index + offset) % len(self), decoder, *how)
             except UnreadableImageError:
                 continue
-        raise ValueError(f"none of the {len(self)} images can be read")
+        raise UserError(f"none of the {len(self)} images can be read")
 
     def unreadable_images(self) -> dict[str, str]:
         """Paths, or else numbers, of the unreadable images found so far, each with the reason."""
@@ -185,7 +186,7 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
             rows, keys = rows[mask], keys[mask]
         train = selected(train, rows)
     if len(train) == 0:
-        raise ValueError(f"--train_fraction {source.train_fraction} of {count} images leaves none")
+        raise UserError(f"--train_fraction {source.train_fraction} of {count} images leaves none")
     lists = [
         ImageList(samples, column, num_channels, source.max_unreadable, name)
         for samples, name in ((train, "training image"), (validation, "validation image"))
@@ -223,7 +224,7 @@ def built_in_images(source: ImageSource) -> tuple[ImageList, ImageList]:
         for count, first in ((train, 0), (validation, 10_000_000))
     ]
     if source.num_channels not in (None, 2):
-        raise ValueError(f"{BUILT_IN} images have 2 channels; leave --num_channels out or pass 2")
+        raise UserError(f"{BUILT_IN} images have 2 channels; leave --num_channels out or pass 2")
     return ImageList(rendered(scenes[0]), "image", 2), ImageList(rendered(scenes[1]), "image", 2)
 
 
@@ -248,7 +249,7 @@ def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> tup
     counts, depths = [], []
     for data in samples:
         if len(data) == 0:
-            raise ValueError(f"{source.name}: a split without images")
+            raise UserError(f"{source.name}: a split without images")
         images = ImageList(data, column, None, source.max_unreadable)
         images.readable(0)
         images.num_channels = source.num_channels
@@ -256,7 +257,7 @@ def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> tup
         counts.append(first.shape[2])
         depths.append(first.dtype.name)
     if len(set(counts)) > 1:
-        raise ValueError(f"{source.name}: training images have {counts[0]} channels, validation images {counts[1]}")
+        raise UserError(f"{source.name}: training images have {counts[0]} channels, validation images {counts[1]}")
     return counts[0], depths[0]
 
 
@@ -275,7 +276,7 @@ def channel_statistics(
     """
     first = images.readable(0)
     if source == "imagenet" and first.shape[2] != 3:
-        raise ValueError(f"--image_statistics imagenet is for 3 channels, the images have {first.shape[2]}")
+        raise UserError(f"--image_statistics imagenet is for 3 channels, the images have {first.shape[2]}")
     if source == "imagenet" or (source == "auto" and first.shape[2] == 3 and first.dtype == np.uint8):
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     picks = [int(index) for index in np.linspace(0, len(images) - 1, min(MEASURED, len(images)))]
@@ -298,7 +299,7 @@ def measured_statistics(images: ImageList, picks: Sequence[int]) -> tuple[list[f
         rows, columns = (np.linspace(0, side - 1, 128, dtype=int) for side in image.shape[:2])
         pixels = image[np.ix_(rows, columns)].reshape(-1, image.shape[2]).astype(np.float64) * unit_range(image.dtype)
         if not np.isfinite(pixels).all():
-            raise ValueError(f"image {index} holds values that are no numbers (NaN or infinite); replace them")
+            raise UserError(f"image {index} holds values that are no numbers (NaN or infinite); replace them")
         count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + np.square(pixels).sum(axis=0)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))

@@ -28,6 +28,7 @@ from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.data.resampling import collate, resample
+from hf_dbp.errors import UserError
 
 __all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "collate", "evaluation_collate", "interpolation_loss"]
 
@@ -90,7 +91,7 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         flip = rng.random() < self.flip
         if self.on_device:
             if part.dtype != np.uint8:
-                raise ValueError(f"an image of {part.dtype} among 8-bit ones; pass --augment_on_device false")
+                raise UserError(f"an image of {part.dtype} among 8-bit ones; pass --augment_on_device false")
             if part.shape[0] > 2 * self.size[0] or part.shape[1] > 2 * self.size[1]:
                 part = resized(part, self.size)  # never more bytes than the finished view has
             return {"pixel_values": part, "flip": flip, "noise": noise}

@@ -28,6 +28,7 @@ from PIL import Image, ImageColor
 
 from hf_dbp.data.folders import Samples, file_table, folder_splits
 from hf_dbp.data.sources import pick_splits
+from hf_dbp.errors import UserError
 from hf_dbp.recipes import safe_yaml
 
 __all__ = [
@@ -78,7 +79,7 @@ class Palette:
             for name, colours in content.items():
                 for code in (colour_code(colour, source) for colour in colours):
                     if code in entries:
-                        raise ValueError(f"--palette {source}: {colour_names([code])[0]} has two names; give it one")
+                        raise UserError(f"--palette {source}: {colour_names([code])[0]} has two names; give it one")
                     entries[code] = ignore_index if name == IGNORE else names.index(name)
         self.codes = np.array(sorted(entries), np.int32)
         self.ids = np.array([entries[int(code)] for code in self.codes], np.int32)
@@ -93,7 +94,7 @@ class Palette:
             found = ", ".join(colour_names(codes[np.argsort(-counts)][:5]))
             hint = "; JPEG smears colours, so save masks as PNG" if len(codes) > 64 else ""
             remedy = "this is no 0/255 mask" if self.source == BINARY else f"add them to {self.source}"
-            raise ValueError(f"the mask has {len(codes)} colours without a class, above all {found}: {remedy}{hint}")
+            raise UserError(f"the mask has {len(codes)} colours without a class, above all {found}: {remedy}{hint}")
         ids_HW: Array = self.ids[position_HW]
         return ids_HW
 
@@ -103,9 +104,9 @@ def read_palette(source: str) -> dict[str, list[Any]]:
     try:
         content = safe_yaml(Path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"--palette {source} cannot be read ({error}); give a YAML file or `{BINARY}`") from error
+        raise UserError(f"--palette {source} cannot be read ({error}); give a YAML file or `{BINARY}`") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f'--palette {source} is no mapping of class names to colours, such as wire: "#ffa500"')
+        raise UserError(f'--palette {source} is no mapping of class names to colours, such as wire: "#ffa500"')
     return {str(name): value if is_list_of_colours(value) else [value] for name, value in content.items()}
 
 
@@ -120,7 +121,7 @@ def colour_code(colour: Any, source: str) -> int:
         with contextlib.suppress(ValueError):
             values = ImageColor.getcolor(colour, "RGB")
     if not isinstance(values, list | tuple) or len(values) != 3 or not all(v in range(256) for v in values):
-        raise ValueError(f'--palette {source}: {colour!r} is no colour; write "#rrggbb", [r, g, b] or a grey value')
+        raise UserError(f'--palette {source}: {colour!r} is no colour; write "#rrggbb", [r, g, b] or a grey value')
     red, green, blue = values
     return int(red) << 16 | int(green) << 8 | int(blue)
 
@@ -136,7 +137,7 @@ def rgb_codes(mask: Any) -> Array:
     array = np.asarray(mask)
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.dtype.kind not in "biu" or array.size == 0 or array.min() < 0 or array.max() > 255:
-        raise ValueError(f"the mask is {array.dtype} of shape {array.shape}: a palette is of values 0 to 255")
+        raise UserError(f"the mask is {array.dtype} of shape {array.shape}: a palette is of values 0 to 255")
     array = array.astype(np.int32)
     if array.ndim == 2:
         array = np.stack([array] * 3, axis=-1)
@@ -150,12 +151,12 @@ def index_mask(mask: Any) -> Array:
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8:
         codes = np.unique(rgb_codes(array))
-        raise ValueError(
+        raise UserError(
             f"the mask has {len(codes)} colours ({', '.join(colour_names(codes[:4]))} ...), not one class id a pixel; "
             "pass --palette FILE that says what they mean (`hf-dbp inspect --masks` writes one), or `binary` for 0/255"
         )
     if array.ndim != 2 or array.dtype.kind not in "biu":
-        raise ValueError(
+        raise UserError(
             f"the mask is {array.dtype} of shape {array.shape}, not one class id a pixel; "
             "write masks as grey or palette PNG that hold the ids"
         )
@@ -198,7 +199,7 @@ def pair_splits(
     """
     if masks.keys() - images.keys():
         there = f"has {', '.join(images)}" if len(images) > 1 else "has none of them"
-        raise ValueError(f"{mask_dir} has the folders {', '.join(masks)}, {image_dir} {there}: give both the same")
+        raise UserError(f"{mask_dir} has the folders {', '.join(masks)}, {image_dir} {there}: give both the same")
     found = {}
     for split, samples in images.items():
         image_name = f"{image_dir}/{split}" if len(images) > 1 else image_dir
@@ -212,7 +213,7 @@ def pair_names(image_dir: str, images: Samples, mask_dir: str, masks: Samples, m
     masks = {name.removesuffix(mask_suffix): files for name, files in masks.items()}
     lost = sorted(masks.keys() - images.keys())
     if lost:
-        raise ValueError(
+        raise UserError(
             f"{len(lost)} of the {len(masks)} masks in {mask_dir} have no image of that name among the {len(images)} "
             f"in {image_dir}, e.g. {lost[0]!r} (images are called {next(iter(images))!r} ...); {_remedy(images, masks)}"
         )

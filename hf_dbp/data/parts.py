@@ -24,6 +24,7 @@ from PIL import ExifTags, Image
 
 from hf_dbp.data.augmentation import Box, cut
 from hf_dbp.data.decoding import DECODING_ERRORS, decode
+from hf_dbp.errors import UserError
 
 __all__ = ["decode_part", "jpeg_part"]
 
@@ -104,7 +105,7 @@ def _header(content: bytes) -> tuple[Size | None, int]:
     while True:
         mark, marker, length = struct.unpack_from(">BBH", content, position)
         if mark != 0xFF:
-            raise ValueError(f"no marker at byte {position}")
+            raise UserError(f"no marker at byte {position}")
         if marker in FRAMES:
             depth, height, width, colours = struct.unpack_from(">BHHB", content, position + 4)
             size = (height, width) if (depth, colours) == (8, 3) and height and width else None

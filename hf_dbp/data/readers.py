@@ -25,6 +25,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from hf_dbp.errors import UserError
+
 __all__ = ["read_picture"]
 
 Array = NDArray[Any]
@@ -50,7 +52,7 @@ def read_picture(file: str | bytes) -> Image.Image | Array:
     except (OSError, ValueError):
         raise
     except Exception as error:  # on damaged files the libraries stumble anywhere: TypeError, ZeroDivisionError ...
-        raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
+        raise UserError(f"damaged ({type(error).__name__}: {error})") from error
 
 
 def parsed(file: str | bytes) -> Image.Image | Array:
@@ -74,7 +76,7 @@ def npy_values(content: bytes) -> Array:
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(stream)
     if math.prod(shape) * dtype.itemsize > len(content):
-        raise ValueError(f"its header promises {dtype} of shape {shape}, more than the file holds")
+        raise UserError(f"its header promises {dtype} of shape {shape}, more than the file holds")
     stream.seek(0)
     return np.asarray(np.load(stream, allow_pickle=False))
 
@@ -90,7 +92,7 @@ def read_with_pillow(file: str | bytes) -> Image.Image | Array:
 def read_tiff(file: str | bytes) -> Image.Image | Array:
     with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
         if not tiff.series:
-            raise ValueError("the TIFF holds no image")
+            raise UserError("the TIFF holds no image")
         series = tiff.series[0]
         page = series.keyframe
         if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
@@ -99,7 +101,7 @@ def read_tiff(file: str | bytes) -> Image.Image | Array:
             if series.dataoffset is not None and page.is_memmappable and isinstance(file, str):
                 array = tifffile.memmap(file, series=0, mode="r")
             elif series.size > LARGEST:
-                raise ValueError(
+                raise UserError(
                     f"it unpacks to {series.size} values of shape {series.shape}, more than {LARGEST}; write it "
                     "uncompressed, which is read in parts, or cut it into tiles"
                 )
@@ -123,7 +125,7 @@ def read_with_opencv(file: str | bytes) -> Array:
     content = np.frombuffer(file if isinstance(file, bytes) else Path(file).read_bytes(), np.uint8)
     done, pages = cv2.imdecodemulti(content, cv2.IMREAD_UNCHANGED)
     if not done:
-        raise ValueError("its compression cannot be read; write it uncompressed or with zlib, or install imagecodecs")
+        raise UserError("its compression cannot be read; write it uncompressed or with zlib, or install imagecodecs")
     page = np.asarray(pages[0] if len(pages) == 1 else np.stack(pages))
     if len(pages) == 1 and page.ndim == 3 and page.shape[2] in (3, 4):
         page = cv2.cvtColor(page, cv2.COLOR_BGR2RGB if page.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
@@ -144,7 +146,7 @@ def channels_last(array: Array, axes: str = "") -> Array:
         axes = "".join(letter for letter, length in zip(axes, array.shape, strict=True) if length > 1 or letter in "YX")
     array = array.reshape([n for n in array.shape if n > 1]) if array.ndim > 3 else array
     if array.ndim not in (2, 3) or array.size == 0:
-        raise ValueError(
+        raise UserError(
             f"an array of shape {array.shape} is no image: two axes and perhaps one of channels are expected; "
             "save the planes of a stack as files of their own"
         )

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from hf_dbp.data.folders import file_stamp
 from hf_dbp.data.subset import Keys, content_key, readable_bytes
+from hf_dbp.errors import UserError
 from hf_dbp.hub.errors import explained
 
 __all__ = ["Listing", "ShardedImages", "in_threads", "list_shards"]
@@ -138,7 +139,7 @@ def list_parquet(files: list[str], column: str, token: str | None) -> Listing:
             parquet = pq.ParquetFile(opened)
             kind = parquet.schema_arrow.field(column).type
             if not (pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
-                raise ValueError(f"column {column!r} of {file} holds {kind}, not encoded images; leave out --streaming")
+                raise UserError(f"column {column!r} of {file} holds {kind}, not encoded images; leave out --streaming")
             rows = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
             return [(group.num_rows, group.total_byte_size) for group in rows]
 
@@ -168,7 +169,7 @@ def list_tars(files: list[str], column: str, token: str | None) -> Listing:
                         if member.isfile() and member.name.lower().endswith(f".{column}")
                     ]
             except tarfile.ReadError as error:
-                raise ValueError(
+                raise UserError(
                     f"{file} is no uncompressed tar ({error}); unpack it or leave out --streaming"
                 ) from error
 

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi
 
 from hf_dbp.data.folders import IMAGE_FILES, file_table, folder_splits, list_samples
 from hf_dbp.data.shards import ShardedImages, list_shards, open_binary
+from hf_dbp.errors import UserError
 from hf_dbp.hub.errors import explained
 
 __all__ = [
@@ -87,27 +88,27 @@ class ImageSource:
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_dir is None:
-            raise ValueError(f"no data: give --train_dir FOLDER, --dataset_name HUB_ID or --dataset_name {BUILT_IN}")
+            raise UserError(f"no data: give --train_dir FOLDER, --dataset_name HUB_ID or --dataset_name {BUILT_IN}")
         if self.dataset_name is not None and self.train_dir is not None:
-            raise ValueError("give --train_dir or --dataset_name, not both")
+            raise UserError("give --train_dir or --dataset_name, not both")
         if not 0.0 < self.train_val_split < 1.0:
-            raise ValueError(f"--train_val_split is a share between 0 and 1, got {self.train_val_split}")
+            raise UserError(f"--train_val_split is a share between 0 and 1, got {self.train_val_split}")
         for name in ("max_train_samples", "max_eval_samples", "num_channels"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} is a positive number, got {value}")
+                raise UserError(f"--{name} is a positive number, got {value}")
         if not 0.0 < self.train_fraction <= 1.0:
-            raise ValueError(f"--train_fraction is a share above 0 and at most 1, got {self.train_fraction}")
+            raise UserError(f"--train_fraction is a share above 0 and at most 1, got {self.train_fraction}")
         if self.train_fraction < 1.0 and self.max_train_samples is not None:
-            raise ValueError("give --train_fraction or --max_train_samples, not both")
+            raise UserError("give --train_fraction or --max_train_samples, not both")
         if self.dataset_name == BUILT_IN and (self.streaming or self.train_fraction < 1.0):
-            raise ValueError(
+            raise UserError(
                 f"{BUILT_IN} is rendered: --streaming does nothing there, --max_train_samples sets its size"
             )
         if self.channel_files and (self.train_dir is None or self.streaming):
-            raise ValueError("--channel_files names the files of --train_dir FOLDER, without --streaming")
+            raise UserError("--channel_files names the files of --train_dir FOLDER, without --streaming")
         if self.cache_short_side < 1 or self.max_unreadable < 0:
-            raise ValueError(
+            raise UserError(
                 f"--cache_short_side is a positive number and --max_unreadable not negative, "
                 f"got {self.cache_short_side} and {self.max_unreadable}"
             )
@@ -151,7 +152,7 @@ def streamed_splits(source: ImageSource) -> tuple[dict[str, ShardedImages], str]
     if source.validation_dir is not None:
         other = folder_builder(source.validation_dir, "--validation_dir", options)
         if files_kind(other) != kind:
-            raise ValueError(f"--train_dir holds {kind} files, --validation_dir {files_kind(other)}; stream one kind")
+            raise UserError(f"--train_dir holds {kind} files, --validation_dir {files_kind(other)}; stream one kind")
         files["validation"] = any_split(other.config.data_files)
     if kind == "imagefolder":  # on the Hub
         files = {
@@ -176,7 +177,7 @@ def streamed_folders(source: ImageSource) -> tuple[dict[str, ShardedImages], str
     splits = pick_splits(folder_splits(str(source.train_dir)), source.name)
     if source.validation_dir is not None:
         if not holds_pictures(source.validation_dir, "--validation_dir"):
-            raise ValueError("--train_dir holds pictures, --validation_dir does not; stream one kind")
+            raise UserError("--train_dir holds pictures, --validation_dir does not; stream one kind")
         splits["validation"] = list_samples(source.validation_dir)
     return {
         split: list_shards("imagefolder", [file for (file,) in samples.values()], "image", source.kept_in, source.token)
@@ -187,7 +188,7 @@ def streamed_folders(source: ImageSource) -> tuple[dict[str, ShardedImages], str
 def files_kind(builder: datasets.DatasetBuilder) -> str:
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in ("parquet", "webdataset", "imagefolder"):
-        raise ValueError(
+        raise UserError(
             f"{kind} files cannot be streamed (parquet, webdataset and pictures can); leave out --streaming"
         )
     return kind
@@ -207,7 +208,7 @@ def streamed_column(kind: str, file: str, source: ImageSource) -> str:
         return pick_column(sorted(extensions), source.image_column_name)
     pictures = sorted(extension for extension in extensions if f".{extension}" in IMAGE_FILES)
     if len(pictures) != 1:
-        raise ValueError(
+        raise UserError(
             f"{file} holds {', '.join(sorted(extensions))}; name the images by --image_column_name EXTENSION"
         )
     return pictures[0]
@@ -254,7 +255,7 @@ def load_folder(
             for split, samples in folder_splits(folder, channel_files).items()
         }
     if channel_files:
-        raise ValueError(f"--channel_files names pictures, but {flag} {folder} holds parquet or tar files")
+        raise UserError(f"--channel_files names pictures, but {flag} {folder} holds parquet or tar files")
     location = folder_location(folder, flag)
     with explained(f"{flag} {folder}"):
         return datasets.load_dataset(**location, **options)  # type: ignore[no-any-return]
@@ -269,11 +270,11 @@ def folder_location(folder: str, flag: str) -> dict[str, Any]:
     """What to call `datasets.load_dataset` with for a folder. ValueError if there is nothing to read in it."""
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"{flag} {folder}: there is no such folder")
+        raise UserError(f"{flag} {folder}: there is no such folder")
     kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     if not kinds & (IMAGE_FILES | {".parquet", ".arrow", ".tar"}):
         found = f"only {', '.join(sorted(kinds))} files" if kinds else "nothing"
-        raise ValueError(
+        raise UserError(
             f"{flag} {folder} holds {found}; expected pictures ({', '.join(sorted(IMAGE_FILES))}) or parquet"
         )
     if ".parquet" in kinds or ".tar" in kinds:
@@ -284,7 +285,7 @@ def folder_location(folder: str, flag: str) -> dict[str, Any]:
 def pick_splits(loaded: Mapping[str, Any], name: str) -> dict[str, Any]:
     """``train`` and, under this name, the first of validation, val and test."""
     if "train" not in loaded:
-        raise ValueError(f"{name} has no split 'train', only {', '.join(map(str, loaded))}")
+        raise UserError(f"{name} has no split 'train', only {', '.join(map(str, loaded))}")
     splits = {"train": loaded["train"]}
     for split in ("validation", "val", "test"):
         if split in loaded:
@@ -306,4 +307,4 @@ def pick_column(columns: Sequence[str], wanted: str | None) -> str:
     for column in (wanted,) if wanted is not None else ("image", "img"):
         if column in columns:
             return column
-    raise ValueError(f"no column {wanted or 'image'!r}; pass --image_column_name with one of {', '.join(columns)}")
+    raise UserError(f"no column {wanted or 'image'!r}; pass --image_column_name with one of {', '.join(columns)}")

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_dbp.data.decoding import encoded_bytes
+from hf_dbp.errors import UserError
 
 __all__ = ["Keys", "chosen", "content_key", "content_keys", "draw", "keys_digest", "readable_bytes", "split_rows"]
 
@@ -54,7 +55,7 @@ def split_rows(count: int, share: float, seed: int) -> tuple[Rows, Rows]:
     """
     num_validation = max(1, round(count * share))
     if count - num_validation < 1:
-        raise ValueError(f"{count} images are too few to set {share:.0%} of them aside for validation")
+        raise UserError(f"{count} images are too few to set {share:.0%} of them aside for validation")
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 

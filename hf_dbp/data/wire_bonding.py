@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 
 from hf_dbp.data.wire_bonding_canvas import Array, Canvas, Label, defocus, expose, shade
+from hf_dbp.errors import UserError
 
 __all__ = ["CLASS_NAMES", "WireBonding", "render"]
 
@@ -312,11 +313,11 @@ def _checked(index: int, seed: int, size: int | tuple[int, int], bits: int) -> t
     """Height and width, if the arguments of `render` are sound."""
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < MIN_SIZE:
-        raise ValueError(f"size={size}: wire_bonding images need at least {MIN_SIZE} pixels a side")
+        raise UserError(f"size={size}: wire_bonding images need at least {MIN_SIZE} pixels a side")
     if bits not in (8, 16):
-        raise ValueError(f"bits={bits}: choose 8 or 16")
+        raise UserError(f"bits={bits}: choose 8 or 16")
     if index < 0 or seed < 0:
-        raise ValueError(f"index={index}, seed={seed}: both count from 0, choose them 0 or larger")
+        raise UserError(f"index={index}, seed={seed}: both count from 0, choose them 0 or larger")
     return height, width
 
 
@@ -368,7 +369,7 @@ class WireBonding(torch.utils.data.Dataset[dict[str, npt.NDArray[Any]]]):
         self, num_images: int, *, size: int | tuple[int, int], seed: int = 0, bits: int = 8, first: int = 0
     ) -> None:
         if num_images < 1:
-            raise ValueError(f"num_images={num_images}: must be at least 1")
+            raise UserError(f"num_images={num_images}: must be at least 1")
         _checked(first, seed, size, bits)
         self.num_images, self.size, self.seed, self.bits, self.first = num_images, size, seed, bits, first
 

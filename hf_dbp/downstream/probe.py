@@ -15,7 +15,6 @@ Shapes: N training images, M test images, D features, K classes.
 
 import logging
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,6 +37,7 @@ from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_
 from hf_dbp.data.sources import any_split, holds_pictures, load_folder, pick_splits
 from hf_dbp.downstream.segmentation.data import normalized
 from hf_dbp.downstream.segmentation.upernet import load_vit
+from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_statistics
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
@@ -86,7 +86,7 @@ class ProbeArguments:
 
     def __post_init__(self) -> None:
         if self.neighbours < 1:
-            raise ValueError(f"--neighbours is at least 1, got {self.neighbours}")
+            raise UserError(f"--neighbours is at least 1, got {self.neighbours}")
 
     @property
     def hub_options(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def labelled_folder(folder: str, flag: str, source: ImageSource) -> Mapping[str,
     for split, samples in folder_splits(folder).items():
         outside = [files[0] for name, files in samples.items() if "/" not in name]
         if outside:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {folder}: {len(outside)} of {len(samples)} pictures lie in no class folder, e.g. "
                 f"{outside[0]}; put each class into a folder of its own"
             )
@@ -228,7 +228,7 @@ def class_labels(data: datasets.Dataset, args: ProbeArguments) -> list[str]:
     """The class name of each row. ValueError if there is no such column."""
     if args.label_column_name not in data.column_names:
         columns = ", ".join(data.column_names)
-        raise ValueError(f"no column {args.label_column_name!r}; pass --label_column_name with one of {columns}")
+        raise UserError(f"no column {args.label_column_name!r}; pass --label_column_name with one of {columns}")
     feature, labels = data.features[args.label_column_name], data[args.label_column_name][:]
     return feature.int2str(labels) if isinstance(feature, datasets.ClassLabel) else [str(label) for label in labels]
 
@@ -245,7 +245,7 @@ def split_classes(labels: Sequence[str], share: float, seed: int) -> tuple[NDArr
         rows = rng.permutation(np.flatnonzero(classes == name))
         tested[rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]] = True
     if not tested.any():
-        raise ValueError(
+        raise UserError(
             f"no class of the {len(classes)} images has two, one to train and one to test on; add images, or give "
             "those to test on by --validation_dir"
         )
@@ -272,11 +272,11 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
         raw.append(class_labels(data, args))
     names = sorted(set(raw[0]))
     if len(names) < 2:
-        raise ValueError(f"{source.name}: the training images have {len(names)} class; a probe needs two")
+        raise UserError(f"{source.name}: the training images have {len(names)} class; a probe needs two")
     unknown = sorted(set(raw[1]) - set(names))
     if unknown:
         remedy = "" if args.max_train_samples is None else f"raise --max_train_samples {args.max_train_samples}, or "
-        raise ValueError(
+        raise UserError(
             f"{source.name}: {len(unknown)} test classes are not in training, e.g. {unknown[0]!r}; {remedy}add images "
             "of them to training or take them out of the test images"
         )
@@ -296,13 +296,13 @@ def make_room_for(file: str) -> None:
     """Make the folder of the output file, before the work that it is to hold. ValueError if it cannot be written."""
     path = Path(file)
     if path.is_dir():
-        raise ValueError(f"--output_file {file} is a folder; name a file in it, such as {path / 'probe.json'}")
+        raise UserError(f"--output_file {file} is a folder; name a file in it, such as {path / 'probe.json'}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise ValueError(f"--output_file {file} cannot be written ({error}); choose another place") from error
+        raise UserError(f"--output_file {file} cannot be written ({error}); choose another place") from error
 
 
 def run(args: ProbeArguments) -> dict[str, Any]:
@@ -316,7 +316,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     for part in images:
         channels = part.readable(0).shape[2]
         if channels != vit.config.num_channels:
-            raise ValueError(
+            raise UserError(
                 f"the ViT takes {vit.config.num_channels} channels, the images have {channels}: "
                 "convert with --num_channels"
             )
@@ -364,16 +364,13 @@ def _score(hits: int, trials: int) -> dict[str, Any]:
     return {"accuracy": hits / trials, "interval_95": [low, high]}
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse flags and recipe, and probe. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    try:
-        (args,) = parse_arguments((ProbeArguments,), arguments)
-        record = run(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    (args,) = parse_arguments((ProbeArguments,), arguments)
+    record = run(args)
     for name in ("knn", "linear", "commonest_class"):
         low, high = record[name]["interval_95"]
         print(f"{name:>16}  {record[name]['accuracy']:.4f}  (95 %: {low:.4f} to {high:.4f})")

@@ -19,6 +19,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RevisionNotFoundError,
 )
 
+from hf_dbp.errors import UserError
+
 __all__ = ["explained"]
 
 AGAIN = "run the same command again: what is cached is kept, and training goes on from its last checkpoint"
@@ -31,7 +33,7 @@ def explained(name: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, HTTPError, pa.ArrowInvalid, datasets.exceptions.DatasetsError) as error:
         # RuntimeError: `datasets` refuses a loading script
-        raise ValueError(_message(name, error)) from error
+        raise UserError(_message(name, error)) from error
 
 
 def _message(name: str, error: BaseException) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_dbp.errors import UserError, command
+
 __all__ = ["CARD", "main", "write_card"]
 
 CARD = "README.md"
@@ -89,7 +91,7 @@ def write_card(folder: Path, name: str | None = None) -> Path:
         ValueError: no model there, or one that this library does not make.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no model (config.json), which a card is about")
+        raise UserError(f"{folder} holds no model (config.json), which a card is about")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     record_file = next((folder / file for file in RECORDS if (folder / file).is_file()), None)
     record = {} if record_file is None else json.loads(record_file.read_text(encoding="utf-8"))
@@ -112,7 +114,7 @@ def card_facts(config: Mapping[str, Any], record: Mapping[str, Any], name: str) 
     """The values of the template but for metadata and pictures."""
     kind = config["model_type"]
     if kind not in LOADING:
-        raise ValueError(f"cards are of {', '.join(LOADING)} models, not of {kind}")
+        raise UserError(f"cards are of {', '.join(LOADING)} models, not of {kind}")
     title = name.rstrip("/").rpartition("/")[2]
     return {
         "title": title,
@@ -334,6 +336,7 @@ def shown(source: str | None) -> str:
     return name if hub_id(name) else Path(name).name
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the card of a model's folder, there or with record and pictures in another folder."""
     parser = argparse.ArgumentParser(prog="hf_dbp.hub.model_card", description="Write the card of a trained model.")

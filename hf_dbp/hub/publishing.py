@@ -18,6 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[att
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from hf_dbp.errors import UserError
+
 __all__ = ["Destination", "claim_push"]
 
 PUSHED = (
@@ -57,7 +59,7 @@ class Destination:
             ValueError: no token, no right to write, a bad name, or no connection.
         """
         if self.token is None and get_token() is None:
-            raise ValueError(f"no Hub token, which pushing to {self.repo_id} needs: {LOGIN}")
+            raise UserError(f"no Hub token, which pushing to {self.repo_id} needs: {LOGIN}")
         with explained(self.repo_id):
             url = HfApi(token=self.token).create_repo(self.repo_id, private=self.private, exist_ok=True)
         return dataclasses.replace(self, repo_id=url.repo_id)
@@ -103,7 +105,7 @@ class Destination:
         for file in files:
             content = file.read_bytes() if file.suffix in (".json", ".md") else b""
             if (own and own in content) or TOKEN.search(content):
-                raise ValueError(f"{file} holds a Hub token; take it out, and revoke it if others saw it")
+                raise UserError(f"{file} holds a Hub token; take it out, and revoke it if others saw it")
 
 
 def claim_push(args: TrainingArguments, token: str | None = None) -> Destination | None:
@@ -123,7 +125,7 @@ def claim_push(args: TrainingArguments, token: str | None = None) -> Destination
     if not args.push_to_hub:
         return None
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        raise ValueError(
+        raise UserError(
             f"--hub_strategy {args.hub_strategy.value}: checkpoints are not pushed, the model is, at the end of the run"
         )
     args.push_to_hub = False
@@ -138,7 +140,7 @@ def explained(repo_id: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, HTTPError, RuntimeError, ValueError) as error:  # RuntimeError: an upload of large files broke off
-        raise ValueError(f"{message(repo_id, error)}{remedy}") from error
+        raise UserError(f"{message(repo_id, error)}{remedy}") from error
 
 
 def message(repo_id: str, error: Exception) -> str:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig, ViTMAEForPreT
 from transformers.utils import cached_file
 
 from hf_dbp.configuration_dbp_vit_mae import CHECKED, DTYPES, DBPViTMAEConfig, check_fields, parameters
+from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 
 __all__ = ["KINDS", "check_memory", "known_fields", "load_model", "load_weights", "read_config", "read_statistics"]
@@ -48,11 +49,11 @@ def read_json(source: str | os.PathLike[str], name: str, **hub: Any) -> tuple[st
             return None
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{source}: {one_line(error)}") from error
+        raise UserError(f"{source}: {one_line(error)}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{Path(source) / name} is not JSON: {one_line(error)}") from error
+        raise UserError(f"{Path(source) / name} is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is no JSON mapping of names to values")
+        raise UserError(f"{file} is no JSON mapping of names to values")
     return file, content
 
 
@@ -72,10 +73,10 @@ def read_config(source: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
     """
     found = read_json(source, "config.json", **hub)
     if found is None:
-        raise ValueError(f"{source} holds no config.json; give a folder or a Hub id of a model")
+        raise UserError(f"{source} holds no config.json; give a folder or a Hub id of a model")
     file, content = found
     if not isinstance(content.get("model_type"), str):
-        raise ValueError(f"{file}: model_type is {content.get('model_type')!r}; expected a name such as 'vit'")
+        raise UserError(f"{file}: model_type is {content.get('model_type')!r}; expected a name such as 'vit'")
     if content["model_type"] in KINDS:
         check_fields(content, file)
     return content
@@ -92,7 +93,7 @@ def check_memory(fields: Mapping[str, Any], name: str) -> None:
         return
     needed, there = 4 * parameters(fields), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise ValueError(f"{name}: the model takes {needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f} GiB")
+        raise UserError(f"{name}: the model takes {needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f} GiB")
 
 
 def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> PreTrainedModel:
@@ -111,7 +112,7 @@ def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> Pr
     content = read_config(source, **hub)
     kind = content["model_type"]
     if kind not in kinds:
-        raise ValueError(f"{source} holds a {kind!r} model, not {' or '.join(map(repr, kinds))}")
+        raise UserError(f"{source} holds a {kind!r} model, not {' or '.join(map(repr, kinds))}")
     model_class, config_class = KINDS[kind]
     fields = known_fields(content, config_class)
     check_memory(fields, str(source))
@@ -119,7 +120,7 @@ def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> Pr
     config = config_class(**fields, **({"dtype": dtype} if dtype in DTYPES else {}))
     model, missing = load_weights(model_class, source, config=config, **kwargs)
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+        raise UserError(f"{source} lacks {len(missing)} tensors of the model, among them {missing[0]}")
     return model
 
 
@@ -143,13 +144,11 @@ def load_weights(
     except OSError as error:
         pickles = [*Path(source).glob("*.bin"), *Path(source).glob("*.pt")] if Path(source).is_dir() else []
         why = f"{pickles[0]} is a pickle, which could execute code, and is not loaded" if pickles else one_line(error)
-        raise ValueError(f"{source} has no weights in safetensors: {why}") from error
+        raise UserError(f"{source} has no weights in safetensors: {why}") from error
     except (SafetensorError, StrictDataclassError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"{source} cannot be loaded: {one_line(error)}") from error
     for name, theirs, ours in sorted(info["mismatched_keys"]):
-        raise ValueError(
-            f"{source}: {name} has shape {list(theirs)} in its weights but {list(ours)} by its config.json"
-        )
+        raise UserError(f"{source}: {name} has shape {list(theirs)} in its weights but {list(ours)} by its config.json")
     return model, sorted(name for name in info["missing_keys"] if not name.endswith("decorrelation.R"))
 
 
@@ -162,7 +161,7 @@ def check_files(source: str | os.PathLike[str]) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
+            raise UserError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
     for file in sorted(Path(source).glob("*.index*.json")):
         found = read_json(source, file.name)
         parts = found[1].get("weight_map") if found else None
@@ -170,7 +169,7 @@ def check_files(source: str | os.PathLike[str]) -> None:
             isinstance(part, str) and part.endswith(".safetensors") and Path(part).name == part
             for part in parts.values()
         ):
-            raise ValueError(f"{file} must map tensors to safetensors files beside it")
+            raise UserError(f"{file} must map tensors to safetensors files beside it")
 
 
 def read_statistics(source: str | os.PathLike[str], **hub: Any) -> tuple[list[float], list[float]] | None:
@@ -186,7 +185,7 @@ def read_statistics(source: str | os.PathLike[str], **hub: Any) -> tuple[list[fl
     mean, std = (content.get(name, [0.5] * 3) for name in ("image_mean", "image_std"))
     for values in (mean, std):
         if not isinstance(values, list) or not all(type(v) in (int, float) and math.isfinite(v) for v in values):
-            raise ValueError(f"{file}: image_mean and image_std are lists of numbers; got {mean!r:.80} and {std!r:.80}")
+            raise UserError(f"{file}: image_mean and image_std are lists of numbers; got {mean!r:.80} and {std!r:.80}")
     if len(mean) != len(std) or not all(value > 0 for value in std):
-        raise ValueError(f"{file}: image_std must be above 0, one for each of image_mean; got {std!r:.80}")
+        raise UserError(f"{file}: image_std must be above 0, one for each of image_mean; got {std!r:.80}")
     return mean, std

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTMAEConfig
 
 from hf_dbp.conversion import decorrelated_layers, fuse
+from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import KINDS, load_model, read_config
 from hf_dbp.stock_vit_mae import patch_grid
 
@@ -55,7 +56,7 @@ def warm_start_(model: PreTrainedModel, source: str, **hub: Any) -> None:
     """
     kind = read_config(source, **hub)["model_type"]
     if kind not in KINDS:
-        raise ValueError(f"--model_name_or_path {source} holds a {kind!r} model; give a ViT-MAE or a ViT")
+        raise UserError(f"--model_name_or_path {source} holds a {kind!r} model; give a ViT-MAE or a ViT")
     plain: nn.Module = load_model(
         source, *KINDS, dtype=torch.float32, **hub, **({"add_pooling_layer": False} if kind == "vit" else {})
     )
@@ -67,14 +68,14 @@ def warm_start_(model: PreTrainedModel, source: str, **hub: Any) -> None:
     theirs, config = getattr(plain, "config"), model.config  # noqa: B009
     for name in ("patch_size", "hidden_size", "num_hidden_layers"):
         if getattr(theirs, name) != getattr(config, name):
-            raise ValueError(
+            raise UserError(
                 f"--model_name_or_path {source} has {name} {getattr(theirs, name)}, the model to train "
                 f"{getattr(config, name)}; leave out the flag that changes it"
             )
     _adapt_(state, target, config, theirs.num_channels, learned_positions=kind == "vit")
     wrong = [name for name in state.keys() & target.keys() if state[name].shape != target[name].shape]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"--model_name_or_path {source}: {sorted(wrong)[0]} has another shape than in the model to train"
         )
     model.load_state_dict(state, strict=False)

@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from hf_dbp.data.folders import Samples, folder_splits
 from hf_dbp.data.masks import BINARY, IGNORE, Palette, pair_splits
 from hf_dbp.data.sources import pick_splits
 from hf_dbp.data.subset import split_rows
+from hf_dbp.errors import UserError, command
 from hf_dbp.inspection.contact_sheet import write_contact_sheet
 from hf_dbp.inspection.survey import ImageKind, MaskSurvey, duplicates, survey_images, survey_masks
 from hf_dbp.recipes import read_yaml, recipe_path
@@ -73,7 +73,7 @@ def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Fin
     suffixes = Counter(Path(file).suffix.lower() for file in files)
     readable = [kind for kind in kinds.values() if not kind.error]
     if not readable:
-        raise ValueError(f"none of the {len(samples)} images can be read, e.g. {next(iter(kinds.values())).error}")
+        raise UserError(f"none of the {len(samples)} images can be read, e.g. {next(iter(kinds.values())).error}")
     gigabytes = sum(Path(file).stat().st_size for file in files) / 1e9
     found.lines += [
         f"images     {len(samples)} in {len(files)} files: {common(suffixes)}; {gigabytes:.2f} GB",
@@ -279,7 +279,7 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
     if args.masks is not None:
         inside = Path(args.folder).resolve() in Path(args.masks).resolve().parents
         if inside:
-            raise ValueError(f"{args.masks} lies in {args.folder}, all of whose pictures are images; move it out")
+            raise UserError(f"{args.masks} lies in {args.folder}, all of whose pictures are images; move it out")
         masks = describe_masks(args, splits, kinds, found)
         if found.finetuning:
             flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
@@ -293,6 +293,7 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
     return found
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run. User mistakes end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0])
@@ -304,8 +305,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--channel_files", nargs="+", help="a file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'"
     )
     parser.add_argument("--output_dir", default="outputs/inspection", help="where recipes and contact sheet go")
-    try:
-        print("\n".join(inspect_folder(parser.parse_args(arguments)).lines))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    print("\n".join(inspect_folder(parser.parse_args(arguments)).lines))

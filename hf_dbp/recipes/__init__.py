@@ -21,6 +21,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from hf_dbp.errors import UserError
+
 __all__ = [
     "flag_arguments",
     "parse_arguments",
@@ -55,7 +57,7 @@ def recipe_path(name: str) -> Path:
     for path in (Path(name), Path(str(resources.files(__name__) / name))):
         if path.is_file():
             return path
-    raise ValueError(f"no recipe {name!r}: give a YAML file or one of {', '.join(recipe_names())}")
+    raise UserError(f"no recipe {name!r}: give a YAML file or one of {', '.join(recipe_names())}")
 
 
 def recipe_arguments(name: str) -> list[str]:
@@ -67,9 +69,9 @@ def recipe_arguments(name: str) -> list[str]:
     path = recipe_path(name)
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} must be a mapping of flags to values, found {type(content).__name__}")
+        raise UserError(f"recipe {path} must be a mapping of flags to values, found {type(content).__name__}")
     if "axes" in content:
-        raise ValueError(f"{name} is the plan of a comparison, not a recipe: hf-dbp compare --plan {name}")
+        raise UserError(f"{name} is the plan of a comparison, not a recipe: hf-dbp compare --plan {name}")
     return flag_arguments(content, f"recipe {path}")
 
 
@@ -80,7 +82,7 @@ def read_yaml(path: Path) -> Any:
         safe_yaml(text)  # refuses what is more than data
         return yaml.load(text, Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"recipe {path} is not readable YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"recipe {path} is not readable YAML: {str(error).splitlines()[0]}") from error
 
 
 def safe_yaml(text: str) -> Any:
@@ -99,7 +101,7 @@ def flag_arguments(flags: dict[str, Any], source: str) -> list[str]:
     arguments: list[str] = []
     for key, value in flags.items():
         if not isinstance(key, str) or not key.isidentifier():
-            raise ValueError(f"{source}: {key!r} is no flag name; write e.g. learning_rate: 5e-4")
+            raise UserError(f"{source}: {key!r} is no flag name; write e.g. learning_rate: 5e-4")
         if value in ("", "null", "~"):
             continue  # the flag's default
         values = value if isinstance(value, list) else [json.dumps(typed(value)) if isinstance(value, dict) else value]
@@ -142,7 +144,7 @@ def parse_arguments(
     while "--config" in own:
         at = own.index("--config")
         if at + 1 == len(own):
-            raise ValueError(f"--config needs a recipe: a YAML file or one of {', '.join(recipe_names())}")
+            raise UserError(f"--config needs a recipe: a YAML file or one of {', '.join(recipe_names())}")
         recipes += recipe_arguments(own[at + 1])
         del own[at : at + 2]
     description = parser.pop("description", None)
@@ -154,10 +156,10 @@ def parse_arguments(
         )
     except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
         # what TrainingArguments raises on flags that do not fit together, or ask for a package that is not there
-        raise ValueError(f"these flags cannot be: {' '.join(str(error).split())}") from error
+        raise UserError(f"these flags cannot be: {' '.join(str(error).split())}") from error
     if unknown:
         flag = " ".join(unknown[0].partition("=")[0].split())  # its value may be a token
         known = [flag for action in hf_parser._actions for flag in action.option_strings]
         similar = difflib.get_close_matches(flag, known, n=1)
-        raise ValueError(f"unknown flag {flag}" + (f"; did you mean {similar[0]}?" if similar else "; see --help"))
+        raise UserError(f"unknown flag {flag}" + (f"; did you mean {similar[0]}?" if similar else "; see --help"))
     return tuple(parsed[: len(dataclasses)])

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.feeding import feed_fast
+from hf_dbp.errors import UserError
 from hf_dbp.training.measurement import check_country
 from hf_dbp.training.processes import check_processes, use_one_gpu
 
@@ -132,13 +133,13 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if self.trust_remote_code:
-            raise ValueError("--trust_remote_code: no code of a model or a data set is ever run here; leave it out")
+            raise UserError("--trust_remote_code: no code of a model or a data set is ever run here; leave it out")
         if self.method == "dbp" and self.decorrelated_layers == "none":
-            raise ValueError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
+            raise UserError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
         if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
-            raise ValueError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
+            raise UserError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
         if self.image_size is not None and len(self.image_size) > 2:
-            raise ValueError(f"--image_size takes one number or height and width, got {self.image_size}")
+            raise UserError(f"--image_size takes one number or height and width, got {self.image_size}")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import ViTModel
 from transformers.trainer_callback import TrainerState
 
+from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import load_model
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
 from hf_dbp.training.saving import whole_checkpoints
@@ -36,7 +37,7 @@ def model_folder(run: str | os.PathLike[str]) -> Path:
         return run
     complete = whole_checkpoints(run)
     if not complete:
-        raise ValueError(f"{run} holds no model; give the output folder of a run or one of its checkpoint-N folders")
+        raise UserError(f"{run} holds no model; give the output folder of a run or one of its checkpoint-N folders")
     last = complete[max(complete)]
     best_step = TrainerState.load_from_json(str(last / STATE)).best_global_step
     return complete.get(best_step, last)

@@ -26,6 +26,7 @@ from torch.nn.parameter import Parameter
 from transformers import Trainer
 
 from hf_dbp.callbacks import DecorrelationCallback
+from hf_dbp.errors import UserError
 
 __all__ = ["GuardedTrainer", "NonFiniteError", "first_non_finite_output"]
 
@@ -39,7 +40,7 @@ ADVICE = {
 }
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(UserError, FloatingPointError):
     """Too many steps in a row met a loss, a gradient or an R that is not finite; the message says where and what to do.
 
     The weights are those before the first of these steps.
@@ -88,7 +89,7 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, max_skipped_steps: int = 5, **kwargs: Any) -> None:
         if max_skipped_steps < 1:
-            raise ValueError(f"--max_skipped_steps is a number of steps, at least 1, got {max_skipped_steps}")
+            raise UserError(f"--max_skipped_steps is a number of steps, at least 1, got {max_skipped_steps}")
         super().__init__(*args, **kwargs)
         self.args.logging_nan_inf_filter = False
         self.max_skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hf_dbp.errors import UserError
+
 __all__ = ["EnergyMeter", "Meter", "StepTimer", "TrainingClock", "check_country", "gpus_in_use"]
 
 SEGMENT_SECONDS = 60.0  # a segment is closed at least so often: counters of processors wrap around within minutes
@@ -101,7 +103,7 @@ def check_country(country: str | None) -> None:
 
     known = DataSource().get_global_energy_mix_data()
     if country is not None and country not in known:
-        raise ValueError(f"no carbon intensity for {country!r}; give a three-letter ISO code such as NLD, DEU or USA")
+        raise UserError(f"no carbon intensity for {country!r}; give a three-letter ISO code such as NLD, DEU or USA")
 
 
 def world_average() -> float:

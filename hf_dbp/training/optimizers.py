@@ -16,6 +16,8 @@ from torch.nn.parameter import Parameter
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import SchedulerType, TrainingArguments
 
+from hf_dbp.errors import UserError
+
 __all__ = ["MuonWithAdamW", "checked_schedule", "decay_groups", "hidden_matrices"]
 
 
@@ -65,7 +67,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         hidden = hidden_matrices(model)
         if not hidden:
-            raise ValueError(f"{type(model).__name__} has no hidden matrix for Muon; use --optimizer adamw")
+            raise UserError(f"{type(model).__name__} has no hidden matrix for Muon; use --optimizer adamw")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if name in hidden]
         rest = decay_groups([(name, p) for name, p in named if name not in hidden], weight_decay)
@@ -113,7 +115,7 @@ def checked_schedule(create: Callable[[int], LRScheduler], args: TrainingArgumen
         for factor in schedule.lr_lambdas if isinstance(schedule, LambdaLR) else ():
             factor(steps)
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value} cannot go over {steps} steps, "
             f"{args.get_warmup_steps(steps)} of them warm-up, with --lr_scheduler_kwargs {args.lr_scheduler_kwargs} "
             f"({error}): leave it steps after --warmup_steps, a --learning_rate above 0 and arguments that it takes"

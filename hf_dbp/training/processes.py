@@ -13,6 +13,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from hf_dbp.errors import UserError
+
 __all__ = ["check_processes", "end_processes", "ending_processes", "use_one_gpu"]
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def check_processes(args: TrainingArguments) -> None:
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if "LOCAL_RANK" in os.environ and args.world_size < started:
-        raise ValueError(f"{started} processes, and not a GPU for each: they would train apart; add --use_cpu")
+        raise UserError(f"{started} processes, and not a GPU for each: they would train apart; add --use_cpu")
 
 
 def end_processes() -> None:

@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.data.order import EpochSampler
+from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.records import RunRecord
 from hf_dbp.training.guards import GuardedTrainer
@@ -78,7 +79,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     named = str(args.resume_from_checkpoint)
     problem = fault(Path(named))
     if problem is not None:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {named} is not whole: {problem}; without --resume_from_checkpoint the last whole one of "
             "--output_dir is taken"
         )
@@ -116,7 +117,7 @@ def compared_arguments(
     for flag, (old, new) in fixed.items():
         if old != new:
             remedy = f"leave --{flag} out" if old is None else f"give --{flag} {old}"
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, {remedy}; to begin anew, another "
                 "--output_dir"
             )
@@ -151,7 +152,7 @@ def restore_weights(model: nn.Module, folder: str) -> None:
             model.load_state_dict(tensors)
             return
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"checkpoint {folder} does not have the tensors of the model, {type(model).__name__}")
+        raise UserError(f"checkpoint {folder} does not have the tensors of the model, {type(model).__name__}")
     saved, info = type(model).from_pretrained(
         folder,
         config=model.config,
@@ -167,7 +168,7 @@ def restore_weights(model: nn.Module, folder: str) -> None:
     }
     for problem, keys in found.items():
         if keys:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}; to go on, give "
                 "the flags it was trained with; to begin anew, another --output_dir"
             )
@@ -184,7 +185,7 @@ def tensors_alone(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {checkpoint} holds optimizer or random states with more than tensors in them, which could "
             "execute code: they are not loaded; take it away to go on from an earlier one"
         ) from error
@@ -267,7 +268,7 @@ class ResumingTrainer(GuardedTrainer):
             return resume_from_checkpoint or None
         last = last_checkpoint(self.args.output_dir)
         if last is None:
-            raise ValueError(f"no whole checkpoint in {self.args.output_dir}")
+            raise UserError(f"no whole checkpoint in {self.args.output_dir}")
         return last
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

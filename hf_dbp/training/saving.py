@@ -26,6 +26,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_dbp.errors import UserError
 from hf_dbp.records import write_json
 
 __all__ = [
@@ -199,7 +200,7 @@ def rotate(run: Path, limit: int | None, keep: Collection[Path]) -> None:
         discard(old)
 
 
-class DiskFull(OSError):
+class DiskFull(OSError, UserError):
     """There is no room for a file of the run; the message says for what."""
 
 

@@ -25,7 +25,8 @@ from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
 from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.data.order import EpochSampler
-from hf_dbp.records import RunRecord
+from hf_dbp.errors import UserError
+from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training.clocked import ClockedTrainer
 from hf_dbp.training.guards import NonFiniteError
 from hf_dbp.training.measurement import Meter
@@ -33,11 +34,10 @@ from hf_dbp.training.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.training.resuming import changed_arguments, noted_changes
 from hf_dbp.training.stopping import shield_workers
 
-__all__ = ["RECORD", "MAETrainer"]
+__all__ = ["MAETrainer"]
 
 logger = logging.getLogger(__name__)
 
-RECORD = "run.json"
 PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
 
 
@@ -110,7 +110,7 @@ class MAETrainer(ClockedTrainer):
             total += torch.stack([loss.double() * count, torch.full_like(loss, count, dtype=torch.float64)])
         loss_sum, count = self.accelerator.reduce(total, reduction="sum").tolist()
         if not count:
-            raise ValueError(f"none of the {len(self.eval_dataset)} validation images can be read")
+            raise UserError(f"none of the {len(self.eval_dataset)} validation images can be read")
         return EvalLoopOutput(None, None, {"eval_loss": loss_sum / count}, int(count))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

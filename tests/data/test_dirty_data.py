@@ -14,8 +14,8 @@ from test_pretraining import flags
 from torch._utils import ExceptionWrapper
 
 from hf_dbp.data.decoding import UnreadableImageError, decode
-from hf_dbp.data.feeding import user_message
 from hf_dbp.data.images import ImageSource, load_images
+from hf_dbp.errors import message_of as user_message
 from hf_dbp.pretraining import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core

@@ -33,6 +33,7 @@ from hf_dbp.data.sources import any_split
 from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
 from hf_dbp.downstream.segmentation.transforms import Augmentation
+from hf_dbp.errors import UserError
 
 __all__ = ["LabelledImages", "SegmentationSource", "TrainingCrops", "load_labelled_images", "normalized"]
 
@@ -71,9 +72,9 @@ class SegmentationSource(ImageSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_mask_dir is not None and self.train_dir is None:
-            raise ValueError("--train_mask_dir belongs to --train_dir, which names the images; give both")
+            raise UserError("--train_mask_dir belongs to --train_dir, which names the images; give both")
         if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
-            raise ValueError("--validation_dir and --validation_mask_dir belong together; give both or neither")
+            raise UserError("--validation_dir and --validation_mask_dir belong together; give both or neither")
 
     def class_names(self) -> dict[int, str]:
         """Return class names by id; "class 7" where no name is known.
@@ -88,7 +89,7 @@ class SegmentationSource(ImageSource):
         if self.dataset_name == BUILT_IN:
             return dict(enumerate(CLASS_NAMES))
         if self.num_labels is None:
-            raise ValueError(
+            raise UserError(
                 "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"
             )
         return {number: f"class {number}" for number in range(self.num_labels)}
@@ -101,7 +102,7 @@ def _read_names(path: str) -> dict[int, str]:
             return {number: str(name) for number, name in enumerate(names)}
         return {int(number): str(name) for number, name in names.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f'--id2label {path} is no JSON list of names or {{"0": name, ...}}: {error}') from error
+        raise UserError(f'--id2label {path} is no JSON list of names or {{"0": name, ...}}: {error}') from error
 
 
 class LabelledImages:
@@ -161,7 +162,7 @@ class LabelledImages:
                 return self[(index + offset) % len(self)]
             except UnreadableImageError as error:
                 last = error
-        raise ValueError(f"none of the {len(self)} pairs of image and mask can be read, the last: {last}")
+        raise UserError(f"none of the {len(self)} pairs of image and mask can be read, the last: {last}")
 
     def unreadable_images(self) -> dict[str, str]:
         """Image or mask of the unreadable pairs found so far, each with the reason."""
@@ -205,7 +206,7 @@ class LabelledImages:
         try:
             mask_HW = index_mask(mask) if self.palette is None else self.palette(mask)
         except DECODING_ERRORS as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
         return self.checked(mask_HW.astype(np.int32), where)
 
     def _where(self, value: Any, index: int) -> str:
@@ -221,7 +222,7 @@ class LabelledImages:
         outside = ~ignored & ((mask_HW < 0) | (mask_HW >= self.num_labels))
         if outside.any():
             shift = int(self.reduce_labels)
-            raise ValueError(
+            raise UserError(
                 f"{where}: the mask holds ids {(np.unique(mask_HW[outside]) + shift)[:5].tolist()}, but ids run from "
                 f"{shift} to {self.num_labels - 1 + shift} and {self.ignore_index} is ignored; "
                 "correct --num_labels, --ignore_index or --reduce_labels, or the masks"
@@ -289,11 +290,11 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
             name=f"{(split == 'validation' and source.validation_dir) or source.name} ({split})",
         )  # fmt: skip
         if len(images) == 0:
-            raise ValueError(f"{images.name} has no images")
+            raise UserError(f"{images.name} has no images")
         images.num_channels = images.readable(0)[0].shape[2]
         lists.append(images)
     if lists[0].num_channels != lists[1].num_channels:
-        raise ValueError(
+        raise UserError(
             f"{source.name}: training images have {lists[0].num_channels} channels, validation images "
             f"{lists[1].num_channels}; pass --num_channels"
         )
@@ -318,14 +319,12 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
     if len(missing[0]) >= len(names) - 1:
         binary = train.ignore_index == 255 and found[0][255]
         hint = "; if they are masks of 0 and 255, pass --palette binary" if binary else ""
-        raise ValueError(
+        raise UserError(
             f"the masks of {train.name} hold no class but {', '.join(set(names.values()) - set(missing[0])) or 'none'}"
             f"{', and ' + str(train.ignore_index) + ', which is ignored' if hint else ''}: nothing to learn{hint}"
         )
     if len(missing[1]) == len(names):
-        raise ValueError(
-            f"the masks of {validation.name} hold no class: give --validation_dir or another --subset_seed"
-        )
+        raise UserError(f"the masks of {validation.name} hold no class: give --validation_dir or another --subset_seed")
     for images, absent in zip((train, validation), missing, strict=True):
         if absent:
             effect = "it cannot be learned" if images is train else "its IoU is not part of the mean, or 0"
@@ -367,7 +366,7 @@ def _find_columns(data: datasets.Dataset, source: SegmentationSource) -> tuple[s
     for column in wanted:
         if column in data.column_names and column != image_column:
             return image_column, column
-    raise ValueError(
+    raise UserError(
         f"no column {wanted[0]!r} of masks; pass --annotation_column_name with one of {', '.join(data.column_names)}, "
         "or --train_mask_dir for a folder of masks"
     )

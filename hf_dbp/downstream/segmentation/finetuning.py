@@ -6,7 +6,6 @@ The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers import (
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.feeding import user_message
 from hf_dbp.data.images import ImageList, channel_statistics
 from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
@@ -32,6 +30,7 @@ from hf_dbp.downstream.segmentation.inference import WholeImages
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet, load_vit
+from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves
 from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import claim_push
@@ -41,10 +40,9 @@ from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.arguments import RunArguments
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
-from hf_dbp.training.guards import NonFiniteError
 from hf_dbp.training.processes import ending_processes
 from hf_dbp.training.resuming import find_checkpoint
-from hf_dbp.training.saving import DiskFull, disk_errors
+from hf_dbp.training.saving import disk_errors
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
 
@@ -146,9 +144,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.model_size is None):
-            raise ValueError(
-                "give the encoder: --model_name_or_path VIT, or --model_size for random weights (not both)"
-            )
+            raise UserError("give the encoder: --model_name_or_path VIT, or --model_size for random weights (not both)")
 
     @property
     def hub_options(self) -> dict[str, Any]:
@@ -178,7 +174,7 @@ class FinetuningArguments(RunArguments):
 
 def check_channels(taken: int, there: int | None) -> None:
     if taken != there:
-        raise ValueError(
+        raise UserError(
             f"the ViT takes {taken} channels, the images have {there}: "
             "pre-train on such images, or convert them with --num_channels"
         )
@@ -211,7 +207,7 @@ def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tupl
     if model_args.model_name_or_path is not None:
         statistics = read_statistics(model_args.model_name_or_path, **model_args.hub_options)
         if statistics is not None and len(statistics[0]) != images.num_channels:
-            raise ValueError(
+            raise UserError(
                 f"the image processor of {model_args.model_name_or_path} has statistics of {len(statistics[0])} "
                 f"channels, the images have {images.num_channels}"
             )
@@ -245,14 +241,14 @@ def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> 
         ValueError: neither is there, or a push is asked for.
     """
     if args.push_to_hub:
-        raise ValueError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
+        raise UserError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
     named = model_args.model_name_or_path
     if named is not None and read_config(named, **model_args.hub_options)["model_type"] == "upernet":
         return model_args
     try:
         folder = str(model_folder(args.output_dir))
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"no UperNet to evaluate: {error}; train one with --do_train, or name one by --model_name_or_path"
         ) from error
     return dataclasses.replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
@@ -282,7 +278,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     Without ``do_train`` a trained UperNet is evaluated, and nothing but `eval_results.json` written.
     """
     if not (args.do_train or args.do_eval):
-        raise ValueError("nothing to do: give --do_train, --do_eval or both")
+        raise UserError("nothing to do: give --do_train, --do_eval or both")
     if not args.do_train:
         return evaluate_alone(model_args, data_args, args)
     source = data_args.source(model_args.cache_dir, model_args.token)
@@ -330,16 +326,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     return record
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    try:
-        parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
-        with disk_errors(parsed[-1].output_dir), ending_processes():
-            return run(*parsed)
-    except (ValueError, DiskFull, NonFiniteError) as error:
-        if logger.isEnabledFor(logging.DEBUG):
-            raise
-        print(f"error: {user_message(error)}", file=sys.stderr)
-        raise SystemExit(2) from error
+    parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
+    with disk_errors(parsed[-1].output_dir), ending_processes():
+        return run(*parsed)

@@ -27,6 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hf_dbp.errors import UserError
+
 __all__ = ["MeanIoU", "SegmentationScores", "confusion_matrix", "scores_from_confusion"]
 
 IntArray = npt.NDArray[np.integer[Any]]
@@ -55,7 +57,7 @@ def scores_from_confusion(confusion_KK: npt.NDArray[np.int64]) -> SegmentationSc
     """
     total = confusion_KK.sum()
     if total == 0:
-        raise ValueError("no labelled pixel was counted: every reference pixel is ignore_index, or no map was added")
+        raise UserError("no labelled pixel was counted: every reference pixel is ignore_index, or no map was added")
     hits_K = np.diag(confusion_KK).astype(np.float64)
     true_K, predicted_K = confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     union_K = true_K + predicted_K - hits_K
@@ -98,11 +100,11 @@ def confusion_matrix(
 
 def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterator[Piece]:
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions but {len(references)} references: give one of each an image")
+        raise UserError(f"{len(predictions)} predictions but {len(references)} references: give one of each an image")
     for prediction, reference in zip(predictions, references, strict=True):
         predicted, true = _integers(prediction, "prediction"), _integers(reference, "reference")
         if predicted.shape != true.shape:
-            raise ValueError(
+            raise UserError(
                 f"prediction of shape {predicted.shape} against reference of shape {true.shape}: "
                 "resize the logits to the reference's height and width before the argmax"
             )
@@ -117,7 +119,7 @@ def _integers(label_map: IntArray | torch.Tensor, role: str) -> IntArray:
         label_map = (label_map.float() if label_map.is_floating_point() else label_map).numpy()  # which has no bfloat16
     array = np.asarray(label_map)
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{role} holds {array.dtype}, not class ids: pass integers (of logits, their argmax)")
+        raise UserError(f"{role} holds {array.dtype}, not class ids: pass integers (of logits, their argmax)")
     return array
 
 
@@ -170,7 +172,7 @@ def _count_any_ids(
     for name, ids_N in (("reference", true_N), ("prediction", predicted_N)):
         outside = np.unique(ids_N[(ids_N < 0) | (ids_N >= num_labels)])
         if outside.size:
-            raise ValueError(
+            raise UserError(
                 f"{name} holds ids {outside[:5].tolist()} outside the classes 0..{num_labels - 1} "
                 f"and other than ignore_index {ignore_index}: set num_labels or ignore_index, or reduce the labels"
             )
@@ -201,9 +203,9 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         self, num_labels: int, ignore_index: int = 255, *, allow_ignored_class: bool = False, **evaluate_options: Any
     ) -> None:
         if num_labels < 1:
-            raise ValueError(f"num_labels is {num_labels}: give the number of classes, at least 1")
+            raise UserError(f"num_labels is {num_labels}: give the number of classes, at least 1")
         if 0 <= ignore_index < num_labels and not allow_ignored_class:
-            raise ValueError(
+            raise UserError(
                 f"ignore_index {ignore_index} is also a class id (num_labels {num_labels}), "
                 "which turns IoU into recall: choose an id outside the classes or pass allow_ignored_class=True"
             )
@@ -236,7 +238,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         if predictions is not None and references is not None:
             self.add_batch(predictions=predictions, references=references)
         elif predictions is not None or references is not None:
-            raise ValueError("predictions and references belong together: give both or neither")
+            raise UserError("predictions and references belong together: give both or neither")
         evaluate.Metric.add_batch(self, predictions=self.confusion_KK, references=np.arange(self.num_labels))
         self.confusion_KK = np.zeros_like(self.confusion_KK)
         scores: SegmentationScores | None = evaluate.Metric.compute(self)

@@ -27,6 +27,7 @@ from hf_dbp.data.feeding import make_sampler, step_images
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.downstream.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.downstream.segmentation.upernet import parameter_groups, synchronize_batch_norm
+from hf_dbp.errors import UserError
 from hf_dbp.records import read_arguments, write_json
 from hf_dbp.training.clocked import ClockedTrainer
 from hf_dbp.training.resuming import SHAPING, compared_arguments, noted_changes
@@ -76,7 +77,7 @@ class SegmentationTrainer(ClockedTrainer):
         super().__init__(**kwargs)
         patch = model.config.backbone_config.patch_size
         if crop_size % patch:
-            raise ValueError(f"crop_size {crop_size} is no multiple of the patch size {patch}")
+            raise UserError(f"crop_size {crop_size} is no multiple of the patch size {patch}")
         if self.train_dataset is not None:
             self._check_batches(model)
             self.use_sampler(make_sampler(self.train_dataset.images, args))
@@ -86,19 +87,19 @@ class SegmentationTrainer(ClockedTrainer):
     def _check_batches(self, model: UperNetForSemanticSegmentation) -> None:
         synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if self.args.per_device_train_batch_size == 1 and not synchronized:
-            raise ValueError(
+            raise UserError(
                 "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
                 "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
             )
         images, batch, step = len(self.train_dataset), self.args.train_batch_size, step_images(self.args)
         if self.args.dataloader_drop_last and images < step:
-            raise ValueError(
+            raise UserError(
                 f"{images} training images do not fill one step of {step}; "
                 "lower --per_device_train_batch_size or --gradient_accumulation_steps"
             )
         alone = images % batch == 1 and self.args.world_size == 1  # several processes fill their last batches
         if not self.args.dataloader_drop_last and alone:
-            raise ValueError(
+            raise UserError(
                 f"{images} training images in batches of {batch} leave one image alone, which UperNet cannot "
                 "normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
             )

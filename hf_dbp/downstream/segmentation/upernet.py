@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
 
 from hf_dbp.configuration_dbp_vit_mae import check_fields
+from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import check_memory, known_fields, load_model, load_weights, read_config
 
 __all__ = ["build_upernet", "load_upernet", "load_vit", "parameter_groups", "synchronize_batch_norm"]
@@ -36,7 +37,7 @@ def load_vit(source: str, **hub_options: Any) -> ViTModel:
     kind = read_config(source, **hub_options)["model_type"]
     if kind != "vit":
         remedy = "write its encoder with training_scripts/fuse_checkpoint.py" if "mae" in kind else "give one"
-        raise ValueError(f"{source} holds a {kind!r} model, not a stock 'vit': {remedy}")
+        raise UserError(f"{source} holds a {kind!r} model, not a stock 'vit': {remedy}")
     vit = load_model(source, "vit", add_pooling_layer=False, **hub_options)
     assert isinstance(vit, ViTModel)
     return vit
@@ -86,9 +87,9 @@ def load_upernet(
     hidden, auxiliary = (_width(content.get(key)) for key in ("hidden_size", "auxiliary_channels"))
     ours = content["model_type"] == "upernet" and hidden and auxiliary
     if not ours or not isinstance(backbone, dict) or backbone.get("model_type") != "beit":
-        raise ValueError(f"{name} is not that of a UperNet over a ViT, as `hf-dbp finetune` writes it")
+        raise UserError(f"{name} is not that of a UperNet over a ViT, as `hf-dbp finetune` writes it")
     if names != {str(number): label for number, label in id2label.items()}:
-        raise ValueError(
+        raise UserError(
             f"{name} has the classes {names!r:.200}, the labels {dict(id2label)}: give those of its training"
         )
     check_fields(backbone, name)
@@ -97,7 +98,7 @@ def load_upernet(
     config = _upernet_config(ViTConfig(**fields), id2label, ignore_index, hidden, auxiliary)
     model, missing = load_weights(UperNetForSemanticSegmentation, source, config=config, **hub_options)
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+        raise UserError(f"{source} lacks {len(missing)} tensors of the model, among them {missing[0]}")
     return model
 
 
@@ -111,9 +112,9 @@ def _upernet_config(
 ) -> UperNetConfig:
     classes = len(id2label)
     if classes < 2 or sorted(id2label) != list(range(classes)):
-        raise ValueError(f"class ids are {sorted(id2label)}: give 0..K-1 without gaps, at least two")
+        raise UserError(f"class ids are {sorted(id2label)}: give 0..K-1 without gaps, at least two")
     if ignore_index in id2label:
-        raise ValueError(
+        raise UserError(
             f"ignore_index {ignore_index} is the class {id2label[ignore_index]!r}: choose another, e.g. 255"
         )
     return UperNetConfig(
@@ -129,7 +130,7 @@ def _upernet_config(
 def _beit_config(vit: ViTConfig) -> BeitConfig:
     layers = vit.num_hidden_layers
     if layers < 4:
-        raise ValueError(f"the ViT has {layers} layers: UperNet needs feature maps of four depths, so at least 4")
+        raise UserError(f"the ViT has {layers} layers: UperNet needs feature maps of four depths, so at least 4")
     patch_size = _sides(vit.patch_size)[0]
     return BeitConfig(
         **{name: getattr(vit, name) for name in _SHARED},
@@ -193,7 +194,7 @@ def parameter_groups(
         ValueError: `layer_decay` is outside (0, 1].
     """
     if not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay is {layer_decay}: give a factor above 0 and at most 1 (1 is no decay)")
+        raise UserError(f"layer_decay is {layer_decay}: give a factor above 0 and at most 1 (1 is no decay)")
     layers = model.config.backbone_config.num_hidden_layers
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

@@ -1,0 +1,86 @@
+"""Modules of 0.1.0 under their old names, for one version, with a DeprecationWarning.
+
+`import hf_dbp.segmentation.upernet` gives the module `hf_dbp.downstream.segmentation.upernet` itself, not a copy, and
+`python -m hf_dbp.model_card` runs it. To be removed with 0.3.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "install"]
+
+#: name in 0.1.0 -> name today, below hf_dbp; the modules of a package move with it
+MOVED = {
+    **{
+        name: f"training.{name}"
+        for name in (
+            "arguments", "checkpoints", "clocked", "guards", "measurement", "optimizers", "processes", "resuming",
+            "saving", "stopping", "trainer",
+        )
+    },
+    **{name: f"hub.{name}" for name in ("model_card", "publishing", "untrusted", "warm_start")},
+    **{name: f"comparison.{name}" for name in ("plans", "report", "statistics")},
+    **{name: f"downstream.{name}" for name in ("probe", "segmentation")},
+    "contact_sheet": "inspection.contact_sheet",
+    "data.hub_errors": "hub.errors",
+    "data.survey": "inspection.survey",
+}  # fmt: skip
+
+
+def new_name(name: str) -> str | None:
+    """The present name of a module of 0.1.0; None for any other."""
+    package, _, rest = name.partition(".")
+    if package != "hf_dbp":
+        return None
+    for old, new in MOVED.items():
+        if rest == old or rest.startswith(f"{old}."):
+            return f"hf_dbp.{new}{rest.removeprefix(old)}"
+    return None
+
+
+class Alias(Loader):
+    """Gives the module that has taken a name's place."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        warnings.warn(f"{spec.name} is now {self.name}", DeprecationWarning, stacklevel=2)
+        self.spec = importlib.import_module(self.name).__spec__
+        return sys.modules[self.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # which the import system has replaced
+
+    def get_code(self, name: str) -> CodeType | None:
+        """For ``python -m``."""
+        spec = importlib.util.find_spec(self.name)
+        loader: Any = spec.loader if spec is not None else None
+        code: CodeType | None = loader.get_code(self.name)
+        return code
+
+
+class Finder(MetaPathFinder):
+    """Finds the names of 0.1.0."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        new = new_name(fullname)
+        found = None if new is None else importlib.util.find_spec(new)
+        return None if new is None or found is None else ModuleSpec(fullname, Alias(new), origin=found.origin)
+
+
+def install() -> None:
+    """Let the names of 0.1.0 be imported; before the finder of files, which would load a second copy of a submodule."""
+    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder())

@@ -1,0 +1,62 @@
+"""What importing costs, and the names of 0.1.0."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import hf_dbp
+from hf_dbp import _moved
+
+HEAVY = ("torch", "transformers", "datasets", "pandas", "matplotlib", "codecarbon", "accelerate", "scipy")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The heavy packages that a fresh process has loaded after ``statement``."""
+    code = f"import sys\n{statement}\nprint(*sys.modules, sep='\\n')"
+    names = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    return set(HEAVY) & set(names)
+
+
+@pytest.mark.parametrize("statement", ["import hf_dbp", "import hf_dbp.cli", "import hf_dbp.errors"])
+def test_the_front_door_is_light(statement: str) -> None:
+    assert loaded_after(statement) == set()
+
+
+@pytest.mark.parametrize("module", ["functional", "layers", "conversion", "update"])
+def test_the_core_loads_torch_alone(module: str) -> None:
+    assert loaded_after(f"import hf_dbp.{module}") == {"torch"}
+
+
+def test_every_public_name_is_there_and_listed_once() -> None:
+    assert sorted(hf_dbp._SOURCES) == sorted(hf_dbp.__all__)
+    for name in hf_dbp.__all__:
+        assert getattr(hf_dbp, name) is not None
+    assert set(hf_dbp.__all__) <= set(dir(hf_dbp))
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = hf_dbp.nothing_of_the_kind
+
+
+@pytest.mark.parametrize("old", [*_moved.MOVED, "segmentation.upernet", "report.tables"])
+def test_names_of_0_1_0_are_the_modules_of_today(old: str) -> None:
+    name = f"hf_dbp.{old}"
+    new = _moved.new_name(name)
+    assert new is not None
+    sys.modules.pop(name, None)
+    with pytest.warns(DeprecationWarning, match=f"{name} is now {new}"):
+        module = importlib.import_module(name)
+    assert module is importlib.import_module(new)
+    assert module.__spec__.name == new
+
+
+def test_a_moved_module_runs_by_its_old_name() -> None:
+    command = [sys.executable, "-m", "hf_dbp.model_card", "--help"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "card" in ended.stdout
+
+
+def test_a_name_that_never_was_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("hf_dbp.segmentation.no_such_module")
