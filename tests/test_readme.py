@@ -135,16 +135,13 @@ def test_every_flag_of_the_table_exists():
 def test_the_file_listing_is_the_package():
     """Every file and folder of the top floor is listed, and what is listed in a folder is there."""
     listing = README.split("```\nhf_dbp/\n")[1].split("```")[0].split("training_scripts/")[0]
-    package, room, named = ROOT / "hf_dbp", None, set()
+    package, room, named = ROOT / "hf_dbp", "", set()
     for line in listing.splitlines():
-        names = re.findall(r"(\w+)(\.py|/)", line[: line.find("  ", 4) if "  " in line[4:] else None])
-        names += re.findall(r"  (\w+)(\.py|/)  ", line)
-        for name, kind in names:
+        for name, kind in re.findall(r"(\w+)(\.py|/)", line):
             if line.startswith("    "):
-                assert room is not None
-                assert (package / room / (name + kind)).exists(), line
+                assert (package / room / f"{name}{kind}").exists(), line
             else:
                 named.add(name)
-                room = name if kind == "/" else room
+                room = name
     actual = {path.stem for path in package.glob("*.py")} | {p.parent.name for p in package.glob("*/__init__.py")}
     assert named == {name for name in actual if not name.startswith("_")}
