@@ -5,6 +5,7 @@ hf-dbp pretrain ...          masked autoencoding            = training_scripts/r
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
+hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp compare ...           methods side by side           = training_scripts/run_comparison.py
 hf-dbp demo [FOLDER]         pretrain, fuse and finetune on the built-in images
 """
@@ -27,6 +28,7 @@ COMMANDS = {
     "finetune": "hf_dbp.downstream.segmentation.finetuning",
     "probe": "hf_dbp.downstream.probe",
     "compare": "hf_dbp.comparison.runner",
+    "embed": "hf_dbp.downstream.embedding",
 }
 
 

@@ -29,13 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import ViTModel
 
-from hf_dbp.data.augmentation import center_box, resized, unit_range
-from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.feeding import unreadable_images
 from hf_dbp.data.folders import file_table, folder_splits
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits
 from hf_dbp.data.sources import any_split, holds_pictures, load_folder, pick_splits
-from hf_dbp.downstream.segmentation.data import normalized
+from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
 from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_statistics
@@ -105,38 +103,15 @@ def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float,
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-class CentralSquares(torch.utils.data.Dataset[Tensor | None]):
-    """The largest central square of each image at the ViT's size, normalised: (C, H, W); None if it is unreadable."""
-
-    def __init__(self, images: ImageList, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
-        self.images, self.size = images, size
-        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor | None:
-        try:
-            image = self.images[index]
-        except UnreadableImageError:
-            return None
-        view = resized(image, self.size, center_box((image.shape[0], image.shape[1]), self.size))
-        return normalized(view.astype(np.float32) * np.float32(unit_range(image.dtype)), self.mean, self.std)
-
-
-@torch.no_grad()
 def extract_features(
     vit: ViTModel, images: torch.utils.data.Dataset[Tensor | None], pooling: str, batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Return the frozen ViT's features of the readable images (N, D), float32 on the CPU, and which these are."""
-    vit = vit.eval()
     features, readable = [], []
-    for views in torch.utils.data.DataLoader(images, batch_size=batch_size, collate_fn=list):
-        readable += [view is not None for view in views]
-        if any(readable[-len(views) :]):
-            pixels = torch.stack([view for view in views if view is not None])
-            tokens = vit(pixels.to(vit.device)).last_hidden_state
-            features.append((tokens[:, 1:].mean(dim=1) if pooling == "mean" else tokens[:, 0]).float().cpu())
+    for tokens_BTD, known in token_batches(vit, images, batch_size):
+        readable += known
+        if tokens_BTD is not None:
+            features.append(pooled(tokens_BTD, pooling).float().cpu())
     return torch.cat(features), torch.tensor(readable)
 
 

@@ -1,0 +1,185 @@
+"""From images to the features of a frozen ViT: opened, made the ViT's input, run through it batch by batch.
+
+The probe, `hf-dbp embed` and what reads its tables all see an image as `CentralSquares` shows it: its largest central
+square at the ViT's size.
+
+Shapes: B images of a batch, T patch tokens of an image, D features; C, H, W channels, height and width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import ViTModel
+
+from hf_dbp.data.augmentation import center_box, resized, unit_range
+from hf_dbp.data.decoding import UnreadableImageError
+from hf_dbp.data.images import BUILT_IN, ImageList, ImageSource, channel_statistics, value_name
+from hf_dbp.data.sources import encoded_splits
+from hf_dbp.data.wire_bonding import WireBonding
+from hf_dbp.downstream.segmentation.data import normalized
+from hf_dbp.downstream.segmentation.upernet import load_vit
+from hf_dbp.errors import UserError
+from hf_dbp.hub.untrusted import read_statistics
+
+__all__ = [
+    "CentralSquares",
+    "FrozenEncoder",
+    "add_data_flags",
+    "image_name",
+    "image_source",
+    "load_encoder",
+    "open_images",
+    "pooled",
+    "token_batches",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class CentralSquares(torch.utils.data.Dataset[Tensor | None]):
+    """The largest central square of each image at the ViT's size, normalised: (C, H, W); None if it is unreadable."""
+
+    def __init__(self, images: ImageList, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> None:
+        self.images, self.size = images, size
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        try:
+            return self.view(self.images[index])
+        except UnreadableImageError:
+            return None
+
+    def view(self, image_HWC: NDArray[Any]) -> Tensor:
+        """The input of the ViT for one image."""
+        view = resized(image_HWC, self.size, center_box((image_HWC.shape[0], image_HWC.shape[1]), self.size))
+        return normalized(view.astype(np.float32) * np.float32(unit_range(image_HWC.dtype)), self.mean, self.std)
+
+
+def pooled(tokens_BTD: Tensor, pooling: str) -> Tensor:
+    """One feature an image of the final tokens, the class token first: ``mean`` of the patch tokens, or ``cls``."""
+    return tokens_BTD[:, 1:].mean(dim=1) if pooling == "mean" else tokens_BTD[:, 0]
+
+
+def token_batches(
+    vit: ViTModel, images: torch.utils.data.Dataset[Tensor | None], batch_size: int, workers: int = 0
+) -> Iterator[tuple[Tensor | None, list[bool]]]:
+    """Batch by batch: the final tokens (B, 1 + T, D) of the readable images, None without any, and which these are."""
+    vit = vit.eval()
+    for views in torch.utils.data.DataLoader(images, batch_size=batch_size, collate_fn=list, num_workers=workers):
+        there = [view for view in views if view is not None]
+        tokens = None
+        if there:
+            with torch.no_grad():
+                tokens = vit(torch.stack(there).to(vit.device)).last_hidden_state
+        yield tokens, [view is not None for view in views]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenEncoder:
+    """A ViT and how images are brought to it."""
+
+    vit: ViTModel
+    name: str
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        size = self.vit.config.image_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    def squares(self, images: ImageList) -> CentralSquares:
+        return CentralSquares(images, self.size, self.mean, self.std)
+
+
+def load_encoder(source: str, images: ImageList, **hub: Any) -> FrozenEncoder:
+    """A stock ViT, on the GPU if there is one, with the statistics of its image processor, else of the images.
+
+    Raises:
+        UserError: no ViT, or one that takes other channels than the images have.
+    """
+    vit = load_vit(source, **hub)
+    channels = images.readable(0).shape[2]
+    if channels != vit.config.num_channels:
+        raise UserError(
+            f"the ViT takes {vit.config.num_channels} channels, the images have {channels}: convert with --num_channels"
+        )
+    images.num_channels = channels
+    statistics = read_statistics(source, **hub)
+    if statistics is None:
+        logger.warning("%s has no image processor; taking the images' statistics", source)
+        statistics = channel_statistics(images)
+    return FrozenEncoder(vit.to("cuda" if torch.cuda.is_available() else "cpu").eval(), source, *statistics)
+
+
+def open_images(source: ImageSource, split: str = "train") -> ImageList:
+    """All images of one split, in order, left encoded; a folder without splits is all ``train``.
+
+    Raises:
+        UserError: no such data or split, no image in it.
+    """
+    if source.dataset_name == BUILT_IN:
+        count = source.max_train_samples or 200
+        scenes = WireBonding(
+            count, size=source.built_in_size, seed=source.seed, first=0 if split == "train" else 10_000_000
+        )
+        return ImageList(scenes, "image", 2)
+    splits, column = encoded_splits(source)
+    if split not in splits:
+        raise UserError(f"{source.name} has no split {split!r}, only {', '.join(splits)}; pass --split")
+    for other in splits.keys() - {split}:
+        logger.warning("%s: its %d images of the split %r are left out; --split names another", source.name,
+                       len(splits[other]), other)  # fmt: skip
+    data = splits[split]
+    return ImageList(data, column, source.num_channels, source.max_unreadable, f"{split} image")
+
+
+def image_name(images: ImageList, row: int) -> str:
+    """The path of an image's file, else the number of its row with what path there is."""
+    if isinstance(images.samples, WireBonding):
+        return f"{images.name} {row}"
+    return value_name(images.samples[row][images.column], f"{images.name} {row}")
+
+
+def image_source(args: argparse.Namespace) -> ImageSource:
+    """A folder, the built-in images or a Hub id, whichever ``args.images`` names."""
+    local = args.images != BUILT_IN and (
+        Path(args.images).is_dir() or "/" not in args.images or args.images[0] in "./~"
+    )
+    where = {"train_dir": args.images} if local else {"dataset_name": args.images}
+    names = (
+        "num_channels",
+        "channel_files",
+        "image_column_name",
+        "max_unreadable",
+        "cache_dir",
+        "token",
+        "built_in_size",
+    )
+    return ImageSource(**where, **{name: getattr(args, name) for name in names}, max_train_samples=args.max_samples)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `image_source`."""
+    parser.add_argument("--split", default="train", help="split of the data; a folder without splits is all train")
+    parser.add_argument("--max_samples", type=int, help="of the built-in images, how many")
+    parser.add_argument("--num_channels", type=int, help="channels that images are brought to")
+    parser.add_argument("--channel_files", nargs="+", help="a file per channel: a name pattern each")
+    parser.add_argument("--image_column_name", help="column of the images (default: image)")
+    parser.add_argument("--max_unreadable", type=int, default=100, help="more unreadable images than these end the run")
+    parser.add_argument("--built_in_size", type=int, default=128, help="side in pixels of the built-in images")
+    parser.add_argument("--cache_dir", help="where downloads are kept")
+    parser.add_argument("--token", help="Hub token (default: that of `hf auth login`)")

@@ -1,0 +1,81 @@
+"""Which images are alike: exact nearest neighbours, near-duplicates and outliers among features.
+
+Similarities are cosines of centred features, s(x, y) = cos(x - m, y - m) with m their mean: a masked autoencoder's
+features share a large common part, which would make everything look alike. `centred` prepares features so that inner
+products are these cosines. Every pair is compared, a block at a time, so that nothing is missed and memory stays flat.
+
+Shapes: N images, Q queries, D features, B and M rows of a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+__all__ = ["centred", "near_duplicates", "nearest", "outlier_scores"]
+
+BLOCK = 1024  # rows that are compared at a time
+
+
+def centred(features_ND: Tensor, mean_D: Tensor | None = None) -> Tensor:
+    """Features without their mean (or ``mean_D``), of length 1: inner products are the cosines of `nearest`."""
+    mean_D = features_ND.mean(dim=0) if mean_D is None else mean_D
+    return nn.functional.normalize(features_ND - mean_D, dim=1)
+
+
+def nearest(features_ND: Tensor, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k images most like each query: inner products (Q, k), falling, and their rows (Q, k), int64.
+
+    Every pair is compared, a block at a time: exact, in memory of O(block x block + Q x k).
+    """
+    k = min(k, len(features_ND))
+    similarities, rows = [], []
+    for queries_BD in torch.split(queries_QD, BLOCK):
+        best_Bk = queries_BD.new_zeros(len(queries_BD), 0)
+        row_Bk = torch.zeros(len(queries_BD), 0, dtype=torch.int64)
+        for start in range(0, len(features_ND), BLOCK):
+            block_BM = queries_BD @ features_ND[start : start + BLOCK].T
+            numbers = torch.arange(start, start + block_BM.shape[1]).expand(len(queries_BD), -1)
+            pool, pool_rows = torch.cat([best_Bk, block_BM], dim=1), torch.cat([row_Bk, numbers], dim=1)
+            best_Bk, picked = pool.topk(min(k, pool.shape[1]), dim=1)
+            row_Bk = pool_rows.gather(1, picked)
+        similarities.append(best_Bk)
+        rows.append(row_Bk)
+    return torch.cat(similarities), torch.cat(rows)
+
+
+def near_duplicates(features_ND: Tensor, threshold: float) -> NDArray[np.int64]:
+    """For each image the earlier one that it is a near-duplicate of, or itself.
+
+    Images are taken in order; one that is at least ``threshold`` like an earlier one that is kept is its duplicate.
+
+    Args:
+        features_ND: centred, of length 1.
+        threshold: inner product from which on two are duplicates.
+    """
+    first_N, kept = np.arange(len(features_ND)), np.zeros(0, np.int64)
+    for start in range(0, len(features_ND), BLOCK):
+        block_BD = features_ND[start : start + BLOCK]
+        if len(kept):
+            similarity_B1, row_B1 = nearest(features_ND[kept], block_BD, 1)
+            known_B = (similarity_B1[:, 0] >= threshold).numpy()
+            first_N[start : start + len(block_BD)][known_B] = kept[row_B1[:, 0].numpy()[known_B]]
+        else:
+            known_B = np.zeros(len(block_BD), np.bool_)
+        inside_BB = (block_BD @ block_BD.T >= threshold).numpy()
+        new: list[int] = []
+        for row in np.flatnonzero(~known_B):
+            like = [earlier for earlier in new if inside_BB[row, earlier]]
+            first_N[start + row] = start + (like[0] if like else row)
+            if not like:
+                new.append(int(row))
+        kept = np.concatenate([kept, start + np.asarray(new, np.int64)])
+    return first_N
+
+
+def outlier_scores(features_ND: Tensor, k: int) -> NDArray[np.float32]:
+    """1 - inner product to the k-th nearest other image (of fewer, the last); centred features of length 1."""
+    similarity_Nk, _ = nearest(features_ND, features_ND, k + 1)  # the first is the image itself
+    return (1 - similarity_Nk[:, -1]).numpy().astype(np.float32)
