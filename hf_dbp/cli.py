@@ -8,6 +8,8 @@ hf-dbp probe ...             is the encoder good?           = training_scripts/r
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp compare ...           methods side by side           = training_scripts/run_comparison.py
 hf-dbp demo [FOLDER]         pretrain, fuse and finetune on the built-in images
+
+A mistake that you can mend ends with one line; HF_DBP_DEBUG=1 shows its traceback too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from hf_dbp.errors import UserError, command
 
 __all__ = ["COMMANDS", "demo", "main"]
 
@@ -32,11 +36,11 @@ COMMANDS = {
 }
 
 
-def run_command(command: str, arguments: Sequence[str]) -> None:
+def run_command(name: str, arguments: Sequence[str]) -> None:
     """Run a command under its name, by which argparse and the reports call it."""
-    program, sys.argv[0] = sys.argv[0], f"hf-dbp {command}"
+    program, sys.argv[0] = sys.argv[0], f"hf-dbp {name}"
     try:
-        importlib.import_module(COMMANDS[command]).main(list(arguments))
+        importlib.import_module(COMMANDS[name]).main(list(arguments))
     finally:
         sys.argv[0] = program
 
@@ -44,11 +48,11 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
 def demo(arguments: Sequence[str]) -> None:
     """Pre-train, fuse and fine-tune on the built-in images, under ``outputs`` or the folder given.
 
-    Flags, or more than a folder, end with one line and exit status 2.
+    Raises:
+        UserError: flags, or more than one folder.
     """
     if len(arguments) > 1 or any(one.startswith("-") for one in arguments):
-        print(f"error: demo takes a folder alone, hf-dbp demo [FOLDER]; got {' '.join(arguments)}", file=sys.stderr)
-        raise SystemExit(2)
+        raise UserError(f"demo takes a folder alone, hf-dbp demo [FOLDER]; got {' '.join(arguments)}")
     folder = Path(arguments[0] if arguments else "outputs")
     encoder, fused, segmenter = (str(folder / name) for name in ("demo", "demo-fused", "demo-upernet"))
     run_command("pretrain", ["--config", "demo.yaml", "--output_dir", encoder])
@@ -56,18 +60,18 @@ def demo(arguments: Sequence[str]) -> None:
     run_command("finetune", ["--config", "demo_upernet.yaml", "--model_name_or_path", fused, "--output_dir", segmenter])
 
 
+@command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. An unknown one ends with the list of commands and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command, rest = (given[0], given[1:]) if given else ("", [])
-    if command in COMMANDS:
-        run_command(command, rest)
-    elif command == "demo" and not {"-h", "--help"} & set(rest):
+    name, rest = (given[0], given[1:]) if given else ("", [])
+    if name in COMMANDS:
+        run_command(name, rest)
+    elif name == "demo" and not {"-h", "--help"} & set(rest):
         demo(rest)
     else:
         print(__doc__)
-        if command not in ("", "-h", "--help", "demo"):
-            similar = difflib.get_close_matches(command, [*COMMANDS, "demo"], n=1)
+        if name not in ("", "-h", "--help", "demo"):
+            similar = difflib.get_close_matches(name, [*COMMANDS, "demo"], n=1)
             hint = f"; did you mean {similar[0]}?" if similar else ""
-            print(f"error: unknown command {command!r}{hint}", file=sys.stderr)
-            raise SystemExit(2)
+            raise UserError(f"unknown command {name!r}{hint}")

@@ -71,7 +71,7 @@ def decorrelated(name: str, layer: nn.Module, naive: bool) -> nn.Module:
     assert isinstance(layer, nn.Conv2d)
     try:
         return DecorrelatedPatchProjection.from_conv(layer, naive=naive)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
@@ -96,7 +96,7 @@ def decorrelated_layers(module: nn.Module) -> Iterator[tuple[str, DecorrelatedLa
 def fuse_layer(name: str, layer: DecorrelatedLayer) -> nn.Module:
     try:
         return layer.fuse()
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 

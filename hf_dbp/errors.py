@@ -1,19 +1,28 @@
 """What a user can mend ends in one line; a bug of ours ends in its traceback.
 
 `UserError` is raised where we mean it: flags, data, checkpoints and settings that cannot be. `command` wraps the main
-of every command: it catches `UserError` and the few foreign errors named in `MENDABLE`, prints one line on stderr and
-exits with status 2; anything else passes through with its traceback and says where to report it. ``--log_level debug``,
-or the environment variable HF_DBP_DEBUG=1 for commands without that flag, shows the traceback of a user's mistake too.
+of every command. Three kinds of error end with one line on stderr and exit status 2:
+
+- `UserError`;
+- an error of the file system that names a file of the user's and is listed in `REMEDIES`: no permission, read-only ...;
+- a package that a flag asks for and that is not installed (W&B, MLflow, bitsandbytes ...), as the library that needs it
+  reports it.
+
+Any other exception keeps its traceback and says where to report it. ``--log_level debug``, or the environment variable
+HF_DBP_DEBUG=1 for commands without that flag, shows the traceback of a user's mistake above its line.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 __all__ = ["UserError", "command", "message_of"]
@@ -21,12 +30,17 @@ __all__ = ["UserError", "command", "message_of"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+PACKAGE = Path(__file__).resolve().parent
 REPORT = "This is a bug in hf_dbp, not a mistake of yours. Please report it with this traceback and the command."
-#: errors of the file system that a user mends: no permission, read-only, no such place, no room
-MENDABLE = frozenset({
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST,
-    errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
-})  # fmt: skip
+WRITABLE = "choose a place that you may write to, or change its permissions"
+PLACE = "check the path"
+ROOM = "make room, or choose another place"
+#: errors of the file system that a user can mend, and how
+REMEDIES = {
+    errno.EACCES: WRITABLE, errno.EPERM: WRITABLE, errno.EROFS: WRITABLE,
+    errno.ENOENT: PLACE, errno.ENOTDIR: PLACE, errno.EISDIR: PLACE, errno.EEXIST: PLACE, errno.ENAMETOOLONG: PLACE,
+    errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -39,16 +53,41 @@ def message_of(error: BaseException) -> str:
     return re.split(r"\n[\w.]*Error: ", text)[-1] if text.startswith("Caught ") else text
 
 
-def mendable(error: BaseException) -> bool:
-    """Whether a user can mend it."""
-    named = isinstance(error, OSError) and error.errno in MENDABLE and error.filename is not None
-    return named or isinstance(error, UserError)
+def raised_by_us(error: BaseException) -> bool:
+    """Whether the line that raised the error is in this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
 
 
-def debugging() -> bool:
+def mistake(error: BaseException) -> str | None:
+    """The line that tells a user how to mend this error; None if it is not theirs to mend."""
+    if isinstance(error, UserError):
+        return message_of(error)
+    if isinstance(error, OSError):
+        file = error.filename
+        theirs = isinstance(file, str | os.PathLike) and not Path(file).resolve().is_relative_to(PACKAGE)
+        if theirs and error.errno in REMEDIES:
+            return f"{file}: {str(error.strerror).lower()}; {REMEDIES[error.errno]}"
+        return None
+    if isinstance(error, ImportError | RuntimeError) and not raised_by_us(error):
+        return missing_package(error)
+    return None
+
+
+def missing_package(error: ImportError | RuntimeError) -> str | None:
+    """The line about a package that a library reports as not installed; None for any other error."""
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        name = error.name.partition(".")[0]
+        return None if name == "hf_dbp" else f"these flags need the package {name}: pip install {name}"
+    text = " ".join(str(error).split())
+    return f"these flags need a package that is not there: {text}" if re.search(r"\bpip install\b", text) else None
+
+
+def debugging(arguments: Sequence[str]) -> bool:
     """Whether tracebacks of user mistakes are asked for."""
-    pairs = zip(sys.argv, sys.argv[1:], strict=False)
-    return os.environ.get("HF_DBP_DEBUG", "0") not in ("", "0") or ("--log_level", "debug") in pairs
+    pairs = itertools.pairwise(arguments)
+    asked = ("--log_level", "debug") in pairs or "--log_level=debug" in arguments
+    return asked or os.environ.get("HF_DBP_DEBUG", "0") not in ("", "0")
 
 
 def command(main: Callable[P, T]) -> Callable[P, T]:
@@ -59,13 +98,15 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
         try:
             return main(*args, **kwargs)
         except Exception as error:
-            if mendable(error):
-                if debugging():
-                    raise
-                print(f"error: {message_of(error)}", file=sys.stderr)
-                raise SystemExit(2) from error
-            if REPORT not in getattr(error, "__notes__", ()):
-                error.add_note(REPORT)
-            raise
+            line = mistake(error)
+            if line is None:
+                if REPORT not in getattr(error, "__notes__", ()):
+                    error.add_note(REPORT)
+                raise
+            given = args[0] if args and isinstance(args[0], Sequence) else sys.argv
+            if debugging([str(one) for one in given]):
+                traceback.print_exception(error)
+            print(f"error: {line}", file=sys.stderr)
+            raise SystemExit(2) from error
 
     return wrapped

@@ -219,7 +219,7 @@ def model_to_evaluate(model_args: ModelArguments, args: PretrainingArguments) ->
         return model_args
     try:
         return dataclasses.replace(model_args, model_name_or_path=str(model_folder(args.output_dir)))
-    except ValueError:
+    except UserError:
         logger.warning("no --model_name_or_path and no run in %s: a fresh model is evaluated", args.output_dir)
         return model_args
 

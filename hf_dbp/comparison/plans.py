@@ -174,7 +174,7 @@ class Plan:
         if self.segmentation is not None:
             try:
                 self.segmentation.check()
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"segmentation: {error}") from error
 
 

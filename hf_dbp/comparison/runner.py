@@ -191,7 +191,7 @@ def finetune_all(plan: Plan, runs: Sequence[Run], folder: Path) -> None:
             vit = fused(folder / "runs" / run.planned.folder)
             own = ["--model_name_or_path", str(vit), "--seed", str(run.planned.seed), "--from_scratch", str(is_random)]
             evaluation = finetune(plan.segmentation.arguments, own, target)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             what = "random weights were" if is_random else "its encoder was"
             run.notes.append(f"{what} not evaluated on segmentation: {error}")
             tqdm.write(f"{run.planned.name}: {run.notes[-1]}")

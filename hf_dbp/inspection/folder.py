@@ -138,7 +138,7 @@ def describe_masks(
     every = folder_splits(args.masks)
     try:
         pairs = pair_splits(args.folder, splits, args.masks, every, args.mask_suffix)
-    except ValueError as error:
+    except UserError as error:
         found.problems.append(str(error))
         return {}
     masks = {name: files[1] for name, files in pooled(pairs).items()}

@@ -150,13 +150,9 @@ def parse_arguments(
     description = parser.pop("description", None)
     hf_parser = HfArgumentParser(tuple(dataclasses), description=description, allow_abbrev=False, **parser)
     hf_parser.add_argument("--config", help=f"recipe under the flags given: a YAML file or {', '.join(recipe_names())}")
-    try:
-        *parsed, unknown = hf_parser.parse_args_into_dataclasses(
-            [*recipes, *own], return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-        # what TrainingArguments raises on flags that do not fit together, or ask for a package that is not there
-        raise UserError(f"these flags cannot be: {' '.join(str(error).split())}") from error
+    *parsed, unknown = hf_parser.parse_args_into_dataclasses(
+        [*recipes, *own], return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         flag = " ".join(unknown[0].partition("=")[0].split())  # its value may be a token
         known = [flag for action in hf_parser._actions for flag in action.option_strings]

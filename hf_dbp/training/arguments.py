@@ -175,7 +175,11 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         if self.save_steps is None:  # the best checkpoint must have been saved
             needed = self.load_best_model_at_end and self.eval_strategy == self.save_strategy == "steps"
             self.save_steps = (self.eval_steps or self.logging_steps) if needed else 500
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+            # what transformers raises on flags that do not fit together, or ask for a package that is not there
+            raise UserError(f"these flags cannot be: {' '.join(str(error).split())}") from error
         check_processes(self)
         use_one_gpu(self)
 

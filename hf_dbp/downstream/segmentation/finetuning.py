@@ -247,7 +247,7 @@ def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> 
         return model_args
     try:
         folder = str(model_folder(args.output_dir))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"no UperNet to evaluate: {error}; train one with --do_train, or name one by --model_name_or_path"
         ) from error
