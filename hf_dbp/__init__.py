@@ -2,6 +2,7 @@
 
 functional                    the maths on tensors
 layers, conversion, update    R and the layers that use it; swap and fuse; the step of R
+any_model, probing, sharing, padding    the same for any torch model, in two lines
 configuration_, modeling_     the ViT-MAE
 callbacks, training           when R is updated; the Trainer around it
 pretraining, fusing, cli      from flags to a folder; from a run to a stock ViT; `hf-dbp`
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hf_dbp import _moved
 
 if TYPE_CHECKING:
+    from hf_dbp.any_model import decorrelate, survey_layers
     from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
     from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig
     from hf_dbp.conversion import all_linears, convert_to_decorrelated, decorrelated_layers, fuse
@@ -48,6 +50,7 @@ __all__ = [
     "all_linears",
     "configure_sampling",
     "convert_to_decorrelated",
+    "decorrelate",
     "decorrelated_layers",
     "extract_vit",
     "fuse",
@@ -55,10 +58,12 @@ __all__ = [
     "load_fused_vit",
     "measure_decorrelation",
     "seed_sampling",
+    "survey_layers",
     "update_decorrelation",
 ]
 
 _MODULES = {
+    "any_model": ("decorrelate", "survey_layers"),
     "callbacks": ("DecorrelationArguments", "DecorrelationCallback"),
     "configuration_dbp_vit_mae": ("SIZES", "DBPViTMAEConfig"),
     "conversion": ("all_linears", "convert_to_decorrelated", "decorrelated_layers", "fuse"),

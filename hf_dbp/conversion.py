@@ -5,9 +5,8 @@
     plain = fuse(model)                                                      # W <- W R, a plain copy
 
 Which layers: a predicate ``(module, name) -> bool`` on the names inside the given module; `nn.Linear` and patch
-projections (`nn.Conv2d` with stride = kernel size) are offered to it. Left out: sharing one R among several linears of
-a generic tree (q, k, v); two names for one tensor cannot be saved in safetensors, so a module that shares R owns it,
-as `DBPViTMAEAttention` does.
+projections (`nn.Conv2d` with stride = kernel size) are offered to it. Every layer gets an R of its own;
+`hf_dbp.decorrelate` finds the layers that share an input and gives them one.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from hf_dbp.errors import UserError
 from hf_dbp.layers import DecorrelatedLayer, DecorrelatedLinear, DecorrelatedPatchProjection, Fusable
+from hf_dbp.padding import remove_watches
 
 __all__ = ["all_linears", "convert_to_decorrelated", "decorrelated_layers", "fuse", "fused_state_dict"]
 
@@ -115,6 +115,7 @@ def fuse(module: nn.Module) -> nn.Module:
     if not fused:
         raise UserError(f"{type(module).__name__} has no decorrelated layer to fuse; it is plain already")
     replace_submodules(plain, fused)
+    remove_watches(plain)
     return plain
 
 

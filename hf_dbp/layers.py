@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hf_dbp.errors import UserError
 from hf_dbp.functional import decorrelated_linear, fused_weight, sample_rows
+from hf_dbp.padding import Padding
 
 __all__ = [
     "DecorrelatedLayer",
@@ -79,6 +80,8 @@ class Decorrelation(nn.Module):
         sampling: how many rows each forward contributes.
         gathering: whether forwards in train mode gather rows (an update schedule switches it).
         rows: (M, D) rows gathered since the last update, or None.
+        padding: knows which rows are tokens, where the model is given masks; None counts every row.
+        name: the layer's, for warnings.
         key: int64 scalar tensor that decides which rows are drawn next; `hf_dbp.seed_sampling` sets it, a draw adds 1.
     """
 
@@ -90,6 +93,8 @@ class Decorrelation(nn.Module):
         self.sampling = RowSampling()
         self.gathering = True
         self.rows: Tensor | None = None
+        self.padding: Padding | None = None
+        self.name = ""
         self.key = torch.zeros((), dtype=torch.int64, device="cpu")  # real even where R is still on the meta device
         self.reset_parameters()
 
@@ -124,10 +129,20 @@ class Decorrelation(nn.Module):
 
     def gather(self, x: Tensor) -> None:
         """Keep a sample of the rows of ``x`` (..., D) when this forward contributes any."""
-        if self.wants_rows():
-            x_ND = x.detach().flatten(0, -2)
-            rows_M = self.choose_rows(len(x_ND))
-            self.keep(x_ND if rows_M is None else x_ND.index_select(0, rows_M))
+        if not self.wants_rows():
+            return
+        known, tokens = (True, None) if self.padding is None else self.padding.tokens(x)
+        if not known and self.padding is not None:
+            self.padding.warn(self.name)
+            return
+        x_ND = x.detach().flatten(0, -2)
+        count = len(x_ND) if tokens is None else len(tokens)
+        if not count:
+            return
+        rows_M = self.choose_rows(count)
+        if tokens is not None:
+            rows_M = tokens if rows_M is None else tokens[rows_M]
+        self.keep(x_ND if rows_M is None else x_ND.index_select(0, rows_M))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decorrelation:
         """R moves with the model but is never cast below float32, in which its small updates would be lost."""

@@ -8,6 +8,9 @@ A hand-written loop needs one line after the optimizer's:
 Guards. Each layer takes the share of eta that is stable on its rows (`step_share`): all of it in the paper's regime, to
 the bit; none where a row, R or a sum is not finite, so that R stays as it is. Both are decided on the device.
 
+Few tokens. A layer that saw no row since the last update, as an expert that no token was sent to, keeps its R to the
+bit; from few rows C is rough, and the share of eta keeps the step stable.
+
 Processes. Each adds its rows' sums (`covariance_sums`, D x D + D + 2 numbers per layer); the sums are all-reduced, so
 that R follows from all processes' rows and is the same everywhere to the bit.
 
@@ -59,11 +62,13 @@ Sums = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # rows (L, M, D), R (L, D
 
 
 def decorrelations(module: nn.Module) -> list[tuple[str, Decorrelation]]:
-    """The `Decorrelation` of every decorrelated layer with the layer's name. ValueError if there is none."""
-    found = [(name, layer.decorrelation) for name, layer in decorrelated_layers(module)]
+    """Every `Decorrelation` with the name of its layer, the first of those that share it. ValueError if none."""
+    found: dict[Decorrelation, str] = {}
+    for name, layer in decorrelated_layers(module):
+        found.setdefault(layer.decorrelation, name)
     if not found:
         raise UserError(f"{type(module).__name__} has no decorrelated layer; see convert_to_decorrelated")
-    return found
+    return [(name, decorrelation) for decorrelation, name in found.items()]
 
 
 def configure_sampling(module: nn.Module, sampling: RowSampling) -> None:
@@ -112,7 +117,8 @@ def update_decorrelation(
 
     Returns:
         layer name -> the share of eta that was taken, a scalar on the device: 1 unless ``bound`` acted, 0 where the
-        statistics were not finite and R was left as it was. Alike on every process.
+        statistics were not finite and R was left as it was. Alike on every process. Layers that share R count once,
+        under the name of the first.
 
     Raises:
         ValueError: no rows were gathered (no forward in train mode, or gathering is off).
@@ -121,8 +127,10 @@ def update_decorrelation(
     for layers in gathered_groups(module):
         R_LDD = stacked([decorrelation.R for _, decorrelation in layers])
         zzR_LDD, zz_LD, largest_L, count_L = reduced_sums(layers, covariance_sums)
+        seen_L, count_L = count_L > 0, count_L.clamp_min(1)
         share_L = step_share(zzR_LDD, largest_L if bound else None, count_L, eta=eta)
-        decorrelation_step_(R_LDD, zzR_LDD, zz_LD, count_L, eta=eta, kappa=kappa, share=share_L)
+        decorrelation_step_(R_LDD, zzR_LDD, zz_LD, count_L, eta=eta, kappa=kappa, share=share_L * seen_L)
+        share_L = torch.where(seen_L, share_L, 1.0)
         shares |= {id(d): share for (_, d), share in zip(layers, share_L, strict=True)}
         if len(layers) > 1:
             torch._foreach_copy_([decorrelation.R for _, decorrelation in layers], list(R_LDD.unbind()))
@@ -144,18 +152,26 @@ def measure_decorrelation(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]
     measured: dict[int, tuple[Tensor, Tensor]] = {}
     for layers in gathered_groups(module):
         zz_LDD, _, count_L = reduced_sums(layers, second_moment_sums)
-        metrics = zip(*decorrelation_metrics(zz_LDD / count_L[:, None, None]), strict=True)
-        measured |= {id(d): pair for (_, d), pair in zip(layers, metrics, strict=True)}
+        metrics = zip(*decorrelation_metrics(zz_LDD / count_L.clamp_min(1)[:, None, None]), strict=True)
+        seen = (count_L > 0).tolist() if is_distributed() else [True] * len(layers)
+        measured |= {id(d): pair for (_, d), pair, rows in zip(layers, metrics, seen, strict=True) if rows}
     return {name: measured[id(d)] for name, d in decorrelations(module) if id(d) in measured}
 
 
 def gathered_groups(module: nn.Module) -> Iterator[Layers]:
-    """Layers with gathered rows in groups of one width: the same groups in the same order on every process."""
+    """Layers with gathered rows in groups of one width: the same groups in the same order on every process.
+
+    With several processes every layer is there, with no rows where this process gathered none: others may have some.
+    """
     by_width: dict[object, Layers] = defaultdict(list)
-    for _, decorrelation in decorrelations(module):
-        if decorrelation.rows is not None:
-            by_width[decorrelation.num_features, decorrelation.R.device].append((decorrelation.rows, decorrelation))
-    if not by_width:
+    found = [decorrelation for _, decorrelation in decorrelations(module)]
+    for decorrelation in found:
+        rows = decorrelation.rows
+        if rows is None and is_distributed():
+            rows = decorrelation.R.new_empty(0, decorrelation.num_features)
+        if rows is not None:
+            by_width[decorrelation.num_features, decorrelation.R.device].append((rows, decorrelation))
+    if all(decorrelation.rows is None for decorrelation in found):
         raise UserError("no rows were gathered: run a forward in train mode before each update of R")
     for layers in by_width.values():
         R_DD = layers[0][1].R

@@ -15,9 +15,13 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOW = [
     ["errors"],
     ["functional"],
+    ["padding"],
     ["layers"],
     ["conversion"],
     ["update"],
+    ["sharing"],
+    ["probing"],
+    ["any_model"],
     ["configuration_dbp_vit_mae"],
     ["stock_vit_mae"],
     ["modeling_dbp_vit_mae"],
@@ -72,7 +76,7 @@ def test_imports_make_no_circle() -> None:
 
 def test_the_core_needs_torch_alone() -> None:
     """The method serves any torch model; transformers begins with the ViT-MAE."""
-    for name in ("functional", "layers", "conversion", "update"):
+    for name in ("functional", "padding", "layers", "conversion", "update", "sharing", "probing", "any_model"):
         nodes = ast.walk(tree(PACKAGE / f"{name}.py"))
         modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module for node in ast.walk(tree(PACKAGE / f"{name}.py")) if isinstance(node, ast.ImportFrom)}

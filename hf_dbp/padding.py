@@ -1,0 +1,138 @@
+"""Which rows of a layer's input are tokens and which are padding, in any model that is given a mask.
+
+What a transformer computes for the padding of a short sequence means nothing and must not enter C. `watch_padding` puts
+a hook on every module whose forward takes a mask. While such a module runs, `Padding` knows its mask, and
+`Padding.tokens` finds the rows of a layer's input x that count, from the innermost module outwards:
+
+1. x is the ``encoder_hidden_states`` that an ``encoder_attention_mask`` came with;
+2. a mask (B, T) fits x (B, T, D) or (B * T, D);
+3. x has one row per sequence (B, D), as a pooler's input: every row counts;
+4. the innermost module that takes a mask was given none, as the vision part beside a text part: every row counts;
+5. otherwise tokens cannot be told from padding: no row counts, and a warning names the layer once.
+
+Masks of more than two dimensions, which a model makes of its mask, say nothing new and are passed over.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Padding", "remove_watches", "watch_padding"]
+
+logger = logging.getLogger(__name__)
+
+TOKENS = ("attention_mask", "encoder_attention_mask")  # as transformers has them: 1, or True, is a token
+PADDED = ("src_key_padding_mask", "tgt_key_padding_mask")  # as torch's own layers do: True, or -inf, is padding
+
+
+class Mask:
+    """One mask: which tokens count (B, T), None if none was given; and the tensor whose tokens they are, if named."""
+
+    def __init__(self, keep_BT: Tensor | None, owner: Tensor | None = None) -> None:
+        self.keep_BT = keep_BT
+        self.owner = owner
+        self.found: Tensor | None = None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x (B, T, D) or (B * T, D) has a row for every entry."""
+        if self.keep_BT is None or (self.owner is not None and self.owner is not x):
+            return False
+        return x.shape[:2] == self.keep_BT.shape if x.ndim > 2 else len(x) == self.keep_BT.numel()
+
+    @property
+    def indices(self) -> Tensor:
+        """Of the tokens among the B * T rows; waits for the device, once."""
+        assert self.keep_BT is not None
+        if self.found is None:
+            self.found = self.keep_BT.flatten().nonzero().squeeze(-1)
+        return self.found
+
+
+class Padding:
+    """The masks of the modules that are running, innermost last."""
+
+    def __init__(self) -> None:
+        self.masks: list[Mask] = []
+        self.named: set[str] = set()
+
+    def tokens(self, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether the rows of x (..., D) can be told from padding, and which of them count; None for all."""
+        if not self.masks:
+            return True, None
+        for mask in [mask for mask in self.masks if mask.owner is x] + self.masks[::-1]:
+            if mask.fits(x):
+                return True, mask.indices
+        one_each = x.ndim == 2 and any(mask.keep_BT is not None and len(mask.keep_BT) == len(x) for mask in self.masks)
+        return one_each or self.masks[-1].keep_BT is None, None
+
+    def warn(self, layer: str) -> None:
+        """Say, once, that a layer's tokens cannot be told from padding."""
+        if layer not in self.named:
+            self.named.add(layer)
+            logger.warning(
+                "The input of %s has another shape than the attention mask, so its tokens cannot be told from padding: "
+                "no rows are gathered there, and its R stays as it is, while a mask is given", layer,
+            )  # fmt: skip
+
+
+class Watch:
+    """A pair of hooks: a module's masks are known to `Padding` from the start of its forward to the end."""
+
+    def __init__(self, module: nn.Module, padding: Padding, places: dict[str, int]) -> None:
+        self.padding = padding
+        self.places = places
+        self.lengths: list[int] = []
+        heads = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
+        self.batch_first = all(part.batch_first for part in heads)
+
+    def given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        place = self.places.get(name, len(args))
+        return args[place] if place < len(args) else kwargs.get(name)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.lengths.append(len(self.padding.masks))
+        for name in TOKENS + PADDED:
+            if name not in self.places:
+                continue
+            mask, owner = self.given(name, args, kwargs), None
+            if name == "encoder_attention_mask":
+                owner = self.given("encoder_hidden_states", args, kwargs)
+                if owner is None:
+                    continue
+            if mask is None:
+                self.padding.masks.append(Mask(None, owner))
+            elif isinstance(mask, Tensor) and mask.ndim == 2:
+                keep = mask != 0 if name in TOKENS else mask == 0
+                self.padding.masks.append(Mask(keep if name in TOKENS or self.batch_first else keep.T, owner))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.lengths:  # empty where an earlier hook of the module failed
+            del self.padding.masks[self.lengths.pop() :]
+
+
+def watch_padding(model: nn.Module) -> Padding | None:
+    """Watch the masks that ``model`` and its parts are given; None where no part takes one."""
+    padding, watched = Padding(), False
+    for module in model.modules():
+        names = list(inspect.signature(module.forward).parameters)
+        places = {name: place for place, name in enumerate(names)}
+        if not places.keys() & {*TOKENS, *PADDED}:
+            continue
+        watch, watched = Watch(module, padding, places), True
+        module.register_forward_pre_hook(watch.enter, with_kwargs=True)
+        module.register_forward_hook(watch.leave, always_call=True)
+    return padding if watched else None
+
+
+def remove_watches(model: nn.Module) -> None:
+    """Take the hooks off again."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Watch)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)

@@ -1,0 +1,136 @@
+"""Decorrelated layers for any model: several share the R of their one input, and a stock class reads their state.
+
+- **Sharing.** Layers with the same input, as q, k and v or the gate and up projections of a gated MLP, have one
+  `Decorrelation`. The first to be called owns it, gathers rows and saves R; the others refer to it.
+- **State.** Under the plain layer's own name stands W R, so that a checkpoint of a decorrelated model, whoever writes
+  it, is right in the stock class; W stands beside it as ``decorrelation.weight`` and R as ``decorrelation.R``, from
+  which the decorrelated model goes on to the bit. A plain checkpoint starts at R = I.
+- **Kinds.** `nn.Linear`, patch projections (`nn.Conv2d` with stride = kernel size), and transformers' `Conv1D`, a
+  linear layer whose weight is stored transposed: y = x W^T + b with ``weight`` = W^T (D, O).
+
+Shapes: N tokens, D = in_features, O = out_features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dbp.errors import UserError
+from hf_dbp.functional import fused_weight
+from hf_dbp.layers import (
+    DecorrelatedLayer,
+    DecorrelatedLinear,
+    DecorrelatedPatchProjection,
+    Decorrelation,
+    fuse_parameter,
+)
+
+__all__ = ["SharingConv1D", "SharingLayer", "SharingLinear", "SharingPatchProjection", "is_conv1d", "sharing_layer"]
+
+RAW = "decorrelation.weight"  # W itself, beside W R
+
+
+class SharingLayer(nn.Module, DecorrelatedLayer):
+    """What the kinds have in common; each is a plain module with its ``weight`` and ``bias`` too."""
+
+    weight: Tensor
+
+    def share(self, owner: DecorrelatedLayer) -> None:
+        """Use the owner's R, for the same input, from now on."""
+        self._modules.pop("decorrelation", None)
+        object.__setattr__(self, "decorrelation", owner.decorrelation)  # not registered: one name, one tensor
+
+    @property
+    def owns(self) -> bool:
+        """Whether R is this layer's to gather for and to save."""
+        return "decorrelation" in self._modules
+
+    def plain_weight(self) -> Tensor:
+        """W R as the plain layer stores it, taken in float64."""
+        weight = self.weight.detach()
+        product = fused_weight(weight.flatten(1).double(), self.decorrelation.R.detach().double())
+        return product.to(weight.dtype).view_as(weight)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + RAW] = destination[prefix + "weight"]
+        destination[prefix + "weight"] = self.plain_weight()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        raw = state_dict.pop(prefix + RAW, None)
+        if raw is not None:
+            state_dict[prefix + "weight"] = raw
+        elif prefix + "weight" in state_dict:
+            self.decorrelation.reset_parameters()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SharingLinear(SharingLayer, DecorrelatedLinear):
+    """`DecorrelatedLinear` that can share R."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.owns:
+            return super().forward(x)
+        return nn.functional.linear(x, fused_weight(self.weight, self.decorrelation.R).to(self.weight.dtype), self.bias)
+
+
+class SharingPatchProjection(SharingLayer, DecorrelatedPatchProjection):
+    """`DecorrelatedPatchProjection` with the state of a stock class."""
+
+
+class SharingConv1D(SharingLayer):
+    """transformers' `Conv1D` on a decorrelated input: y = x A^T + b, A = W R, ``weight`` = W^T (D, O)."""
+
+    def __init__(self, plain: Any) -> None:
+        super().__init__()
+        self.plain_class: type[nn.Module] = type(plain)
+        self.nf: int = plain.nf  # O, by transformers' name
+        self.nx: int = plain.nx  # D
+        self.weight = plain.weight
+        self.bias: nn.Parameter = plain.bias
+        self.decorrelation = Decorrelation(self.nx, device=self.weight.device)
+        self.train(plain.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.owns:
+            self.decorrelation.gather(x)
+        A_DO = fused_weight(self.weight.T, self.decorrelation.R).T.to(self.weight.dtype).contiguous()
+        return torch.addmm(self.bias, x.reshape(-1, self.nx), A_DO).view(*x.shape[:-1], self.nf)
+
+    def plain_weight(self) -> Tensor:
+        A_OD = fused_weight(self.weight.detach().T.double(), self.decorrelation.R.detach().double())
+        return A_OD.T.to(self.weight.dtype).contiguous()
+
+    def fuse(self) -> nn.Module:
+        with torch.device("meta"):
+            plain = self.plain_class(self.nf, self.nx)
+        fused = fuse_parameter(self.weight.T, self.decorrelation.R)
+        plain.weight = nn.Parameter(fused.detach().T.contiguous(), requires_grad=self.weight.requires_grad)
+        plain.bias = self.bias
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}"
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, told without importing transformers."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def sharing_layer(layer: nn.Module) -> SharingLayer:
+    """The decorrelated layer, with R = I, that adopts the parameters of this one. ValueError if there is none."""
+    if is_conv1d(layer):
+        return SharingConv1D(layer)
+    if type(layer) is nn.Linear:
+        made: DecorrelatedLinear | DecorrelatedPatchProjection = SharingLinear.from_linear(layer)
+    elif type(layer) is nn.Conv2d:
+        made = SharingPatchProjection.from_conv(layer)
+    else:
+        raise UserError(f"{type(layer).__name__} is no layer that can be decorrelated")
+    assert isinstance(made, SharingLayer)
+    return made
