@@ -6,6 +6,7 @@ hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/f
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
+hf-dbp select TABLE --budget 40  which images to label first
 hf-dbp compare ...           methods side by side           = training_scripts/run_comparison.py
 hf-dbp demo [FOLDER]         pretrain, fuse and finetune on the built-in images
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "probe": "hf_dbp.downstream.probe",
     "compare": "hf_dbp.comparison.runner",
     "embed": "hf_dbp.downstream.embedding",
+    "select": "hf_dbp.downstream.selection",
 }
 
 

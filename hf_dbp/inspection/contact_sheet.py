@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hf_dbp.data.masks import Palette
 from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.inspection.survey import file_value
 
-__all__ = ["thumbnail", "write_contact_sheet"]
+__all__ = ["thumbnail", "write_contact_sheet", "write_pictures"]
 
 Array = NDArray[Any]
 SIDE, COLUMNS, IMAGES = 256, 6, 24
@@ -71,6 +72,11 @@ def write_contact_sheet(path: Path, samples: Samples, masks: Samples, palette: s
                 pictures.append(("mask", mask_thumbnail(stored(file_value(masks[name])), known)))
             except DECODING_ERRORS:
                 pictures.append(("mask unreadable", np.zeros((8, 8, 3))))
+    write_pictures(path, pictures)
+
+
+def write_pictures(path: Path, pictures: Sequence[tuple[str, Array]]) -> None:
+    """Write a PNG of titled pictures, RGB in [0, 1], six a row."""
     rows = -(-len(pictures) // COLUMNS)
     figure = Figure(figsize=(2.2 * COLUMNS, 2.4 * rows), layout="constrained")
     for axis in figure.subplots(rows, COLUMNS, squeeze=False).flat:
