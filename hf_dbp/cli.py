@@ -4,6 +4,7 @@ hf-dbp inspect FOLDER        what is there, what the tool will do with it, the r
 hf-dbp pretrain ...          masked autoencoding            = training_scripts/run_dbp_mae.py
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
+hf-dbp retrieve ...          segmentation without training: the labels of the patches most alike
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp select TABLE --budget 40  which images to label first
@@ -31,6 +32,7 @@ COMMANDS = {
     "pretrain": "hf_dbp.pretraining",
     "fuse": "hf_dbp.fusing",
     "finetune": "hf_dbp.downstream.segmentation.finetuning",
+    "retrieve": "hf_dbp.downstream.segmentation.retrieval",
     "probe": "hf_dbp.downstream.probe",
     "compare": "hf_dbp.comparison.runner",
     "embed": "hf_dbp.downstream.embedding",

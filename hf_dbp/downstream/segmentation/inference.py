@@ -24,7 +24,7 @@ from hf_dbp.downstream.segmentation.data import LabelledImages, normalized
 from hf_dbp.downstream.segmentation.mean_iou import confusion_matrix
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 
-__all__ = ["WholeImages", "count_pixels", "predict_labels", "whole_image_logits"]
+__all__ = ["WholeImages", "count_pixels", "predict_labels", "whole_image_logits", "window_origins"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,8 @@ def whole_image_logits(model: nn.Module, pixels: Sequence[Tensor], crop_size: in
     windows = [
         (number, top, left)
         for number, image in enumerate(padded)
-        for top in _origins(image.shape[1], crop_size)
-        for left in _origins(image.shape[2], crop_size)
+        for top in window_origins(image.shape[1], crop_size)
+        for left in window_origins(image.shape[2], crop_size)
     ]
     sums: list[Tensor] = []
     counts = [torch.zeros(image.shape[1:], device=image.device) for image in padded]
@@ -82,7 +82,8 @@ def whole_image_logits(model: nn.Module, pixels: Sequence[Tensor], crop_size: in
     return [logits[:, : image.shape[1], : image.shape[2]] for logits, image in zip(averages, pixels, strict=True)]
 
 
-def _origins(length: int, crop_size: int) -> list[int]:
+def window_origins(length: int, crop_size: int) -> list[int]:
+    """Where windows begin along a side of ``length`` pixels, at least a crop: even steps, at least a third shared."""
     steps = math.ceil((length - crop_size) / (crop_size * 2 / 3))
     return [round(step * (length - crop_size) / max(steps, 1)) for step in range(steps + 1)]
 
