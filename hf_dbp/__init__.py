@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
     from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig
     from hf_dbp.conversion import all_linears, convert_to_decorrelated, decorrelated_layers, fuse
+    from hf_dbp.downstream.bridge import extract_dinov2
     from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection, Decorrelation, RowSampling
     from hf_dbp.modeling_dbp_vit_mae import (
         DBPViTMAEForPreTraining,
@@ -52,6 +53,7 @@ __all__ = [
     "convert_to_decorrelated",
     "decorrelate",
     "decorrelated_layers",
+    "extract_dinov2",
     "extract_vit",
     "fuse",
     "initialize_mae_",
@@ -67,6 +69,7 @@ _MODULES = {
     "callbacks": ("DecorrelationArguments", "DecorrelationCallback"),
     "configuration_dbp_vit_mae": ("SIZES", "DBPViTMAEConfig"),
     "conversion": ("all_linears", "convert_to_decorrelated", "decorrelated_layers", "fuse"),
+    "downstream.bridge": ("extract_dinov2",),
     "layers": ("DecorrelatedLinear", "DecorrelatedPatchProjection", "Decorrelation", "RowSampling"),
     "modeling_dbp_vit_mae": ("DBPViTMAEForPreTraining", "DBPViTMAEModel", "extract_vit", "initialize_mae_"),
     "training.checkpoints": ("load_fused_vit",),

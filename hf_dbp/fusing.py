@@ -1,4 +1,4 @@
-"""From a pre-training run to a stock ViT: the main of `training_scripts/fuse_checkpoint.py`.
+"""From a pre-training run to a stock ViT or DINOv2: the main of `training_scripts/fuse_checkpoint.py`.
 
 W R takes the place of (W, R) in every layer (paper section 2.2), the decoder is dropped, and the result is compared
 with the unfused encoder on real images before anything is written. Beside the model come image processor, record,
@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
+from transformers import Dinov2Model, ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
 
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.masked import MaskedImages
+from hf_dbp.downstream.bridge import extract_dinov2
 from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.hub.model_card import write_card
@@ -34,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def largest_difference(mae: ViTMAEForPreTraining, vit: ViTModel, pixels_BCHW: Tensor) -> tuple[float, float]:
+def largest_difference(
+    mae: ViTMAEForPreTraining, vit: ViTModel | Dinov2Model, pixels_BCHW: Tensor
+) -> tuple[float, float]:
     """Compare the unfused encoder, all patches visible, with the fused ViT on images.
 
     Returns:
@@ -88,7 +91,13 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
     )
 
 
-def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, name: str | None = None) -> float:
+#: what a fused encoder is written as
+EXTRACT = {"vit": extract_vit, "dinov2": extract_dinov2}
+
+
+def fuse_run(
+    run: Path, output_dir: Path, views: MaskedImages, count: int = 8, name: str | None = None, kind: str = "vit"
+) -> float:
     """Fuse a run, check it on images, and write the stock ViT and what goes with it.
 
     Args:
@@ -97,6 +106,7 @@ def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, n
         views: evaluation views to check on.
         count: how many of them.
         name: Hub id for the card.
+        kind: what the encoder is written as, ``vit`` or ``dinov2``.
 
     Returns:
         The largest difference between fused and unfused outputs, both computed in float32.
@@ -111,10 +121,10 @@ def fuse_run(run: Path, output_dir: Path, views: MaskedImages, count: int = 8, n
     if any(output_dir.glob(f"model.{UNFUSED}*")):
         raise UserError(f"--output_dir {output_dir} holds the model of a run; choose another folder")
     mae = load_model(folder, "dbp_vit_mae", "vit_mae")
-    vit = extract_vit(mae)
+    vit = EXTRACT[kind](mae)
     mae = mae.float()  # what is compared: in bfloat16 every product rounds in another place
     pixels_BCHW = torch.stack([views[index]["pixel_values"] for index in range(min(count, len(views)))])
-    difference, scale = largest_difference(mae, extract_vit(mae), pixels_BCHW)
+    difference, scale = largest_difference(mae, EXTRACT[kind](mae), pixels_BCHW)
     if not difference <= 1e-4 * max(scale, 1.0):
         raise UserError(f"fused and unfused outputs differ by {difference:.2e}; nothing was written")
     print(
@@ -158,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fuse a pre-training run to a stock ViTModel.")
     parser.add_argument("run", type=Path, help="output folder of run_dbp_mae.py, or one of its checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the stock model is written")
+    parser.add_argument(
+        "--as", dest="kind", choices=list(EXTRACT), default="vit", help="stock class that the encoder is written as"
+    )
     parser.add_argument("--image_dir", help="folder of images to check on (default: the run's validation images)")
     parser.add_argument("--num_images", type=int, default=8, help="how many images to check on")
     parser.add_argument("--push_to_hub", action="store_true", help="push the stock model; the login's token is used")
@@ -173,7 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         destination = Destination(repo_id, private=args.private or None).opened()
     views = check_views(args.run, args.image_dir, args.num_images)
     name = None if destination is None else destination.repo_id
-    fuse_run(args.run, args.output_dir, views, args.num_images, name)
-    print(f'stock ViT written; load it with ViTModel.from_pretrained("{args.output_dir}", add_pooling_layer=False)')
+    fuse_run(args.run, args.output_dir, views, args.num_images, name, args.kind)
+    load = ("Dinov2Model", "") if args.kind == "dinov2" else ("ViTModel", ", add_pooling_layer=False")
+    print(f'stock model written; load it with {load[0]}.from_pretrained("{args.output_dir}"{load[1]})')
     if destination is not None:
         push_run(args.run, args.output_dir, destination, unfused=args.push_unfused)

@@ -77,7 +77,10 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
         fields = {**SIZES[model_args.model_size]}
     config = config_class(**(fields | {"num_channels": num_channels} | given))
     if model_args.config_overrides is not None:
-        config.update_from_string(model_args.config_overrides)
+        try:
+            config.update_from_string(model_args.config_overrides)
+        except ValueError as error:
+            raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
     chosen = known_fields(config.to_dict(), config_class)
     check_fields(chosen)
     check_memory(chosen, "the configuration")

@@ -138,6 +138,10 @@ LOADING = {
 from transformers import AutoImageProcessor, ViTModel
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = ViTModel.from_pretrained("{name}", add_pooling_layer=False)""",
+    "dinov2": """\
+from transformers import AutoImageProcessor, Dinov2Model
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = Dinov2Model.from_pretrained("{name}")""",
     "upernet": """\
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 processor = AutoImageProcessor.from_pretrained("{name}")
@@ -161,6 +165,7 @@ def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     )
     what = {
         "vit": f"A stock Vision Transformer ({shape})",
+        "dinov2": f"A Vision Transformer as a stock DINOv2 whose LayerScale is 1 ({shape})",
         "upernet": f"UperNet for semantic segmentation over a Vision Transformer ({shape}), stock transformers",
         "dbp_vit_mae": f"A masked autoencoder with the unfused matrices of decorrelated training ({shape})",
         "vit_mae": f"A masked autoencoder ({shape})",
@@ -232,8 +237,10 @@ def limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
     """What the model is not good for or was not measured, as sentences."""
     kind = config["model_type"]
     channels = (config.get("backbone_config") or config)["num_channels"]
+    headless = ["It has no head: fine-tune it, or train a classifier on its features. Neither was measured here."]
     found = {
-        "vit": ["It has no head: fine-tune it, or train a classifier on its features. Neither was measured here."],
+        "vit": headless,
+        "dinov2": [*headless, "It was not trained by DINOv2: only the class is the same, for the heads that take one."],
         "upernet": [
             "Scores are those of the validation images named above, which also chose the checkpoint.",
             "It is stock UperNet over a plain ViT: no relative position bias and no LayerScale, with which the "
@@ -260,7 +267,7 @@ def metadata(config: Mapping[str, Any], record: Mapping[str, Any], title: str) -
     kind = config["model_type"]
     segments = kind == "upernet"
     fields: dict[str, Any] = {"library_name": "hf_dbp" if kind == "dbp_vit_mae" else "transformers"}
-    if kind in ("vit", "upernet"):
+    if kind in ("vit", "dinov2", "upernet"):
         fields["pipeline_tag"] = "image-segmentation" if segments else "image-feature-extraction"
     fields["tags"] = ["vision", "masked-auto-encoding" if not segments else "semantic-segmentation"]
     if record.get("method") == "dbp":

@@ -1,7 +1,7 @@
 """Whatever stands in a recipe, a config.json, a run.json or on the command line: it is taken, or refused in one line.
 
 Cases are valid inputs with something changed: values of other types, absurd numbers, unknown and missing keys, nesting,
-Unicode, tags. Refusal is a ValueError of one line, or argparse's exit status 2; never another exception.
+Unicode, tags. Refusal is a UserError of one line, or argparse's exit status 2; never another exception.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from hf_dbp.comparison.plans import FLAGS, collect_runs, plan_of, read_plan, var
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig, parameters
 from hf_dbp.data.images import ImageSource
 from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import known_fields, read_config
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.pretraining import model_config
@@ -130,11 +131,11 @@ def changed(draw, valid):
 
 @contextlib.contextmanager
 def refusing():
-    """Any refusal is a ValueError of one line that says something, or argparse's exit."""
+    """Any refusal is a UserError of one line that says something, or argparse's exit."""
     try:
         yield
     except ValueError as error:
-        assert type(error) is ValueError, repr(error)
+        assert isinstance(error, UserError), repr(error)
         assert "\n" not in str(error) and len(str(error)) > 15, str(error)
     except SystemExit as stop:
         assert stop.code == 2

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from test_pretraining import flags
-from transformers import ViTModel
+from transformers import Dinov2Model, ViTModel
 
 from hf_dbp import DBPViTMAEForPreTraining, decorrelated_layers, extract_vit, load_fused_vit
 from hf_dbp.fusing import main as fuse_main
@@ -61,6 +61,12 @@ def test_an_unfinished_run_gives_its_best_checkpoint(tmp_path):
     fused = ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False)
     assert same(fused.state_dict(), load_fused_vit(best).state_dict())
     assert {"run.json", "curves.png", "reconstruction.png"} <= {file.name for file in (tmp_path / "vit").iterdir()}
+    fuse_main([str(run), "--output_dir", str(tmp_path / "dinov2"), "--num_images", "2", "--as", "dinov2"])
+    pixels = torch.randn(1, fused.config.num_channels, fused.config.image_size, fused.config.image_size)
+    dinov2 = Dinov2Model.from_pretrained(tmp_path / "dinov2").eval()
+    states = fused.eval()(pixels).last_hidden_state
+    torch.testing.assert_close(dinov2(pixels).last_hidden_state, states, rtol=1e-5, atol=1e-5)
+    assert "Dinov2Model.from_pretrained" in (tmp_path / "dinov2" / "README.md").read_text()
     (best / "trainer_state.json").unlink()  # as if cut off while it was written
     assert model_folder(run) == run / f"checkpoint-{record.rows[-1]['step']}"
     for checkpoint in run.iterdir():

@@ -1,0 +1,84 @@
+"""The encoder as a stock `Dinov2Model`, which opens every stock head that takes a DINOv2.
+
+A pre-norm ViT is a DINOv2 whose LayerScale is 1:
+
+    ViT      h <- h + Attention(LN(h));            h <- h + MLP(LN(h))
+    DINOv2   h <- h + s1 * Attention(LN(h));       h <- h + s2 * MLP(LN(h)),      s1 = s2 = 1
+
+so the tensors are the same under other names. What differs and is checked here:
+- DINOv2 has no `intermediate_size`: the MLP's width must be a whole multiple of the hidden size;
+- DINOv2 resamples positions from a square table: the encoder's images must be square;
+- the mask token, which only DINOv2's own pre-training uses, is left out (`use_mask_token=False`).
+
+At another image size than the encoder's own, `Dinov2Model` resamples the position table (bicubic), as `ViTModel` does
+with ``interpolate_pos_encoding=True``.
+"""
+
+from __future__ import annotations
+
+from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTModel
+
+from hf_dbp.errors import UserError
+from hf_dbp.modeling_dbp_vit_mae import extract_vit
+
+__all__ = ["extract_dinov2"]
+
+SAME = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "image_size", "patch_size", "num_channels",
+    "qkv_bias",
+)  # fmt: skip
+RENAMED = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
+
+
+def extract_dinov2(model: PreTrainedModel) -> Dinov2Model:
+    """The encoder of a ViT-MAE (decorrelated ones are fused), or a ViT, as a stock `Dinov2Model`.
+
+    Args:
+        model: a ViT-MAE, stock or ours, its encoder, or a `ViTModel` (its pooler is left out).
+
+    Returns:
+        A `Dinov2Model` on the same device, in the same dtype and mode; its hidden states (B, 1 + T, D) are those of the
+        `ViTModel` to rounding.
+
+    Raises:
+        ValueError: the images are not square, the MLP's width is no multiple of the hidden size, a fused weight is not
+            finite, or ``model`` is none of these.
+    """
+    vit = model if isinstance(model, ViTModel) else extract_vit(model)
+    config = vit.config
+    size = config.image_size if isinstance(config.image_size, int) else tuple(config.image_size)
+    if not isinstance(size, int) and len(set(size)) != 1:
+        raise UserError(
+            f"a DINOv2 takes square images, this encoder {size[0]} x {size[1]}: keep it as a ViT (--as vit), or "
+            "pre-train with a square --image_size"
+        )
+    if config.intermediate_size % config.hidden_size:
+        raise UserError(
+            f"a DINOv2's MLP is a whole multiple of its width, this encoder's {config.intermediate_size} is not one of "
+            f"{config.hidden_size}: keep it as a ViT (--as vit)"
+        )
+    fields = {name: getattr(config, name) for name in SAME} | {"image_size": size if isinstance(size, int) else size[0]}
+    dinov2 = Dinov2Model(
+        Dinov2Config(
+            **fields,
+            mlp_ratio=config.intermediate_size // config.hidden_size,
+            layerscale_value=1.0,
+            use_mask_token=False,
+            use_swiglu_ffn=False,
+        )
+    )
+    dinov2.config._attn_implementation = config._attn_implementation
+    dinov2.to(device=vit.device, dtype=vit.dtype)
+    own = dinov2.state_dict()
+    state = {new_name(name): value for name, value in vit.state_dict().items() if not name.startswith("pooler.")}
+    scales = {name: value for name, value in own.items() if name.endswith(".lambda1")}  # ones
+    dinov2.load_state_dict(state | scales)
+    dinov2.train(vit.training)
+    return dinov2
+
+
+def new_name(name: str) -> str:
+    """A tensor of a ViT under its name in a DINOv2."""
+    parts = [RENAMED.get(part, part) for part in name.split(".")]
+    return ".".join(["encoder", "layer", *parts[1:]] if parts[0] == "layers" else parts)
