@@ -8,6 +8,7 @@ hf-dbp retrieve ...          segmentation without training: the labels of the pa
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp select TABLE --budget 40  which images to label first
+hf-dbp export MODEL IMAGES ...   as ONNX, checked against PyTorch on these images
 hf-dbp compare ...           methods side by side           = training_scripts/run_comparison.py
 hf-dbp demo [FOLDER]         pretrain, fuse and finetune on the built-in images
 
@@ -36,6 +37,7 @@ COMMANDS = {
     "probe": "hf_dbp.downstream.probe",
     "compare": "hf_dbp.comparison.runner",
     "embed": "hf_dbp.downstream.embedding",
+    "export": "hf_dbp.downstream.export",
     "select": "hf_dbp.downstream.selection",
 }
 

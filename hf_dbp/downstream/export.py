@@ -1,0 +1,265 @@
+"""An encoder or a segmenter as ONNX, checked against PyTorch: the main of `hf-dbp export`.
+
+    hf-dbp export MODEL IMAGES --format onnx --output_dir outputs/onnx
+
+writes `model.onnx`, `preprocessing.json` and `run.py`, which needs neither PyTorch nor hf_dbp, and `export.json`: the
+largest difference from PyTorch on the images given, at two sizes and two batch sizes, and the latency of both.
+
+- An encoder (a stock ViT) takes any batch and any height and width that are multiples of the patch size; its positions
+  are interpolated, bicubic, as transformers does. Output: `last_hidden_state` (B, 1 + T, D).
+- A segmenter (UperNet over a ViT) takes any batch of windows of one size: its pooling to fixed grids has no ONNX form
+  of free size. Whole images go through it in windows, in ONNX as in PyTorch. Output: `logits` (B, K, S, S).
+
+Shapes: B batch, T patch tokens, D features, K classes, S side of a window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hf_dbp.data.decoding import UnreadableImageError
+from hf_dbp.data.images import ImageList, channel_statistics
+from hf_dbp.downstream import onnx_run
+from hf_dbp.downstream.features import CentralSquares, add_data_flags, image_source, open_images
+from hf_dbp.downstream.segmentation.inference import WholeImages, whole_image_logits
+from hf_dbp.downstream.segmentation.upernet import load_upernet, load_vit
+from hf_dbp.errors import UserError, command
+from hf_dbp.hub.untrusted import read_config, read_statistics
+from hf_dbp.records import hardware, versions, write_json
+
+__all__ = ["export_model", "main"]
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4
+CHECKED = 4  # images
+TIMED = 10  # forward passes
+MODEL = "model.onnx"
+
+
+class Encoder(nn.Module):
+    """pixel_values (B, C, H, W) -> last_hidden_state (B, 1 + T, D)."""
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        tokens: Tensor = self.vit(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+        return tokens
+
+
+class Segmenter(nn.Module):
+    """pixel_values (B, C, S, S) -> logits (B, K, S, S)."""
+
+    def __init__(self, upernet: nn.Module) -> None:
+        super().__init__()
+        self.upernet = upernet
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = self.upernet(pixel_values=pixel_values).logits
+        return logits
+
+
+def sides(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def write_onnx(model: nn.Module, example: Tensor, file: Path, output: str, patch: tuple[int, int] | None) -> None:
+    """Export by PyTorch's dynamo exporter: the batch is free; with ``patch``, height and width too, in its steps."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"ONNX needs the package {error.name}: pip install 'hf-dbp[onnx]'") from error
+    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=65536)}
+    if patch is not None:
+        free[2] = patch[0] * torch.export.Dim("rows", min=1, max=4096)
+        free[3] = patch[1] * torch.export.Dim("columns", min=1, max=4096)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's, about its own insides
+        program = torch.onnx.export(
+            model, (example,), dynamo=True, dynamic_shapes={"pixel_values": free}, verbose=False,
+            input_names=["pixel_values"], output_names=[output],
+        )  # fmt: skip
+    assert program is not None
+    program.save(str(file))
+
+
+def difference(model: nn.Module, onnx_model: onnx_run.Model, batches: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """For each batch its shape and the largest difference between both outputs."""
+    found = []
+    for pixels in batches:
+        with torch.no_grad():
+            expected = model(pixels).numpy()
+        given = onnx_model.run(pixels.numpy())
+        found.append({"shape": list(pixels.shape), "largest_difference": float(np.abs(given - expected).max())})
+    return found
+
+
+def latency(run: Callable[[], Any]) -> float:
+    """Median milliseconds of a call, after two to warm up."""
+    times = []
+    for _ in range(TIMED + 2):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return round(1000 * statistics.median(times[2:]), 3)
+
+
+def readable(images: ImageList, count: int) -> list[NDArray[Any]]:
+    """The first readable images."""
+    found = []
+    for index in range(len(images)):
+        try:
+            found.append(images[index])
+        except UnreadableImageError:
+            continue
+        if len(found) == count:
+            break
+    return found
+
+
+def export_encoder(
+    source: str, images: list[NDArray[Any]], mean: Sequence[float], std: Sequence[float], folder: Path, **hub: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[float, float]]:
+    """Write an encoder; returns preprocessing, differences and the latencies of PyTorch and onnxruntime."""
+    vit = load_vit(source, **hub).eval()
+    model, size, patch = Encoder(vit), sides(vit.config.image_size), sides(vit.config.patch_size)
+    squares = CentralSquares(ImageList([], "image"), size, mean, std)
+    # another size than the model's own, or the exporter would take the two for one
+    other = (size[0] + 2 * patch[0], size[1] + patch[1])
+    larger = CentralSquares(ImageList([], "image"), other, mean, std)
+    own, wide = (torch.stack([views.view(image) for image in images]) for views in (squares, larger))
+    write_onnx(model, wide[:2], folder / MODEL, "last_hidden_state", patch)
+    how = {"schema": 1, "kind": "encoder", "model": source, "size": list(size), "patch": list(patch),
+           "mean": list(mean), "std": list(std), "input": "pixel_values", "output": "last_hidden_state",
+           "free_axes": ["batch", "height", "width"]}  # fmt: skip
+    write_json(folder / "preprocessing.json", how)
+    session = onnx_run.Model(folder)
+    found = difference(model, session, [own[:1], own, wide[:1], wide])
+    whole = max(
+        float(np.abs(session.pixels(image) - view.numpy()).max()) for image, view in zip(images, own, strict=True)
+    )
+    found.append({"preprocessing": True, "largest_difference": whole})
+    with torch.no_grad():
+        return how, found, (latency(lambda: model(own[:1])), latency(lambda: session.run(own[:1].numpy())))
+
+
+def export_segmenter(
+    source: str, images: list[NDArray[Any]], mean: Sequence[float], std: Sequence[float], folder: Path,
+    crop_size: int | None, long_edge: int | None, **hub: Any,
+) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[float, float]]:  # fmt: skip
+    """Write a segmenter; as `export_encoder`."""
+    names = {int(number): str(name) for number, name in read_config(source, **hub)["id2label"].items()}
+    upernet = load_upernet(source, names, ignore_index=-100 if 255 in names else 255, **hub).eval()
+    side = crop_size or max(sides(upernet.config.backbone_config.image_size))
+    edge = side if long_edge is None else long_edge or None
+    data = WholeImages(None, edge, mean, std)  # type: ignore[arg-type]  # its `pixels` alone is asked for
+    pixels = [data.pixels(image) for image in images]
+    padded = [
+        nn.functional.pad(one, (0, max(0, side - one.shape[2]), 0, max(0, side - one.shape[1]))) for one in pixels
+    ]
+    windows = torch.stack([one[:, :side, :side] for one in padded])
+    model = Segmenter(upernet)
+    write_onnx(model, windows[:2], folder / MODEL, "logits", None)
+    how = {"schema": 1, "kind": "segmenter", "model": source, "window": side, "long_edge": edge, "mean": list(mean),
+           "std": list(std), "labels": names, "input": "pixel_values", "output": "logits",
+           "free_axes": ["batch"]}  # fmt: skip
+    write_json(folder / "preprocessing.json", how)
+    session = onnx_run.Model(folder)
+    found = difference(model, session, [windows[:1], windows])
+    for image in images[:2]:  # whole images, each at two sizes
+        for part in (image, image[: max(1, image.shape[0] * 2 // 3)]):
+            own = data.pixels(part)
+            with torch.no_grad():
+                logits = whole_image_logits(upernet, [own], side, batch_size=1)[0]
+                logits = nn.functional.interpolate(logits[None], part.shape[:2], mode="bilinear", align_corners=False)[
+                    0
+                ]
+            gap = float(np.abs(session.logits(part) - logits.numpy()).max())
+            found.append({"whole_image": list(part.shape[:2]), "largest_difference": gap})
+    with torch.no_grad():
+        return how, found, (latency(lambda: model(windows[:1])), latency(lambda: session.run(windows[:1].numpy())))
+
+
+def export_model(
+    source: str, images: ImageList, folder: Path, *, crop_size: int | None = None, long_edge: int | None = None,
+    **hub: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Export an encoder or a segmenter and check it; returns what is also written to `export.json`.
+
+    Args:
+        source: folder or Hub id of a stock ViT or of a UperNet over one.
+        images: to check it on.
+        folder: where to write.
+        crop_size, long_edge: of a segmenter, as in its training.
+        hub: cache_dir, token, revision.
+
+    Raises:
+        UserError: another kind of model, no ONNX packages, too few images, or outputs that differ by more than 1e-4.
+    """
+    kind = read_config(source, **hub)["model_type"]
+    pictures = readable(images, CHECKED)
+    if len(pictures) < 2:
+        raise UserError(f"{len(pictures)} images can be read; the check needs two")
+    folder.mkdir(parents=True, exist_ok=True)
+    mean, std = read_statistics(source, **hub) or channel_statistics(images)
+    if kind == "upernet":
+        how, found, times = export_segmenter(source, pictures, mean, std, folder, crop_size, long_edge, **hub)
+    else:
+        how, found, times = export_encoder(source, pictures, mean, std, folder, **hub)
+    shutil.copyfile(str(onnx_run.__file__), folder / "run.py")
+    record = {
+        "schema": 1, "task": "export", "kind": how["kind"], "model": source, "checks": found, "tolerance": TOLERANCE,
+        "latency_ms": {"pytorch": times[0], "onnxruntime": times[1], "threads": torch.get_num_threads()},
+        "versions": versions(), "hardware": hardware(),
+    }  # fmt: skip
+    write_json(folder / "export.json", record)
+    worst = max(check["largest_difference"] for check in found)
+    if worst > TOLERANCE:
+        raise UserError(f"{folder / MODEL} differs from PyTorch by {worst:.2g}, more than {TOLERANCE}: see export.json")
+    return record
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse, export, check. User mistakes end with one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.set_verbosity_warning()
+    parser = argparse.ArgumentParser(prog="hf-dbp export", description="A model as ONNX, checked against PyTorch.")
+    parser.add_argument("model", help="stock ViT or UperNet over one, folder or Hub id")
+    parser.add_argument("images", help="images to check it on: folder, Hub id, or wire_bonding")
+    parser.add_argument("--format", choices=["onnx"], default="onnx", help="what to write")
+    parser.add_argument("--output_dir", default="outputs/onnx", help="where the model and what belongs to it go")
+    parser.add_argument("--crop_size", type=int, help="of a segmenter, as in its training (default: its ViT's)")
+    parser.add_argument("--long_edge", type=int, help="as in its training; 0: native resolution (default: crop_size)")
+    add_data_flags(parser)
+    args = parser.parse_args(arguments)
+    images = open_images(image_source(args), args.split)
+    record = export_model(
+        args.model, images, Path(args.output_dir), crop_size=args.crop_size, long_edge=args.long_edge,
+        cache_dir=args.cache_dir, token=args.token,
+    )  # fmt: skip
+    for check in record["checks"]:
+        what = ", ".join(f"{name} {value}" for name, value in check.items() if name != "largest_difference")
+        print(f"checked     {what}: largest difference from PyTorch {check['largest_difference']:.2g}")
+    times = record["latency_ms"]
+    print(f"latency     one image: PyTorch {times['pytorch']} ms, onnxruntime {times['onnxruntime']} ms")
+    print(f"written     {MODEL}, preprocessing.json, run.py (needs numpy, pillow, onnxruntime), in {args.output_dir}")
+    return record
