@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
+from transformers.utils import strtobool
 
 from hf_dbp.correlations import correlation_values, mean_correlations
 from hf_dbp.errors import UserError
@@ -29,7 +31,7 @@ from hf_dbp.update import (
     update_decorrelation,
 )
 
-__all__ = ["DecorrelationArguments", "DecorrelationCallback"]
+__all__ = ["DecorrelationArguments", "DecorrelationCallback", "refuse_sharding"]
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +185,7 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
                 f"that R is updated from: start one process per GPU, accelerate launch --multi_gpu --num_processes "
                 f"{args.n_gpu} SCRIPT, or show it one with CUDA_VISIBLE_DEVICES=0"
             )
+        refuse_sharding(args)
         if not self.restorable and isinstance(model, DBPViTMAEModel | DBPViTMAEForPreTraining):
             refuse_restoring(args)
         self.switches.close()
@@ -257,6 +260,18 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
     def per_layer(self) -> dict[str, dict[str, float]]:
         """The last measurement: layer -> decorrelation_loss, mean_squared_correlation."""
         return correlation_values(self.measured)
+
+
+def refuse_sharding(args: TrainingArguments) -> None:
+    """UserError where FSDP or DeepSpeed would split the weights over processes."""
+    launched = [name for name in ("FSDP", "DEEPSPEED") if strtobool(os.environ.get(f"ACCELERATE_USE_{name}", "false"))]
+    if args.fsdp or args.deepspeed or launched:
+        flag = "--deepspeed" if args.deepspeed or "DEEPSPEED" in launched else "--fsdp"
+        raise UserError(
+            f"{flag} splits weights over processes, but the update of R, the fusion W R and the checkpoints here need "
+            "whole matrices: leave it out, and train with accelerate launch --multi_gpu (each GPU holds the model; "
+            "--gradient_checkpointing true saves memory)"
+        )
 
 
 def refuse_restoring(args: TrainingArguments) -> None:

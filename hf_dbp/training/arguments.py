@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_dbp.callbacks import refuse_sharding
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.feeding import feed_fast
 from hf_dbp.errors import UserError
@@ -166,6 +167,7 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         check_country(self.country)
+        refuse_sharding(self)
         self.remove_unused_columns = False
         feed_fast(self)
         if self.eval_strategy == "no":
