@@ -1,6 +1,5 @@
 """When R is updated: schedule, interval, stop, skipped steps, logging, and any Trainer."""
 
-import copy
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,6 @@ from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
 from hf_dbp.correlations import mean_correlations
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
-from hf_dbp.training.optimizers import MuonWithAdamW, decay_groups
 from hf_dbp.training.resuming import ResumingTrainer, restore_weights
 from hf_dbp.update import update_decorrelation
 
@@ -250,49 +248,6 @@ def test_our_trainer_restores_any_model_that_was_decorrelated(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     with pytest.raises(ValueError, match="does not have the tensors of the model, Regression"):
         restore_weights(Regression(), str(tmp_path / "checkpoint-8"))
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_optimizers_leave_r_alone(name):
-    """No gradient, no group, no weight decay reaches R; every trainable parameter is in exactly one group."""
-    model = convert_to_decorrelated(Regression())
-    named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
-    muon = name == "muon"
-    optimizer = (
-        MuonWithAdamW(model, lr=0.1, weight_decay=0.5) if muon else torch.optim.AdamW(decay_groups(named, 0.5), lr=0.1)
-    )
-    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(in_groups) == sorted(id(p) for _, p in named)
-    for group in optimizer.param_groups:
-        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
-    model(torch.randn(8, 6), torch.zeros(8, 1))["loss"].backward()
-    optimizer.step()
-    for _, layer in decorrelated_layers(model):
-        assert layer.decorrelation.R.grad is None
-        assert torch.equal(layer.decorrelation.R, torch.eye(layer.decorrelation.num_features))
-
-
-def test_muon_is_scheduled_and_restored_as_one_optimizer():
-    models = [convert_to_decorrelated(Regression()) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [MuonWithAdamW(model, lr=0.1) for model in models]
-    batch = torch.randn(8, 6), torch.zeros(8, 1)
-
-    def step(model, optimizer):
-        model(*batch)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda epoch: 0.5**epoch)
-    step(models[0], optimizers[0])
-    scheduler.step()
-    assert {group["lr"] for group in (*optimizers[0].muon.param_groups, *optimizers[0].adamw.param_groups)} == {0.05}
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # as from a file
-    models[1].load_state_dict(models[0].state_dict())
-    for model, optimizer in zip(models, optimizers, strict=True):
-        step(model, optimizer)
-    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize(

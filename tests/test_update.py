@@ -199,6 +199,24 @@ def test_rows_that_are_not_finite_do_not_reach_r(value: float) -> None:
     assert after[0].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [4, 40])  # fewer and more than features: two orders of products
+def test_twenty_steps_of_the_papers_recipe_are_the_published_ones_to_the_bit(rows: int) -> None:
+    """Kept apart from the package: what 0.1.0 computed, operation by operation, at the paper's settings."""
+    eta, R = 5e-4, torch.eye(24).unsqueeze(0)
+    module = convert_to_decorrelated(nn.Sequential(nn.Linear(24, 24))).train()
+    configure_sampling(module, RowSampling(fraction=1.0))
+    for bound in (False, True) * 10:
+        x = torch.randn(rows, 1) + torch.randn(rows, 24)
+        module(x)
+        update_decorrelation(module, eta=eta, bound=bound)
+        z, count = x.unsqueeze(0) @ R.mT, torch.tensor([float(rows)])
+        zzR = z.mT @ (z @ R) if rows < 24 else (z.mT @ z) @ R
+        d = z.square().sum(dim=-2) / count.unsqueeze(-1)
+        R.mul_((1.0 + eta * d).unsqueeze(-1)).addcmul_(zzR, (eta / count)[..., None, None], value=-1)
+        assert torch.equal(matrices(module)[0], R[0])
+    assert not torch.equal(R[0], torch.eye(24))
+
+
 @pytest.mark.parametrize("bound", [True, False])
 def test_r_is_finite_even_where_eta_makes_it_diverge(bound: bool) -> None:
     module = convert_to_decorrelated(nn.Sequential(nn.Linear(6, 6))).train()

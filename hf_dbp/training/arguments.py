@@ -11,6 +11,7 @@ from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.feeding import feed_fast
 from hf_dbp.errors import UserError
 from hf_dbp.training.measurement import check_country
+from hf_dbp.training.optimizers import check_optimizer
 from hf_dbp.training.processes import check_processes, use_one_gpu
 
 __all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "RunArguments"]
@@ -72,7 +73,10 @@ class ModelArguments:
     )
     optimizer: str = field(
         default="adamw",
-        metadata={"help": "adamw, or muon on hidden matrices with AdamW on the rest.", "choices": ["adamw", "muon"]},
+        metadata={
+            "help": "adamw; or on hidden matrices, with AdamW on the rest: muon, or soap or another that the package "
+            "pytorch-optimizer has."
+        },
     )
     model_size: str = field(default="base", metadata={"help": "Named size of a fresh model.", "choices": list(SIZES)})
     model_name_or_path: str | None = field(
@@ -135,6 +139,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.trust_remote_code:
             raise UserError("--trust_remote_code: no code of a model or a data set is ever run here; leave it out")
+        check_optimizer(self.optimizer)
         if self.method == "dbp" and self.decorrelated_layers == "none":
             raise UserError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
         if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:

@@ -1,12 +1,14 @@
-"""The optimizers of the scripts: AdamW, and Muon on hidden matrices with AdamW on the rest.
+"""The optimizers of the scripts: AdamW; and Muon or one of pytorch-optimizer's on hidden matrices, AdamW on the rest.
 
-Muon (`torch.optim.Muon`) orthogonalises the momentum of 2-D weights; embeddings, the output layer, norms and biases
-stay with AdamW. A Trainer has one optimizer, so the two are presented, scheduled and checkpointed as one. Muon's step
-is scaled to AdamW's size (``match_rms_adamw``), so that one learning rate serves both.
+Muon (`torch.optim.Muon`) orthogonalises the momentum of 2-D weights; its step is scaled to AdamW's size
+(``match_rms_adamw``), so that one learning rate serves both. SOAP and others come from the optional package
+pytorch-optimizer, by name. Embeddings, the output layer, norms and biases stay with AdamW. A Trainer has one
+optimizer, so the two are presented, scheduled and checkpointed as one.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -18,7 +20,10 @@ from transformers import SchedulerType, TrainingArguments
 
 from hf_dbp.errors import UserError
 
-__all__ = ["MuonWithAdamW", "checked_schedule", "decay_groups", "hidden_matrices"]
+__all__ = ["HiddenWithAdamW", "check_optimizer", "checked_schedule", "decay_groups", "hidden_matrices"]
+
+BUILT_IN = ("adamw", "muon")
+MOMENTUM = 0.95  # Muon's
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
@@ -39,48 +44,81 @@ def decay_groups(named: list[tuple[str, Parameter]], weight_decay: float) -> lis
     return [group for group in groups if group["params"]]
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon on the hidden matrices of ``model``, AdamW on every other trainable parameter, as one optimizer.
+def check_optimizer(name: str) -> None:
+    """UserError unless there is an optimizer of that name: adamw, muon, or one that pytorch-optimizer has."""
+    if name not in BUILT_IN:
+        library_optimizer(name)
+
+
+def library_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The class that pytorch-optimizer has under that name, such as ``soap``.
+
+    Raises:
+        UserError: the package is not installed, or has no such optimizer.
+    """
+    try:
+        import pytorch_optimizer
+    except ImportError as error:
+        raise UserError(
+            f"--optimizer is {' or '.join(BUILT_IN)}; for {name} install pytorch-optimizer: "
+            "pip install 'hf-dbp[optimizers]'"
+        ) from error
+    known = pytorch_optimizer.get_supported_optimizers()
+    if name not in known:
+        near = difflib.get_close_matches(name, [*BUILT_IN, *known], n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else f"give {', '.join(BUILT_IN)}, soap, kron, ..."
+        raise UserError(f"--optimizer {name}: pytorch-optimizer has none of that name; {hint}")
+    found: type[torch.optim.Optimizer] = pytorch_optimizer.load_optimizer(name)
+    return found
+
+
+class HiddenWithAdamW(torch.optim.Optimizer):
+    """Another optimizer on the hidden matrices of ``model``, AdamW on every other trainable parameter, as one.
 
     Args:
         model: the model.
+        name: ``muon``, or an optimizer of pytorch-optimizer's (which keeps its own defaults but for what is given).
         lr: learning rate of both.
         betas, eps: AdamW's.
-        momentum: Muon's.
         weight_decay: decoupled, on matrices and other non-vector weights.
         fused: AdamW's fused kernel.
 
     Raises:
-        ValueError: the model has no hidden matrix.
+        UserError: the model has no hidden matrix, or there is no such optimizer.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        name: str = "muon",
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
-        momentum: float = 0.95,
         weight_decay: float = 0.0,
         fused: bool = True,
     ) -> None:
         hidden = hidden_matrices(model)
         if not hidden:
-            raise UserError(f"{type(model).__name__} has no hidden matrix for Muon; use --optimizer adamw")
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in named if name in hidden]
-        rest = decay_groups([(name, p) for name, p in named if name not in hidden], weight_decay)
-        self.muon = torch.optim.Muon(
-            matrices, lr=lr, momentum=momentum, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+            raise UserError(f"{type(model).__name__} has no hidden matrix for {name}; use --optimizer adamw")
+        named = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+        matrices = [p for key, p in named if key in hidden]
+        rest = decay_groups([(key, p) for key, p in named if key not in hidden], weight_decay)
+        self.name = name
+        self.hidden: torch.optim.Optimizer
+        if name == "muon":
+            self.hidden = torch.optim.Muon(
+                matrices, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        else:
+            self.hidden = made_by_library(name, matrices, lr=lr, weight_decay=weight_decay)
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=fused)
         super().__init__([{"params": matrices}, *rest], {"lr": lr})
         self._share_groups()
 
     def _share_groups(self) -> None:
         """A learning rate that a scheduler sets here is the one that the two optimizers use."""
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
+        self.param_groups = [*self.hidden.param_groups, *self.adamw.param_groups]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -91,17 +129,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon.step()  # type: ignore[no-untyped-call]
+        if any(p.grad is not None for group in self.hidden.param_groups for p in group["params"]):
+            self.hidden.step()  # else a step that a guard took the gradients of would count in its state
         self.adamw.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+        return {self.name: self.hidden.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.muon.load_state_dict(state_dict["muon"])
+        self.hidden.load_state_dict(state_dict[self.name])
         self.adamw.load_state_dict(state_dict["adamw"])
         self._share_groups()
+
+
+def made_by_library(name: str, matrices: list[Parameter], **options: Any) -> torch.optim.Optimizer:
+    """An optimizer of pytorch-optimizer's. UserError if it cannot be made of parameters and such options alone."""
+    try:
+        return library_optimizer(name)(matrices, **options)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--optimizer {name} cannot be used here: {error}") from error
 
 
 def checked_schedule(create: Callable[[int], LRScheduler], args: TrainingArguments, steps: int) -> LRScheduler:

@@ -3,7 +3,7 @@
 It adds what the stock Trainer gets wrong or lacks here:
 - saving, stopping and resuming, which fine-tuning shares (`ResumingTrainer`);
 - images are drawn by `EpochSampler`, so that views and masks follow from (seed, epoch, image);
-- Muon with AdamW as one optimizer;
+- Muon or another optimizer with AdamW as one;
 - a run record with one row per evaluation, kept in every checkpoint: losses, seconds and kWh of training alone, and how
   correlated the layers' inputs are, measured while the clock stands still.
 """
@@ -30,7 +30,7 @@ from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training.clocked import ClockedTrainer
 from hf_dbp.training.guards import NonFiniteError
 from hf_dbp.training.measurement import Meter
-from hf_dbp.training.optimizers import MuonWithAdamW, decay_groups
+from hf_dbp.training.optimizers import HiddenWithAdamW, decay_groups
 from hf_dbp.training.resuming import changed_arguments, noted_changes
 from hf_dbp.training.stopping import shield_workers
 
@@ -46,7 +46,7 @@ class MAETrainer(ClockedTrainer):
 
     Args:
         record: the run record to fill.
-        optimizer_name: ``adamw`` or ``muon``.
+        optimizer_name: ``adamw``, ``muon``, or one of pytorch-optimizer's.
         decorrelation: updates R; None for plain backprop.
         meter: measures this node's energy; None in all but one process of a node.
         kwargs: as for `transformers.Trainer`; ``train_dataset`` is a `MaskedImages`.
@@ -127,9 +127,10 @@ class MAETrainer(ClockedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
-        if optimizer is None and self.optimizer_name == "muon":
-            optimizer = MuonWithAdamW(
+        if optimizer is None and self.optimizer_name != "adamw":
+            optimizer = HiddenWithAdamW(
                 model or self.model,
+                self.optimizer_name,
                 lr=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
                 eps=self.args.adam_epsilon,
