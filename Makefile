@@ -1,5 +1,7 @@
 # make demo     set up, then pre-train, fuse and load the result on built-in images (minutes on two cores)
-# make test     the tests
+# make test     all tests;  make fast  those that take less than about ten seconds each;  make slow  the others
+# make docs     the documentation site, warnings are errors
+# make oldest   the core tests with the oldest libraries that pyproject.toml allows;  make newest  with the newest
 # make faults   kill a very small run 60 times and compare what comes out (ten minutes)
 # make style    format and mend the code;  make quality  check it
 PYTHON ?= python3
@@ -7,14 +9,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-.PHONY: demo test faults style quality install
+.PHONY: demo test fast slow docs oldest newest faults style quality install
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs]"
 	touch $@
 
 demo: install
@@ -24,6 +26,18 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+
+slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir $(OUT)/site
+
+oldest newest:
+	.ci/versions $@
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --output $(OUT)/faults.json

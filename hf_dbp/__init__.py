@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hf_dbp.training.resuming import ResumingTrainer
     from hf_dbp.update import configure_sampling, measure_decorrelation, seed_sampling, update_decorrelation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "SIZES",

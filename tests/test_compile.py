@@ -58,6 +58,7 @@ def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda pixels, noise: model(pixels, noise=noise).loss
 
 
+@pytest.mark.slow
 def test_the_model_is_one_graph_for_training_one_without_gathering_and_one_for_evaluation(mae_config: Maker) -> None:
     model, batches = mae(mae_config(num_hidden_layers=1))
     twin = copy.deepcopy(model)
@@ -124,6 +125,7 @@ class Small(nn.Module):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.slow
 def test_accumulation_compiles_three_graphs_and_draws_the_eager_rows() -> None:
     """No rows yet, rows of one micro-batch, rows of several (of any number): then never again."""
     model = Small()

@@ -31,6 +31,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_the_walk_through_as_written(capsys):
     for language, code in BLOCKS:
         if language == "python":
@@ -83,6 +84,7 @@ def test_grey_images_with_masks_of_0_and_255(tmp_path):
     assert ViTModel.from_pretrained("outputs/industrial-fused", add_pooling_layer=False).config.num_channels == 1
 
 
+@pytest.mark.slow
 def test_mixed_photographs_with_colour_masks(tmp_path):
     """RGB, grey and RGBA files of several sizes; the palette is what inspect wrote, with names put in."""
     for folder in ("images/day", "masks/day"):

@@ -244,6 +244,7 @@ torch.save({"missing": missing, "tokens": tokens, "loss": loss}, folder + "/resu
 """
 
 
+@pytest.mark.slow
 def test_fused_folders_load_where_hf_dbp_cannot_be_imported(mae_config: Maker, tmp_path: Path) -> None:
     model, batch = trained(mae_config()), inputs()
     model.save_pretrained(tmp_path / "run")

@@ -90,6 +90,7 @@ def test_stock_and_bp_give_the_same_curve(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.slow
 def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer):
     whole = main(flags(tmp_path / "whole", optimizer=optimizer, save_total_limit=None))
     half = tmp_path / "half"
@@ -105,6 +106,7 @@ def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys, caplog):
     run = {"num_train_epochs": 1}
     main(flags(tmp_path, **run))

@@ -291,6 +291,7 @@ def test_no_step_reads_a_value_back() -> None:
 TWO_PROCESSES = Path(__file__).with_name("two_processes.py")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """Uneven rows on two gloo processes under DDP: R is equal to the bit, and that of one process on all rows."""
     command = [sys.executable, str(TWO_PROCESSES), str(tmp_path)]

@@ -159,6 +159,7 @@ def test_a_run_that_was_interrupted_is_started_again(plan, launcher, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_ends_the_runs_too(number, plan, tmp_path):
     (tmp_path / "slow.py").write_text(
         "import pathlib, signal, sys, time\n"

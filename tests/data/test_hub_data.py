@@ -49,6 +49,7 @@ def ask(hub, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_an_open_and_a_gated_set_streamed_in_part_and_kept(hub, ask, tmp_path):
     part, kept = {"train_fraction": 0.4}, {"cache_dir": str(tmp_path / "c"), "cache_short_side": 48}
     sources = [
@@ -69,6 +70,7 @@ def test_an_open_and_a_gated_set_streamed_in_part_and_kept(hub, ask, tmp_path):
     assert len(files) <= 10, "what is in the cache is not downloaded again, but for the first image of each list"
 
 
+@pytest.mark.slow
 def test_refusals_name_the_page_to_visit_and_the_remedy(hub, ask):
     page = f"{hub.url}/datasets/me/gated"
     sources = [GATED, GATED | {"token": "stranger"}, GATED | {"token": "wrong"}, STREAMED | {"dataset_name": "me/none"}]
@@ -93,6 +95,7 @@ LASTING = {
 }
 
 
+@pytest.mark.slow
 def test_what_passes_is_tried_again_and_what_stays_ends_in_one_line(hub, ask, tmp_path):
     """Failures of the third and fourth file; when the Hub is back, the same command goes on and needs only the rest."""
     files = hub.repos["dataset", "me/open"].files

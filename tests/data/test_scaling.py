@@ -13,6 +13,7 @@ def means(run) -> list[float]:
     return np.mean([[line["loss"] for line in trace] for trace in run.traces], axis=0).tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(train, write, photographs, tmp_path):
     """The same images a step: the same losses; R the same to the bit on both; each image once, by one of them."""
     folder = write(tmp_path / "data", "parquet", photographs)
@@ -53,6 +54,7 @@ def as_if_undisturbed(undisturbed, resumed) -> None:
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
+@pytest.mark.slow
 def test_a_killed_streamed_run_goes_on_as_if_nothing_had_happened(train, write, photographs, tmp_path):
     """SIGKILL in the first and in the second epoch, with workers; then a Hub in place of the folder, which fails."""
     folder = write(tmp_path / "data", "parquet", photographs)
@@ -83,6 +85,7 @@ def test_a_killed_streamed_run_goes_on_as_if_nothing_had_happened(train, write, 
     as_if_undisturbed(undisturbed, resumed)
 
 
+@pytest.mark.slow
 def test_a_streamed_run_goes_on_with_other_processes(train, write, photographs, tmp_path):
     """Two processes with a worker begin, one without goes on: each image once an epoch, in the order of the first."""
     folder = write(tmp_path / "data", "webdataset", photographs)
@@ -100,6 +103,7 @@ def test_a_streamed_run_goes_on_with_other_processes(train, write, photographs, 
     assert len(steps) == 22 and seen == order
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_counted_over_workers(train, write, photographs, tmp_path):
     broken = list(photographs)
     for index in (3, 50, 120):

@@ -19,6 +19,8 @@ from transformers import TrainingArguments, ViTModel
 
 from hf_dbp.hub.publishing import Destination, claim_push
 
+pytestmark = pytest.mark.slow  # its fixture trains, fuses and pushes
+
 CARD_FILES = {"README.md", "config.json", "preprocessor_config.json", "curves.png"}
 FUSED = CARD_FILES | {"model.safetensors", "reconstruction.png", "run.json"}
 UNFUSED = CARD_FILES | {"model.unfused.safetensors", "reconstruction.png", "run.json"}

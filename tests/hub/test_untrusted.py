@@ -239,6 +239,7 @@ def test_the_states_of_a_resume_execute_nothing(tmp_path, name, capsys):
 
 @pytest.mark.parametrize("run", ["pretrain", "finetune"])
 @pytest.mark.parametrize("wrong", ["absent", "pickle", "absurd"])
+@pytest.mark.slow
 def test_scripts_end_with_one_line(ours, vit, tmp_path, capsys, run, wrong):
     folder = {"pretrain": ours, "finetune": vit}[run]
     if wrong == "pickle":

@@ -88,6 +88,7 @@ def test_at_the_papers_eta_the_bound_changes_no_bit(tmp_path) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_a_reduced_eta_is_told_and_counted_over_a_resume(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING, logger="hf_dbp")
     settings = {"eta": 0.9, "update_interval": 2, "eta_schedule": "constant", "logging_steps": 2, "num_train_epochs": 2}
@@ -240,6 +241,7 @@ def test_the_first_layer_is_found_and_the_model_left_as_it_was(mae_config) -> No
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_processes_decide_alike(tmp_path) -> None:
     """The loss of one process alone is infinite, the gradients are not: both skip, with equal weights."""
     script = Path(__file__).with_name("guarded_process.py")

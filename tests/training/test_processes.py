@@ -49,6 +49,7 @@ def launch(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_processes_that_would_train_apart_are_refused(tmp_path):
     """Without --use_cpu accelerate leaves a launcher's processes alone where there is no GPU."""
     script = str(ROOT / "training_scripts" / "run_dbp_mae.py")
@@ -61,6 +62,7 @@ def test_processes_that_would_train_apart_are_refused(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_name_a_dead_one_and_go_on(launch):
     """A signal that only one of them receives; then one that is killed; then the run goes on to its end."""
     _, errors, stopped = launch(signal.SIGTERM)
@@ -78,6 +80,7 @@ def test_two_processes_stop_together_name_a_dead_one_and_go_on(launch):
     assert last.name == f"checkpoint-{steps}"
 
 
+@pytest.mark.slow
 def test_faults_in_short(tmp_path):
     """The trial of `make faults` with five signals."""
     report = tmp_path / "faults.json"

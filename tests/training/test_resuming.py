@@ -83,6 +83,7 @@ def send(number):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_learning_rate(tmp_path, optimizer):
     """As is advised where it was too large: the checkpoint's state must not bring the old one back."""
     for step, settings in ((4, {}), (10, {"learning_rate": 1e-4, "weight_decay": 0.3})):
@@ -168,6 +169,7 @@ def own_group(folder, changes, **options):
 
 
 @pytest.mark.parametrize("changes", ["", EVALUATES], ids=["training", "evaluation"])
+@pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path, changes):
     """As schedulers send it, after the first checkpoint or in the midst of an evaluation."""
     options = STEPS | {"max_steps": 2000, "save_steps": 3, "eval_steps": 3}
@@ -198,6 +200,7 @@ def test_a_signal_ends_no_worker_that_has_only_begun(monkeypatch):
     assert len(list(loader)) == 8
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_with_its_workers(tmp_path):
     """An ending process sends its workers SIGTERM and waits for them: this one they must not ignore."""
     with own_group(tmp_path, FAILS, **STEPS) as run:

@@ -76,6 +76,7 @@ def encoder(vit, tmp_path):
     return ["--model_name_or_path", str(tmp_path / "vit")]
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_model(encoder, tmp_path):
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -101,6 +102,7 @@ def test_what_is_evaluated_is_saved_without_being_asked(encoder, tmp_path):
     assert record["mean_iou"] == max(row["eval_mean_iou"] for row in record["evaluations"])
 
 
+@pytest.mark.slow
 def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
     out = tmp_path / "out"
     record = main([*FLAGS, *encoder, "--output_dir", str(out), *NATIVE, "--layer_decay", "0.8"])
@@ -158,6 +160,7 @@ def test_stopped_and_started_again_it_continues(encoder, tmp_path):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, capsys, caplog):
     """A checkpoint is no start for another model, and what else was changed is told and recorded."""
     flags = [*FLAGS, *encoder, "--output_dir", str(tmp_path / "run")]
@@ -215,6 +218,7 @@ def test_what_training_alone_cost_is_recorded_and_adds_up_over_a_resume(encoder,
     assert "emissions" in (tmp_path / "run" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_random_weights_of_the_same_shape_and_gradient_checkpointing(encoder, tmp_path):
     flags = [*FLAGS, *encoder, "--from_scratch", "--gradient_checkpointing", "--output_dir", str(tmp_path / "a")]
     assert main(flags)["mean_iou"] > 0

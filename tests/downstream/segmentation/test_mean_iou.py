@@ -181,6 +181,7 @@ def _one_process(process_id, cache_dir, maps, queue, barrier):
         barrier.wait()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_figures_of_one(tmp_path: Path):
     maps = random_maps(np.random.default_rng(1), 7, 255, [(20, 30)] * 5)
     expected = MeanIoU(7).compute(predictions=maps[0], references=maps[1])

@@ -120,6 +120,7 @@ def test_evaluation_takes_one_image_at_a_time_and_an_odd_number(tmp_path):
         assert one[name] == pytest.approx(many[name], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     script = Path(__file__).with_name("segmentation_runs.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
