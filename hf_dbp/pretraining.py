@@ -208,6 +208,7 @@ def new_record(
         "mean": train_data.mean.tolist(),
         "std": train_data.std.tolist(),
         "augmented_on_device": train_data.on_device,
+        "left_out": train_data.images.left_out.record(),
     }
     if train_data.images.subset:
         record.data["subset"] = train_data.images.subset

@@ -27,6 +27,7 @@ from hf_dbp.data.augmentation import Box, unit_range
 from hf_dbp.data.cache import CachedImages, Materialization, materialized
 from hf_dbp.data.decoding import UnreadableImageError, UnreadableImages, decode, to_array
 from hf_dbp.data.folders import file_stamp
+from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.parts import decode_part
 from hf_dbp.data.sources import (
     BUILT_IN,
@@ -74,6 +75,7 @@ class ImageList:
         unreadable: those found so far.
         subset: what is known of the chosen share: fraction, seed, images, of, digest; empty if all are used.
         keys: content keys of the images of a share.
+        left_out: what lies in the source and is not used; of the training images alone.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class ImageList:
         self.unreadable = UnreadableImages(len(samples), max_unreadable)
         self.subset: dict[str, Any] = {}
         self.keys: Keys | None = None
+        self.left_out = LeftOut()
         self._reasons: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
@@ -163,7 +166,8 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
     """
     if source.dataset_name == BUILT_IN:
         return built_in_images(source)
-    samples, column = streamed_splits(source) if source.streaming else encoded_splits(source)
+    samples, column, left_out = streamed_splits(source) if source.streaming else encoded_splits(source)
+    left_out.warn(source.name)
     train, validation = samples["train"], samples.get("validation")
     rows = np.arange(len(train))
     if validation is None:
@@ -191,6 +195,7 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
         ImageList(samples, column, num_channels, source.max_unreadable, name)
         for samples, name in ((train, "training image"), (validation, "validation image"))
     ]
+    lists[0].left_out = left_out
     if source.train_fraction < 1.0:
         assert keys is not None
         describe_subset(lists[0], keys, count, source)

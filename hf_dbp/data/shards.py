@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import json
 import os
-import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,27 +27,27 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from hf_dbp.data.folders import file_stamp
+from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.subset import Keys, content_key, readable_bytes
+from hf_dbp.data.tars import choose_members, no_images, open_binary, tar_members
 from hf_dbp.errors import UserError
 from hf_dbp.hub.errors import explained
 
-__all__ = ["Listing", "ShardedImages", "in_threads", "list_shards"]
+__all__ = [
+    "Listing",
+    "ShardedImages",
+    "in_threads",
+    "list_shards",
+]
 
 THREADS = 8  # of listing and hashing
 BUFFER_BYTES = 256 * 2**20  # encoded images that a process keeps
+LISTING = 2  # version of the listings that are kept
 TAR_PIECE = (256, 32 * 2**20)  # members and bytes of a piece
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Integers = NDArray[np.int64]
-
-
-def open_binary(file: str, token: str | None, cache_type: str = "none") -> IO[bytes]:
-    """A local file or one on the Hub (``hf://``), which is read in exactly the ranges asked for, or ahead."""
-    if "://" not in file:
-        return Path(file).open("rb")
-    filesystem, path = fsspec.core.url_to_fs(file, token=token)
-    return filesystem.open(path, "rb", cache_type=cache_type)  # type: ignore[no-any-return]
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int = THREADS) -> Iterator[Result]:
@@ -66,12 +65,13 @@ class Listing:
 
     Attributes:
         kind: ``parquet``, ``webdataset`` or ``imagefolder``.
-        column: parquet column, or extension of the tar members.
+        column: parquet column; of tars, the extension of the members that are images, or ``image`` for all pictures.
         files: the files.
         piece_file, piece_group: file of each piece, and row group within it (P).
         piece_bytes: bytes of each piece (P).
         first: number of the first image of each piece, and N at the end (P + 1).
         members, offsets, sizes: of each image in its tar (N); empty for other kinds.
+        left_out: JSON of what the tars hold beside the images, as `LeftOut.record` has it; empty for other kinds.
     """
 
     kind: str
@@ -84,8 +84,9 @@ class Listing:
     members: list[str] = field(default_factory=list)
     offsets: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
     sizes: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
+    left_out: str = ""
 
-    ARRAYS = ("piece_file", "piece_group", "piece_bytes", "first", "members", "offsets", "sizes")
+    ARRAYS = ("piece_file", "piece_group", "piece_bytes", "first", "members", "offsets", "sizes", "left_out")
 
     def write(self, path: Path) -> None:
         """Save the arrays, whole or not at all."""
@@ -97,7 +98,9 @@ class Listing:
     def read(cls, path: Path, kind: str, column: str, files: list[str]) -> Listing:
         with np.load(path) as saved:
             arrays = {name: saved[name] for name in cls.ARRAYS}
-        return cls(kind, column, files, **arrays | {"members": arrays["members"].tolist()})
+        return cls(
+            kind, column, files, **arrays | {"members": arrays["members"].tolist(), "left_out": str(arrays["left_out"])}
+        )
 
 
 def fingerprint(files: Sequence[str], *settings: object) -> str:
@@ -122,7 +125,7 @@ def list_shards(kind: str, files: Sequence[str], column: str, folder: Path, toke
         nothing = np.zeros(len(files), np.int64)
         listing = Listing(kind, column, files, numbers, nothing, nothing, np.arange(len(files) + 1))
         return ShardedImages(listing, folder, token)
-    path = folder / f"{fingerprint(files, kind, column)}.npz"
+    path = folder / f"{fingerprint(files, kind, column, LISTING)}.npz"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
@@ -138,8 +141,10 @@ def list_parquet(files: list[str], column: str, token: str | None) -> Listing:
         with explained(file), open_binary(file, token) as opened:
             parquet = pq.ParquetFile(opened)
             kind = parquet.schema_arrow.field(column).type
-            if not (pa.types.is_binary(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
+            if not holds_encoded(kind):
                 raise UserError(f"column {column!r} of {file} holds {kind}, not encoded images; leave out --streaming")
+            if is_text(kind) and "://" in file:
+                raise UserError(f"column {column!r} of {file} holds paths; only those of local files can be read")
             rows = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
             return [(group.num_rows, group.total_byte_size) for group in rows]
 
@@ -156,24 +161,41 @@ def list_parquet(files: list[str], column: str, token: str | None) -> Listing:
     )
 
 
+def holds_encoded(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds encoded images: their bytes, paths, or structs of them."""
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0 or kind.get_field_index("path") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_text(kind))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def encoded_value(value: Any, file: str, name: str) -> dict[str, Any]:
+    """{"bytes", "path"} of a value of a parquet file; paths are relative to the file's folder.
+
+    Args:
+        value: bytes, a path, a mapping of both, or None.
+        file: the parquet file.
+        name: what bytes are called.
+    """
+    encoded, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(encoded, str):
+        encoded, path = None, encoded
+    if encoded is None and path and "://" not in file:
+        return {"bytes": None, "path": os.path.join(os.path.dirname(file), path)}
+    return {"bytes": encoded or b"", "path": name}
+
+
 def list_tars(files: list[str], column: str, token: str | None) -> Listing:
     """Pieces are runs of members; each tar is gone through once for its headers."""
 
-    def members(file: str) -> list[tuple[str, int, int]]:
-        with explained(file), open_binary(file, token, "readahead") as opened:
-            try:
-                with tarfile.open(fileobj=opened, mode="r:") as tar:
-                    return [
-                        (member.name, member.offset_data, member.size)
-                        for member in tar
-                        if member.isfile() and member.name.lower().endswith(f".{column}")
-                    ]
-            except tarfile.ReadError as error:
-                raise UserError(
-                    f"{file} is no uncompressed tar ({error}); unpack it or leave out --streaming"
-                ) from error
-
-    found = list(in_threads(members, files))
+    left_out = LeftOut()
+    read = in_threads(lambda file: tar_members(file, token), files)
+    found = [choose_members(file, members, column, left_out) for file, members in zip(files, read, strict=True)]
+    if not any(found):
+        raise no_images(files, column, left_out)
     pieces: list[tuple[int, int, int]] = []  # file, first image, bytes
     total = 0
     for number, entries in enumerate(found):
@@ -197,6 +219,7 @@ def list_tars(files: list[str], column: str, token: str | None) -> Listing:
         members=[name for name, _, _ in flat],
         offsets=np.array([offset for _, offset, _ in flat], np.int64),
         sizes=np.array([size for _, _, size in flat], np.int64),
+        left_out=json.dumps(left_out.record()),
     )
 
 
@@ -219,6 +242,11 @@ class ShardedImages:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What the files hold beside the images."""
+        return LeftOut.of(json.loads(self.listing.left_out)) if self.listing.left_out else LeftOut()
 
     def select(self, rows: Integers) -> ShardedImages:
         """Only these of the images."""
@@ -283,8 +311,7 @@ class ShardedImages:
         table = parquet.read_row_group(group, columns=[listing.column])
         values = []
         for row, value in zip(rows, table.column(0).take([row - first for row in rows]).to_pylist(), strict=True):
-            encoded = value["bytes"] if isinstance(value, dict) else value
-            values.append({"bytes": encoded or b"", "path": f"{file}, row {row - first} of group {group}"})
+            values.append(encoded_value(value, file, f"{file}, row {row - first} of group {group}"))
         return values
 
     def _read_members(self, opened: IO[bytes], rows: list[int]) -> list[dict[str, Any]]:
@@ -300,7 +327,7 @@ class ShardedImages:
 
     def keys(self) -> Keys:
         """Content keys of the images; all are read once, by one process at a time, and the keys are kept."""
-        path = self.folder / f"{fingerprint(self.listing.files, self.listing.column)}-keys.npy"
+        path = self.folder / f"{fingerprint(self.listing.files, self.listing.column, LISTING)}-keys.npy"
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.is_file():

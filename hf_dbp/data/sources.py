@@ -1,42 +1,48 @@
 """Where images lie: folders of pictures, parquet files or tars, and data sets on the Hub; downloaded or read in place.
 
 `ImageSource` holds the data flags. `encoded_splits` and `streamed_splits` open what they name, as ``train`` and maybe
-``validation``: things that map an index to {column: {"bytes", "path"}}, the same images in the same order.
+``validation``: things that map an index to {column: {"bytes", "path"}}, the same images in the same order. Both take
+the same parts of the same files: `local_parts` of a folder, what `datasets` finds on the Hub. `LeftOut` says what else
+lies there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import posixpath
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
-from hf_dbp.data.folders import IMAGE_FILES, file_table, folder_splits, list_samples
-from hf_dbp.data.shards import ShardedImages, list_shards, open_binary
+from hf_dbp.data.folders import IMAGE_FILES, Samples, class_folders, classify, file_table, open_folder
+from hf_dbp.data.left_out import LeftOut
+from hf_dbp.data.shards import list_shards
+from hf_dbp.data.tables import encoded_column, parquet_table, tar_table
+from hf_dbp.data.tars import open_binary
 from hf_dbp.errors import UserError
 from hf_dbp.hub.errors import explained
 
 __all__ = [
     "BUILT_IN",
     "IMAGE_FILES",
+    "UNUSED_SPLIT",
     "ImageSource",
+    "Opened",
+    "Part",
     "any_split",
     "encoded_splits",
     "find_column",
-    "from_hub",
+    "local_parts",
     "pick_splits",
     "read_splits",
     "streamed_splits",
 ]
 
 BUILT_IN = "wire_bonding"
+UNUSED_SPLIT = "images of a split that is neither trained nor validated on"
 
 
 @dataclasses.dataclass
@@ -54,6 +60,8 @@ class ImageSource:
         max_eval_samples: use at most so many validation images, drawn with ``seed``.
         num_channels: channels that images are brought to; default 3 for pictures, an array's own otherwise.
         channel_files: of a folder with a file per channel, a name pattern for each; see `hf_dbp.data.folders`.
+        mask_suffix: what the names of masks end in beyond those of their images. Pictures of such names that lie beside
+            their images are masks, not images.
         cache_dir, token, revision: as in `datasets.load_dataset`.
         built_in_size: side in pixels of the built-in images.
         seed: of the split, the draws and the built-in images.
@@ -75,6 +83,7 @@ class ImageSource:
     max_eval_samples: int | None = None
     num_channels: int | None = None
     channel_files: list[str] | None = None
+    mask_suffix: str = ""
     cache_dir: str | None = None
     token: str | None = None
     revision: str | None = None
@@ -123,102 +132,130 @@ class ImageSource:
         return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_dbp"
 
 
-def encoded_splits(source: ImageSource) -> tuple[dict[str, datasets.Dataset], str]:
-    """Downloaded or converted data: ``train`` and maybe ``validation``, images left encoded, and their column."""
-    splits = read_splits(source)
+class Opened(NamedTuple):
+    """``train`` and maybe ``validation``, the column of their images, and what is left out."""
+
+    splits: dict[str, Any]
+    column: str
+    left_out: LeftOut
+
+
+class Part(NamedTuple):
+    """A split of a local folder: the samples of pictures, or the parquet files or tars; nothing is read yet."""
+
+    kind: str
+    content: Samples | list[str]
+
+
+def encoded_splits(source: ImageSource) -> Opened:
+    """Downloaded or converted data: ``train`` and maybe ``validation``, images left encoded."""
+    splits, left_out = read_splits(source)
     for split, data in splits.items():
         column = find_column(data, source.image_column_name)
-        splits[split] = data.select_columns(column)
-        if isinstance(data.features[column], datasets.Image):
-            splits[split] = splits[split].cast_column(column, datasets.Image(decode=False))
-    return splits, find_column(splits["train"], source.image_column_name)
+        splits[split] = encoded_column(data, column).select_columns(column)
+    return Opened(splits, find_column(splits["train"], source.image_column_name), left_out)
 
 
-def streamed_splits(source: ImageSource) -> tuple[dict[str, ShardedImages], str]:
+def streamed_splits(source: ImageSource) -> Opened:
     """The images where they lie: ``train`` and maybe ``validation``, and their column.
 
     Raises:
-        ValueError: files that cannot be read in place.
+        UserError: files that cannot be read in place.
     """
-    options = {"token": source.token}
-    if source.dataset_name is None and holds_pictures(str(source.train_dir), "--train_dir"):
-        return streamed_folders(source)
-    if source.dataset_name is not None:
-        builder = from_hub(source, datasets.load_dataset_builder, options)
+    parts, left_out = hub_parts(source) if source.dataset_name is not None else local_parts(source)
+    kinds = {part.kind for part in parts.values()}
+    if len(kinds) > 1:
+        train, validation = (parts[split].kind for split in ("train", "validation"))
+        raise UserError(f"--train_dir holds {train} files, --validation_dir {validation}; stream one kind")
+    column = streamed_column(parts["train"], source)
+    splits = {}
+    for split, (kind, content) in parts.items():
+        files = content if isinstance(content, list) else [file for (file,) in content.values()]
+        splits[split] = list_shards(kind, files, column, source.kept_in, source.token)
+        left_out.merge(splits[split].left_out)
+    return Opened(splits, column, left_out)
+
+
+def local_parts(source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
+    """Which files of --train_dir and --validation_dir are ``train`` and maybe ``validation``.
+
+    Raises:
+        UserError: as `open_folder` and `Folder.pictures`.
+    """
+    parts, left_out = folder_parts(str(source.train_dir), "--train_dir", source)
+    instead = source.validation_dir is not None
+    parts = pick_splits(parts, source.name, left_out, instead, counted=lambda part: count_images(part, source))
+    if source.validation_dir is not None:
+        others, more = folder_parts(source.validation_dir, "--validation_dir", source)
+        parts["validation"] = any_split(others, more, counted=lambda part: count_images(part, source))
+        left_out.merge(more)
+    return parts, left_out
+
+
+def folder_parts(folder: str, flag: str, source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
+    """All splits of a folder, and what is in none."""
+    found = open_folder(folder, flag)
+    content: Mapping[str, Samples | list[str]]
+    if found.kind == "imagefolder":
+        content = found.pictures(source.channel_files, source.mask_suffix)
+    elif source.channel_files:
+        raise UserError(f"--channel_files names pictures, but {flag} {folder} holds parquet or tar files")
     else:
-        builder = folder_builder(str(source.train_dir), "--train_dir", options)
-    files = pick_splits(builder.config.data_files, source.name)
-    kind = files_kind(builder)
-    if source.validation_dir is not None:
-        other = folder_builder(source.validation_dir, "--validation_dir", options)
-        if files_kind(other) != kind:
-            raise UserError(f"--train_dir holds {kind} files, --validation_dir {files_kind(other)}; stream one kind")
-        files["validation"] = any_split(other.config.data_files)
-    if kind == "imagefolder":  # on the Hub
-        files = {
-            split: [file for file in names if Path(file).suffix.lower() in IMAGE_FILES]
-            for split, names in files.items()
-        }
-    column = streamed_column(kind, files["train"][0], source)
-    return {
-        split: list_shards(kind, names, column, source.kept_in, source.token) for split, names in files.items()
-    }, column
+        content = found.shards()
+    return {split: Part(found.kind, part) for split, part in content.items()}, found.left_out
 
 
-def folder_builder(folder: str, flag: str, options: dict[str, Any]) -> datasets.DatasetBuilder:
-    """What `datasets` makes of a folder, nothing read yet. ValueError if it is none."""
-    location = folder_location(folder, flag)
-    with explained(f"{flag} {folder}"):
-        return datasets.load_dataset_builder(**location, **options)
+def count_images(part: Part, source: ImageSource) -> int:
+    """How many images a part of a folder holds."""
+    if part.kind == "parquet":
+        rows = 0
+        for file in part.content:
+            with explained(file):
+                rows += pq.read_metadata(file).num_rows
+        return rows
+    if part.kind == "webdataset":
+        return len(list_shards(part.kind, list(part.content), tar_column(source), source.kept_in, None))
+    return len(part.content)
 
 
-def streamed_folders(source: ImageSource) -> tuple[dict[str, ShardedImages], str]:
-    """The picture files of folders; nothing is read yet."""
-    splits = pick_splits(folder_splits(str(source.train_dir)), source.name)
-    if source.validation_dir is not None:
-        if not holds_pictures(source.validation_dir, "--validation_dir"):
-            raise UserError("--train_dir holds pictures, --validation_dir does not; stream one kind")
-        splits["validation"] = list_samples(source.validation_dir)
-    return {
-        split: list_shards("imagefolder", [file for (file,) in samples.values()], "image", source.kept_in, source.token)
-        for split, samples in splits.items()
-    }, "image"
+def tar_column(source: ImageSource) -> str:
+    """The extension of the members that are images; ``image`` for all pictures."""
+    return (source.image_column_name or "image").lower()
 
 
-def files_kind(builder: datasets.DatasetBuilder) -> str:
+def hub_parts(source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
+    """The files of a data set on the Hub that are ``train`` and maybe ``validation``."""
+    builder = from_hub(source, datasets.load_dataset_builder, {"token": source.token})
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in ("parquet", "webdataset", "imagefolder"):
         raise UserError(
             f"{kind} files cannot be streamed (parquet, webdataset and pictures can); leave out --streaming"
         )
-    return kind
+    left_out, found = LeftOut(), {}
+    for split, files in builder.config.data_files.items():
+        names = list(files)
+        if kind == "imagefolder":
+            names = [file for file in names if classify(file, left_out) == "picture"]
+        found[str(split)] = Part(kind, names)
+    return pick_splits(found, source.name, left_out, counted=lambda part: len(part.content)), left_out
 
 
-def streamed_column(kind: str, file: str, source: ImageSource) -> str:
+def streamed_column(part: Part, source: ImageSource) -> str:
     """The parquet column, or the extension of the tar members, that holds the images."""
-    if kind == "imagefolder":
+    if part.kind == "imagefolder":
         return "image"
+    if part.kind == "webdataset":
+        return tar_column(source)
+    file = next(iter(part.content))
     with explained(file), open_binary(file, source.token, "readahead") as opened:
-        if kind == "parquet":
-            return pick_column(pq.read_schema(opened).names, source.image_column_name)
-        with tarfile.open(fileobj=opened, mode="r:") as tar:
-            members = [member.name for member in itertools.islice(tar, 64) if member.isfile()]
-    extensions = {name.partition(".")[2].lower() if "." in name else "" for name in map(posixpath.basename, members)}
-    if source.image_column_name is not None:
-        return pick_column(sorted(extensions), source.image_column_name)
-    pictures = sorted(extension for extension in extensions if f".{extension}" in IMAGE_FILES)
-    if len(pictures) != 1:
-        raise UserError(
-            f"{file} holds {', '.join(sorted(extensions))}; name the images by --image_column_name EXTENSION"
-        )
-    return pictures[0]
+        return pick_column(pq.read_schema(opened).names, source.image_column_name)
 
 
 def from_hub(source: ImageSource, load: Callable[..., Any], options: dict[str, Any]) -> Any:
     """`datasets.load_dataset` or its kin for the data set on the Hub.
 
     Raises:
-        ValueError: it cannot be had, and why.
+        UserError: it cannot be had, and why.
     """
     name = str(source.dataset_name)
     with explained(name):
@@ -231,75 +268,99 @@ def from_hub(source: ImageSource, load: Callable[..., Any], options: dict[str, A
             raise
 
 
-def read_splits(source: ImageSource) -> dict[str, datasets.Dataset]:
-    """``train`` and, where there is one, ``validation``, through `datasets.load_dataset`."""
-    options = {"cache_dir": source.cache_dir, "token": source.token}
-    if source.dataset_name is not None:
-        loaded = from_hub(source, datasets.load_dataset, options)
-    else:
-        loaded = load_folder(str(source.train_dir), "--train_dir", source.channel_files, options)
-    splits = pick_splits(loaded, source.name)
+def read_splits(source: ImageSource, classes: bool = False) -> tuple[dict[str, datasets.Dataset], LeftOut]:
+    """``train`` and, where there is one, ``validation``, as tables of all their columns; and what is left out.
+
+    Args:
+        source: the images.
+        classes: pictures lie in a folder for each class, which becomes the column ``label``.
+    """
+    if source.dataset_name is None:
+        parts, left_out = local_parts(source)
+        return {split: part_table(part, source, left_out, classes) for split, part in parts.items()}, left_out
+    left_out = LeftOut()
+    loaded = load_hub(source, left_out)
+    splits = pick_splits(loaded, source.name, left_out, source.validation_dir is not None)
     if source.validation_dir is not None:
-        loaded = load_folder(source.validation_dir, "--validation_dir", source.channel_files, options)
-        splits["validation"] = any_split(loaded)
-    return splits
+        others, more = folder_parts(source.validation_dir, "--validation_dir", source)
+        part = any_split(others, more, counted=lambda part: count_images(part, source))
+        left_out.merge(more)
+        splits["validation"] = part_table(part, source, left_out, classes)
+    return splits, left_out
 
 
-def load_folder(
-    folder: str, flag: str, channel_files: Sequence[str] | None, options: dict[str, Any]
-) -> Mapping[str, datasets.Dataset]:
-    """A folder of pictures or parquet files. ValueError if it is none, or damaged."""
-    if holds_pictures(folder, flag):
-        return {
-            split: file_table({"image": list(samples.values())}, options["cache_dir"])
-            for split, samples in folder_splits(folder, channel_files).items()
-        }
-    if channel_files:
-        raise UserError(f"--channel_files names pictures, but {flag} {folder} holds parquet or tar files")
-    location = folder_location(folder, flag)
-    with explained(f"{flag} {folder}"):
-        return datasets.load_dataset(**location, **options)  # type: ignore[no-any-return]
+def load_hub(source: ImageSource, left_out: LeftOut) -> Mapping[str, datasets.Dataset]:
+    """The splits of a data set on the Hub, downloaded; tars by our own reading, as when they are streamed."""
+    options = {"cache_dir": source.cache_dir, "token": source.token}
+    builder = from_hub(source, datasets.load_dataset_builder, options)
+    if type(builder).__module__.rpartition(".")[2] != "webdataset":
+        return from_hub(source, datasets.load_dataset, options)  # type: ignore[no-any-return]
+    with explained(str(source.dataset_name)):
+        manager = datasets.DownloadManager(download_config=datasets.DownloadConfig(
+            cache_dir=str(Path(source.cache_dir or datasets.config.HF_DATASETS_CACHE) / "downloads"),
+            token=source.token,
+        ))  # fmt: skip
+        files = {str(split): manager.download(list(names)) for split, names in builder.config.data_files.items()}
+    return {
+        split: tar_table(list(map(str, names)), tar_column(source), source.cache_dir, left_out)
+        for split, names in files.items()
+    }
 
 
-def holds_pictures(folder: str, flag: str) -> bool:
-    """Whether a folder holds picture files rather than data sets. ValueError if there is nothing to read in it."""
-    return str(folder_location(folder, flag)["path"]) == "imagefolder"
+def part_table(part: Part, source: ImageSource, left_out: LeftOut, classes: bool) -> datasets.Dataset:
+    """A part of a folder as a table; of pictures with their class as ``label``, if asked."""
+    if not isinstance(part.content, list):
+        table = file_table({"image": list(part.content.values())}, source.cache_dir)
+        return table.add_column("label", class_folders(part.content)) if classes else table
+    if part.kind == "parquet":
+        return parquet_table(part.content, source.cache_dir)
+    return tar_table(part.content, tar_column(source), source.cache_dir, left_out)
 
 
-def folder_location(folder: str, flag: str) -> dict[str, Any]:
-    """What to call `datasets.load_dataset` with for a folder. ValueError if there is nothing to read in it."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"{flag} {folder}: there is no such folder")
-    kinds = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    if not kinds & (IMAGE_FILES | {".parquet", ".arrow", ".tar"}):
-        found = f"only {', '.join(sorted(kinds))} files" if kinds else "nothing"
-        raise UserError(
-            f"{flag} {folder} holds {found}; expected pictures ({', '.join(sorted(IMAGE_FILES))}) or parquet"
-        )
-    if ".parquet" in kinds or ".tar" in kinds:
-        return {"path": str(path)}
-    return {"path": "imagefolder", "data_dir": str(path), "drop_labels": True}
+def pick_splits(
+    loaded: Mapping[str, Any],
+    name: str,
+    left_out: LeftOut,
+    validation_elsewhere: bool = False,
+    counted: Callable[[Any], int] = len,
+) -> dict[str, Any]:
+    """``train`` and, under this name, the first of validation, val, valid, dev and test; others are left out.
 
-
-def pick_splits(loaded: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """``train`` and, under this name, the first of validation, val and test."""
+    Args:
+        loaded: all splits.
+        name: what messages call them.
+        left_out: takes the others.
+        validation_elsewhere: take ``train`` alone.
+        counted: the number of images in a split.
+    """
     if "train" not in loaded:
         raise UserError(f"{name} has no split 'train', only {', '.join(map(str, loaded))}")
     splits = {"train": loaded["train"]}
-    for split in ("validation", "val", "test"):
-        if split in loaded:
-            return splits | {"validation": loaded[split]}
+    kept = {"train"}
+    for split in ("validation", "val", "valid", "dev", "test"):
+        if split in loaded and not validation_elsewhere:
+            splits["validation"] = loaded[split]
+            kept.add(split)
+            break
+    note_splits(loaded, kept, left_out, counted)
     return splits
 
 
-def any_split(loaded: Mapping[str, Any]) -> Any:
-    """The one split of a folder that is given for validation."""
-    return next(loaded[split] for split in ("validation", "test", "train") if split in loaded)
+def any_split(loaded: Mapping[str, Any], left_out: LeftOut, counted: Callable[[Any], int] = len) -> Any:
+    """The one split of a folder that is given for validation; others are left out."""
+    split = next(split for split in ("validation", "val", "valid", "dev", "test", "train") if split in loaded)
+    note_splits(loaded, {split}, left_out, counted)
+    return loaded[split]
+
+
+def note_splits(loaded: Mapping[str, Any], kept: set[str], left_out: LeftOut, counted: Callable[[Any], int]) -> None:
+    for split, part in loaded.items():
+        if split not in kept:
+            left_out.add(UNUSED_SPLIT, [str(split)], counted(part))
 
 
 def find_column(data: datasets.Dataset, wanted: str | None) -> str:
-    """The column of the images. ValueError if there is none of that name."""
+    """The column of the images. UserError if there is none of that name."""
     return pick_column(data.column_names, wanted)
 
 

@@ -137,14 +137,17 @@ def open_images(source: ImageSource, split: str = "train") -> ImageList:
             count, size=source.built_in_size, seed=source.seed, first=0 if split == "train" else 10_000_000
         )
         return ImageList(scenes, "image", 2)
-    splits, column = encoded_splits(source)
+    splits, column, left_out = encoded_splits(source)
+    left_out.warn(source.name)
     if split not in splits:
         raise UserError(f"{source.name} has no split {split!r}, only {', '.join(splits)}; pass --split")
     for other in splits.keys() - {split}:
         logger.warning("%s: its %d images of the split %r are left out; --split names another", source.name,
                        len(splits[other]), other)  # fmt: skip
     data = splits[split]
-    return ImageList(data, column, source.num_channels, source.max_unreadable, f"{split} image")
+    images = ImageList(data, column, source.num_channels, source.max_unreadable, f"{split} image")
+    images.left_out = left_out
+    return images
 
 
 def image_name(images: ImageList, row: int) -> str:

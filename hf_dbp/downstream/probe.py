@@ -16,8 +16,8 @@ Shapes: N training images, M test images, D features, K classes.
 import logging
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from transformers import ViTModel
 
 from hf_dbp.data.feeding import unreadable_images
-from hf_dbp.data.folders import file_table, folder_splits
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits
-from hf_dbp.data.sources import any_split, holds_pictures, load_folder, pick_splits
+from hf_dbp.data.tables import encoded_column
 from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
 from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.errors import UserError, command
@@ -167,38 +166,6 @@ def _hits(weight_KD: Tensor, bias_K: Tensor, features_MD: Tensor, truth_M: Tenso
     return int((nn.functional.linear(features_MD, weight_KD, bias_K).argmax(dim=1) == truth_M).sum())
 
 
-def labelled_splits(source: ImageSource) -> dict[str, datasets.Dataset]:
-    """``train`` and maybe ``validation``, with images and classes: class folders, parquet files, or from the Hub."""
-    if source.dataset_name is not None:
-        splits = read_splits(replace(source, validation_dir=None))
-    else:
-        splits = pick_splits(labelled_folder(str(source.train_dir), "--train_dir", source), source.name)
-    if source.validation_dir is not None:
-        splits["validation"] = any_split(labelled_folder(source.validation_dir, "--validation_dir", source))
-    return splits
-
-
-def labelled_folder(folder: str, flag: str, source: ImageSource) -> Mapping[str, datasets.Dataset]:
-    """The splits of a folder with a folder of pictures per class, or with parquet files.
-
-    Raises:
-        ValueError: no such folder, nothing to read in it, or a picture outside the class folders.
-    """
-    if not holds_pictures(folder, flag):
-        return load_folder(folder, flag, None, {"cache_dir": source.cache_dir, "token": source.token})
-    tables = {}
-    for split, samples in folder_splits(folder).items():
-        outside = [files[0] for name, files in samples.items() if "/" not in name]
-        if outside:
-            raise UserError(
-                f"{flag} {folder}: {len(outside)} of {len(samples)} pictures lie in no class folder, e.g. "
-                f"{outside[0]}; put each class into a folder of its own"
-            )
-        table = file_table({"image": list(samples.values())}, source.cache_dir)
-        tables[split] = table.add_column("label", [name.partition("/")[0] for name in samples])
-    return tables
-
-
 def class_labels(data: datasets.Dataset, args: ProbeArguments) -> list[str]:
     """The class name of each row. ValueError if there is no such column."""
     if args.label_column_name not in data.column_names:
@@ -234,7 +201,8 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
         ValueError: no such data or columns, one class only, or test classes that training lacks.
     """
     source = args.source()
-    splits = labelled_splits(source)
+    splits, left_out = read_splits(source, classes=True)
+    left_out.warn(source.name)
     if "validation" not in splits:
         rows = split_classes(class_labels(splits["train"], args), args.train_val_split, args.seed)
         splits = {name: splits["train"].select(part) for name, part in zip(("train", "validation"), rows, strict=True)}
@@ -245,6 +213,7 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
             data = data.shuffle(seed=args.seed).select(range(limit))
         images.append(image_list(data, source, f"{split} image"))
         raw.append(class_labels(data, args))
+    images[0].left_out = left_out
     names = sorted(set(raw[0]))
     if len(names) < 2:
         raise UserError(f"{source.name}: the training images have {len(names)} class; a probe needs two")
@@ -262,8 +231,7 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
 def image_list(data: datasets.Dataset, source: ImageSource, name: str) -> ImageList:
     """The images of a table, left encoded, so that a damaged one is met where it is decoded."""
     column = find_column(data, source.image_column_name)
-    if isinstance(data.features[column], datasets.Image):
-        data = data.cast_column(column, datasets.Image(decode=False))
+    data = encoded_column(data, column)
     return ImageList(data, column, source.num_channels, source.max_unreadable, name)
 
 
@@ -324,6 +292,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
             "test_images": total,
             "classes": len(names),
             "unreadable": unreadable_images({}, *images),
+            "left_out": images[0].left_out.record(),
         },
         "arguments": arguments_record(args),
         "commit": source_commit(),

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from hf_dbp.data.folders import Samples, folder_splits
-from hf_dbp.data.masks import BINARY, IGNORE, Palette, pair_splits
+from hf_dbp.data.folders import Samples, open_pictures
+from hf_dbp.data.left_out import LeftOut
+from hf_dbp.data.masks import BINARY, IGNORE, Pairs, Palette, UnpairedError, pair_folders
 from hf_dbp.data.sources import pick_splits
 from hf_dbp.data.subset import split_rows
 from hf_dbp.errors import UserError, command
@@ -132,15 +133,9 @@ def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findi
 
 
 def describe_masks(
-    args: argparse.Namespace, splits: Mapping[str, Samples], kinds: Mapping[str, ImageKind], found: Findings
+    args: argparse.Namespace, pairs: Mapping[str, Pairs], kinds: Mapping[str, ImageKind], found: Findings
 ) -> Samples:
-    """Pairing, kind of masks, sizes, class balance, and the flags that follow; returns the masks by image."""
-    every = folder_splits(args.masks)
-    try:
-        pairs = pair_splits(args.folder, splits, args.masks, every, args.mask_suffix)
-    except UserError as error:
-        found.problems.append(str(error))
-        return {}
+    """Kind of masks, sizes, class balance, and the flags that follow; returns the masks by image."""
     masks = {name: files[1] for name, files in pooled(pairs).items()}
     survey = survey_masks(masks)
     found.lines += ["", f"masks      {len(masks)}; {len(kinds) - len(masks)} images have none and only pre-train"]
@@ -262,25 +257,52 @@ def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def read_folders(args: argparse.Namespace, found: Findings) -> tuple[dict[str, Samples], dict[str, Pairs] | None]:
+    """The images, and the pairs if there are masks that fit, of the splits that training takes; says what is left out.
+
+    Raises:
+        UserError: nothing to read, or masks in a folder of the images.
+    """
+    if args.masks is not None:
+        if Path(args.folder).resolve() in Path(args.masks).resolve().parents:
+            raise UserError(f"{args.masks} lies in {args.folder}, all of whose pictures are images; move it out")
+        try:
+            pairing = pair_folders(args.folder, args.masks, args.mask_suffix, args.channel_files)
+        except UnpairedError as error:
+            found.problems.append(str(error))
+        else:
+            describe_left_out(pairing.left_out, found)
+            return pairing.images, pairing.pairs
+    folder = open_pictures(args.folder)
+    images = pick_splits(folder.pictures(args.channel_files, args.mask_suffix), args.folder, folder.left_out)
+    describe_left_out(folder.left_out, found)
+    return images, None
+
+
+def describe_left_out(left_out: LeftOut, found: Findings) -> None:
+    """What lies there and is not used."""
+    found.problems += [line for line in left_out.lines() if "without a mask" not in line]
+    if left_out.other_files:
+        found.lines.append(f"others     files that hold no images: {common(left_out.other_files)}")
+
+
 def inspect_folder(args: argparse.Namespace) -> Findings:
     """Read everything, write the files, and return what to print."""
     found = Findings()
-    splits = folder_splits(args.folder, args.channel_files)
-    taken = pick_splits(splits, args.folder)
+    taken, pairs = read_folders(args, found)
     samples, masks = pooled(taken), {}
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     kinds = survey_images(samples)
     choose_pretraining(training_share(taken), describe_images(samples, kinds, found), found)
     data = {"train_dir": args.folder, "channel_files": args.channel_files}
+    if args.masks is not None and Path(args.masks).resolve() == Path(args.folder).resolve():
+        data["mask_suffix"] = args.mask_suffix
     write_recipe(output / "pretrain.yaml", "industrial.yaml", data | found.pretraining)
     commands = [f"hf-dbp pretrain --config {shlex.quote(str(output / 'pretrain.yaml'))}",
                 "hf-dbp fuse outputs/industrial --output_dir outputs/industrial-fused"]  # fmt: skip
-    if args.masks is not None:
-        inside = Path(args.folder).resolve() in Path(args.masks).resolve().parents
-        if inside:
-            raise UserError(f"{args.masks} lies in {args.folder}, all of whose pictures are images; move it out")
-        masks = describe_masks(args, splits, kinds, found)
+    if pairs is not None:
+        masks = describe_masks(args, pairs, kinds, found)
         if found.finetuning:
             flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
             write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)

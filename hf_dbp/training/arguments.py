@@ -31,6 +31,10 @@ class DataArguments:
         default=None,
         metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
     )
+    mask_suffix: str = field(
+        default="",
+        metadata={"help": "Leave out masks that lie beside their images: what their names end in, e.g. _mask."},
+    )
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}

@@ -59,8 +59,8 @@ logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of the optimizer's groups
 SHAPING = (
-    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "channel_files", "train_val_split",
-    "built_in_size",
+    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "channel_files", "mask_suffix",
+    "train_val_split", "built_in_size",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "data_seed",
     "bf16", "fp16", "eta", "eta_schedule", "eta_stop", "kappa", "update_interval", "sample_fraction", "row_floor",

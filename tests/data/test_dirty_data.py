@@ -89,7 +89,7 @@ SKIPPED = {  # what cannot be read, and a word of the reason
     "nothing.tif": (tiff_claiming(0), "damaged"),
     "noise.webp": (b"RIFF\x40\0\0\0WEBPVP8 " + bytes(50), ""),
 }
-LINKS = {"loop.jpg": "symbolic links", "lost.jpg": "No such file", "folder.jpg": "directory"}
+LINKS = {"loop.jpg": "symbolic links", "lost.jpg": "No such file"}
 REASONS = {name: reason for name, (_, reason) in SKIPPED.items()} | LINKS
 
 
@@ -163,6 +163,11 @@ def test_a_dirty_folder_trains_to_the_end_and_is_counted_exactly(tmp_path, dirty
     assert {os.path.relpath(path, dirty) for path in unreadable["images"]} == REASONS.keys()
     for path, reason in unreadable["images"].items():
         assert reason and not reason.startswith(path), (path, reason)
+    assert {entry["examples"][0] for entry in record["data"]["left_out"]["reasons"].values()} == {
+        "lot/circle",
+        ".hidden.jpg",
+    }
+    assert record["data"]["left_out"]["other_files"] == {".db": 1}
     left_out = len(REASONS) if "cache_dir" in how else 0  # a cache is made of the readable ones
     assert record["data"]["train_images"] + record["data"]["validation_images"] == GOOD + len(READ | REASONS) - left_out
 

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 from hf_dbp.data.decoding import UnreadableImageError, decode
-from hf_dbp.data.folders import file_table, folder_splits, list_samples
+from hf_dbp.data.folders import file_table, open_pictures
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.readers import read_picture
 
@@ -216,15 +216,16 @@ def test_nested_folders_of_mixed_files(tmp_path):
         buffer = io.BytesIO()
         Image.fromarray(np.full((8 + number, 8, 3), number, np.uint8)).save(buffer, "PNG")
         (tmp_path / name).write_bytes(buffer.getvalue())  # the content counts, not the name
-    assert list(list_samples(str(tmp_path))) == ["a/test_1", "b/x", "train-1"]
+    assert list(open_pictures(str(tmp_path)).pictures()["train"]) == ["a/test_1", "b/x", "train-1"]
     train, validation = load_images(ImageSource(train_dir=str(tmp_path), train_val_split=0.34, cache_dir=str(tmp_path)))
     assert sorted(image.shape[0] for image in [*train, *validation]) == [8, 9, 13]
-    assert set(folder_splits(str(tmp_path))) == {"train"}
+    assert set(open_pictures(str(tmp_path)).pictures()) == {"train"}
     (tmp_path / "train").mkdir()
     (tmp_path / "b").rename(tmp_path / "train" / "b")
     (tmp_path / "a").rename(tmp_path / "val")
-    assert {split: list(samples) for split, samples in folder_splits(str(tmp_path)).items()} == {
-        "train": ["b/x"],
+    (tmp_path / "train-1.bmp").rename(tmp_path / "train" / "train-1.bmp")
+    assert {split: list(samples) for split, samples in open_pictures(str(tmp_path)).pictures().items()} == {
+        "train": ["b/x", "train-1"],
         "val": ["test_1"],
     }
 
@@ -244,11 +245,11 @@ def test_a_file_per_channel(tmp_path, patterns):
     assert found == sorted(np.ascontiguousarray(np.moveaxis(image, 0, 2)).tobytes() for image in planes)
     path.unlink()
     with pytest.raises(ValueError, match=r"1 of the 3 samples in .* have no file .*, e\.g\. .*lot/2"):
-        list_samples(folder, patterns)
+        open_pictures(folder).pictures(patterns)
     with pytest.raises(ValueError, match="write one \\* for what names the sample"):
-        list_samples(folder, ["a.png", "b.png"])
+        open_pictures(folder).pictures(["a.png", "b.png"])
     with pytest.raises(ValueError, match="fits none of the 5 files"):
-        list_samples(folder, ["*_x.png"])
+        open_pictures(folder).pictures(["*_x.png"])
 
 
 def test_channels_that_do_not_fit_together_are_refused(tmp_path):

@@ -88,6 +88,7 @@ def test_from_a_folder_of_classes_to_json(folder, pooling):
         "test_images": 6,
         "classes": 2,
         "unreadable": {"count": 0, "images": {}},
+        "left_out": {"count": 0, "reasons": {}},
     }
     assert record["linear"]["accuracy"] == 1.0
     assert record["linear"]["interval_95"][0] < 0.7  # six images prove little

@@ -205,7 +205,7 @@ def test_palettes_of_grey_values_and_several_colours():
     [
         (["nowhere"], "nowhere: there is no such folder"),
         (["."], "lies in"),
-        (["texts"], "texts holds no pictures"),
+        (["texts"], "texts holds nothing; expected pictures"),
     ],
 )
 def test_mistakes_end_in_one_line(flags, message, capsys):
@@ -256,7 +256,7 @@ def test_splits_without_masks_or_without_a_class(capsys, caplog):
     Path("masks/validation").rmdir()
     train, validation = labelled()
     assert [len(train), len(validation)] == [5, 1]  # set aside from those of `train`
-    assert "0 of 2 images in images (validation) have a mask" in caplog.text
+    assert "2 left out: images without a mask, of the 2 in images (validation)" in caplog.text
     assert "masks      6; 2 images have none and only pre-train" in report(capsys, "--masks", "masks")
     Path("masks/test").mkdir()
     Path("masks/train/0.png").rename("masks/test/0.png")

@@ -9,12 +9,9 @@ fit the other, is skipped and counted: in training the next pair takes its place
 Shapes: H, W height and width; C channels.
 """
 
-import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -26,12 +23,15 @@ from tqdm.auto import tqdm
 
 from hf_dbp.data.augmentation import image_rng
 from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, UnreadableImages, decode, stored
-from hf_dbp.data.images import BUILT_IN, ImageSource, find_column, read_splits, shared_keys
-from hf_dbp.data.masks import Palette, index_mask, pair_folders
+from hf_dbp.data.images import BUILT_IN, find_column, read_splits, shared_keys
+from hf_dbp.data.left_out import LeftOut
+from hf_dbp.data.masks import Palette, index_mask, pair_folders, pair_tables
 from hf_dbp.data.shards import in_threads
-from hf_dbp.data.sources import any_split
+from hf_dbp.data.sources import UNUSED_SPLIT, any_split
 from hf_dbp.data.subset import chosen, draw, split_rows
-from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
+from hf_dbp.data.tables import encoded_column
+from hf_dbp.data.wire_bonding import WireBonding
+from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.errors import UserError
 
@@ -41,68 +41,6 @@ logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 ANNOTATION_COLUMNS = ("annotation", "mask", "label", "segmentation")
-
-
-@dataclasses.dataclass
-class SegmentationSource(ImageSource):
-    """Which labelled images to load; the flags of `ImageSource` and these.
-
-    Args:
-        train_mask_dir: folder of masks for the images of `train_dir`, paired as `hf_dbp.data.masks.pair_folders` does.
-        validation_mask_dir: the same for `validation_dir`.
-        mask_suffix: what the names of masks end in beyond those of their images.
-        palette: palette file of colour masks, or ``binary`` for masks of 0 and 255; see `hf_dbp.data.masks`.
-        annotation_column_name: column of the masks; default the first of annotation, mask, label, segmentation.
-        num_labels: number of classes, without an ignored one; not needed with `id2label`.
-        id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
-        ignore_index: label id that is neither learned nor scored.
-        reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it.
-    """
-
-    train_mask_dir: str | None = None
-    validation_mask_dir: str | None = None
-    mask_suffix: str = ""
-    palette: str | None = None
-    annotation_column_name: str | None = None
-    num_labels: int | None = None
-    id2label: str | None = None
-    ignore_index: int = 255
-    reduce_labels: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.train_mask_dir is not None and self.train_dir is None:
-            raise UserError("--train_mask_dir belongs to --train_dir, which names the images; give both")
-        if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
-            raise UserError("--validation_dir and --validation_mask_dir belong together; give both or neither")
-
-    def class_names(self) -> dict[int, str]:
-        """Return class names by id; "class 7" where no name is known.
-
-        Raises:
-            ValueError: neither names nor a number of classes, or a file of names that is none.
-        """
-        if self.palette is not None:
-            return Palette(self.palette, self.ignore_index).names
-        if self.id2label is not None:
-            return _read_names(self.id2label)
-        if self.dataset_name == BUILT_IN:
-            return dict(enumerate(CLASS_NAMES))
-        if self.num_labels is None:
-            raise UserError(
-                "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"
-            )
-        return {number: f"class {number}" for number in range(self.num_labels)}
-
-
-def _read_names(path: str) -> dict[int, str]:
-    try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(names, list):
-            return {number: str(name) for number, name in enumerate(names)}
-        return {int(number): str(name) for number, name in names.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f'--id2label {path} is no JSON list of names or {{"0": name, ...}}: {error}') from error
 
 
 class LabelledImages:
@@ -119,6 +57,7 @@ class LabelledImages:
 
     Attributes:
         unreadable: those found so far.
+        left_out: what lies in the source and is not used; of the training images alone.
     """
 
     def __init__(
@@ -137,6 +76,7 @@ class LabelledImages:
         self.samples, self.columns, self.num_channels, self.name = samples, columns, num_channels, name
         self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
         self.palette = palette
+        self.left_out = LeftOut()
         self.unreadable = UnreadableImages(len(samples), max_unreadable)
 
     def __len__(self) -> int:
@@ -273,12 +213,14 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
     Raises:
         ValueError: no such data or column, images and masks that do not pair, a wrong first image or mask.
     """
+    left_out = LeftOut()
     if source.dataset_name == BUILT_IN:
         splits, columns = _built_in(source), ("image", "annotation")
     else:
-        pairs = _paired_folders(source) if source.train_mask_dir is not None else read_splits(source)
+        pairs, left_out = _paired_folders(source) if source.train_mask_dir is not None else read_splits(source)
+        left_out.warn(source.name)
         columns = _find_columns(pairs["train"], source)
-        splits = {split: _encoded(data, columns) for split, data in _drawn(pairs, source).items()}
+        splits = _drawn({split: _encoded(data, columns) for split, data in pairs.items()}, source)
     lists = []
     for split, samples in splits.items():
         images = LabelledImages(
@@ -298,6 +240,7 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
             f"{source.name}: training images have {lists[0].num_channels} channels, validation images "
             f"{lists[1].num_channels}; pass --num_channels"
         )
+    lists[0].left_out = left_out
     if source.dataset_name != BUILT_IN:
         check_classes(lists[0], lists[1], source.class_names())
     return lists[0], lists[1]
@@ -355,8 +298,7 @@ def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
 def _encoded(data: datasets.Dataset, columns: tuple[str, str]) -> datasets.Dataset:
     """The columns with pictures left encoded, so that a damaged one is met where it is decoded."""
     for column in columns:
-        if isinstance(data.features[column], datasets.Image):
-            data = data.cast_column(column, datasets.Image(decode=False))
+        data = encoded_column(data, column)
     return data
 
 
@@ -383,16 +325,20 @@ def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> d
     rows = draw(rows, source.max_train_samples, source.seed)
     if source.train_fraction < 1.0:  # the same images as pre-training chooses
         column = find_column(train, source.image_column_name)
-        encoded = train.select_columns(column)
-        if isinstance(encoded.features[column], datasets.Image):
-            encoded = encoded.cast_column(column, datasets.Image(decode=False))
-        rows = rows[chosen(shared_keys(encoded, column)[rows], source.train_fraction, source.subset_seed)]
+        keys = shared_keys(train.select_columns(column), column)[rows]
+        rows = rows[chosen(keys, source.train_fraction, source.subset_seed)]
     return {"train": train.select(rows), "validation": validation.select(validation_rows)}
 
 
-def _paired_folders(source: SegmentationSource) -> dict[str, datasets.Dataset]:
+def _paired_folders(source: SegmentationSource) -> tuple[dict[str, datasets.Dataset], LeftOut]:
     how = source.mask_suffix, source.channel_files
-    splits = pair_folders(str(source.train_dir), str(source.train_mask_dir), *how)
+    pairing = pair_folders(str(source.train_dir), str(source.train_mask_dir), *how)
+    splits, left_out = pair_tables(pairing), pairing.left_out
     if source.validation_dir is not None:
-        splits["validation"] = any_split(pair_folders(source.validation_dir, str(source.validation_mask_dir), *how))
-    return splits
+        pairing = pair_folders(source.validation_dir, str(source.validation_mask_dir), *how)
+        left_out.add(UNUSED_SPLIT, ["validation"], len(splits.pop("validation", ())))
+        splits["validation"] = any_split(pair_tables(pairing), pairing.left_out)
+        left_out.merge(pairing.left_out)
+    if "train" not in splits:
+        raise UserError(f"none of the images in {source.train_dir} has a mask in {source.train_mask_dir}")
+    return splits, left_out

@@ -53,6 +53,7 @@ def evaluation_record(
             "validation_images": len(trainer.eval_dataset),
             "validation_pixels": int(pixels_K.sum()),
             "unreadable": unreadable_images({}, trainer.train_dataset.images, trainer.eval_dataset.images),
+            "left_out": trainer.train_dataset.images.left_out.record(),
         },
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "guards": trainer.skipped_steps(),

@@ -1,0 +1,83 @@
+"""What lies in a source of images and is not used: counted and named by reason, for the log, `inspect` and `run.json`.
+
+    images used + images left out = images that lie there
+
+Files that hold no images (`.txt`, `.json`, ...) are counted apart; nobody has to act on them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["LeftOut"]
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 5  # names that are kept for a reason
+
+
+@dataclass
+class LeftOut:
+    """The images that are not used.
+
+    Attributes:
+        counts: images, or files that may hold some, by reason; a reason ends with what to do, if there is something.
+        examples: some of their names, by reason.
+        other_files: files that hold no images, by suffix.
+        notes: how a layout was understood that can be understood in two ways.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    other_files: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, reason: str, names: Iterable[str], count: int | None = None) -> None:
+        """Add images of these names; ``count`` where a name stands for several."""
+        names = list(names)
+        added = len(names) if count is None else count
+        if added:
+            self.counts[reason] += added
+            self.examples[reason] = [*self.examples.get(reason, ()), *names][:EXAMPLES]
+
+    def forget(self, reason: str) -> None:
+        """Take back what was added for a reason, because it is used after all."""
+        self.counts.pop(reason, None)
+        self.examples.pop(reason, None)
+
+    def merge(self, other: LeftOut, prefix: str = "") -> None:
+        """Add what another source left out; ``prefix`` goes before its reasons."""
+        for reason, count in other.counts.items():
+            self.add(prefix + reason, other.examples[reason], count)
+        self.other_files += other.other_files
+        self.notes += [note for note in other.notes if note not in self.notes]
+
+    def lines(self) -> list[str]:
+        """A line for each reason, and the notes."""
+        found = [f"{n} left out: {reason}; e.g. {self.examples[reason][0]}" for reason, n in self.counts.items()]
+        return found + self.notes
+
+    def warn(self, name: str) -> None:
+        """Log what someone may have to act on."""
+        for line in self.lines():
+            logger.warning("%s: %s", name, line)
+
+    def record(self) -> dict[str, Any]:
+        """JSON: count, reasons {reason: {count, examples}}, other_files {suffix: count}, notes."""
+        reasons = {reason: {"count": n, "examples": self.examples[reason]} for reason, n in self.counts.items()}
+        content: dict[str, Any] = {"count": self.counts.total(), "reasons": reasons}
+        if self.other_files:
+            content["other_files"] = dict(sorted(self.other_files.items()))
+        return content | ({"notes": self.notes} if self.notes else {})
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> LeftOut:
+        """What `record` gave."""
+        found = cls(other_files=Counter(record.get("other_files", {})), notes=list(record.get("notes", ())))
+        for reason, entry in record["reasons"].items():
+            found.add(reason, entry["examples"], entry["count"])
+        return found

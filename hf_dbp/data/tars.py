@@ -1,0 +1,104 @@
+"""Tars of images: what is in one, and which of its members are images."""
+
+from __future__ import annotations
+
+import posixpath
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import fsspec  # type: ignore[import-untyped]
+
+from hf_dbp.data.folders import HIDDEN, classify
+from hf_dbp.data.left_out import LeftOut
+from hf_dbp.errors import UserError
+from hf_dbp.hub.errors import explained
+
+__all__ = ["Member", "choose_members", "no_images", "open_binary", "sample_of", "tar_members"]
+
+Member = tuple[str, int, int]  # name, offset and size of a file in a tar
+
+
+def open_binary(file: str, token: str | None, cache_type: str = "none") -> IO[bytes]:
+    """A local file or one on the Hub (``hf://``), which is read in exactly the ranges asked for, or ahead."""
+    if "://" not in file:
+        return Path(file).open("rb")
+    filesystem, path = fsspec.core.url_to_fs(file, token=token)
+    return filesystem.open(path, "rb", cache_type=cache_type)  # type: ignore[no-any-return]
+
+
+def tar_members(file: str, token: str | None = None) -> list[Member]:
+    """The files in a tar, in order; links have size -1. UserError if it is compressed or none."""
+    with explained(file), open_binary(file, token, "readahead") as opened:
+        try:
+            with tarfile.open(fileobj=opened, mode="r:") as tar:
+                return [
+                    (member.name, member.offset_data, member.size if member.isfile() else -1)
+                    for member in tar
+                    if member.isfile() or member.islnk() or member.issym()
+                ]
+        except tarfile.ReadError as error:
+            raise UserError(f"{file} is no uncompressed tar ({error}); unpack it") from error
+
+
+def sample_of(name: str) -> tuple[str, str]:
+    """Sample and extension of a tar's member: its path up to the first dot of the name, and what follows in lower case.
+
+    As WebDataset has it: ``a/0001.seg.png`` is ``seg.png`` of the sample ``a/0001``.
+    """
+    folder, base = posixpath.split(posixpath.normpath(name))
+    stem, _, extension = base.partition(".")
+    return posixpath.join(folder, stem), extension.lower()
+
+
+def choose_members(file: str, members: Sequence[Member], column: str, left_out: LeftOut) -> list[Member]:
+    """Which files of a tar are images; the others are counted.
+
+    Every member is judged by itself: by its extension where ``column`` is one, else (``image``) whether it is a
+    picture. A picture whose name has further dots, such as ``0001.seg.png``, belongs to the picture of its sample, if
+    there is one, and is none of the images.
+
+    Raises:
+        UserError: a sample has pictures of two extensions.
+    """
+    pictures: dict[str, list[tuple[str, Member]]] = defaultdict(list)
+    for member in members:
+        sample, extension = sample_of(member[0])
+        where = f"{file}, {member[0]}"
+        if any(part.startswith(".") for part in posixpath.normpath(member[0]).split("/")):
+            left_out.add(HIDDEN, [where])
+        elif extension == column or extension.endswith(f".{column}"):
+            pictures[sample].append((extension, member))
+        elif kind := classify(member[0], left_out):
+            if kind == "picture":
+                pictures[sample].append((extension, member))
+            else:
+                left_out.add("archives in a tar; unpack them", [where])
+    chosen = []
+    for sample, found in pictures.items():
+        wanted = [entry for entry in found if entry[0] == column or entry[0].endswith(f".{column}")]
+        plain = [entry for entry in found if "." not in entry[0]]
+        if column == "image" and len({extension for extension, _ in plain}) > 1:
+            raise UserError(
+                f"{file}: sample {sample} holds {' and '.join(extension for extension, _ in plain)}; name the images "
+                "by --image_column_name EXTENSION"
+            )
+        used = (plain or found) if column == "image" else wanted
+        chosen += [member for _, member in used if member[2] >= 0]
+        links = [f"{file}, {member[0]}" for _, member in used if member[2] < 0]
+        left_out.add("links in a tar; store the files themselves", links)
+        others = [f"{file}, {member[0]}" for extension, member in found if (extension, member) not in used]
+        left_out.add(
+            "other pictures of a sample" if column == "image" else f"of another extension than {column}", others
+        )
+    return sorted(chosen, key=lambda member: member[1])
+
+
+def no_images(files: Sequence[str], column: str, left_out: LeftOut) -> UserError:
+    """The error that says that tars hold no images, and what they hold."""
+    kind = "images" if column == "image" else f"members of extension {column!r}"
+    kinds = ", ".join(sorted(left_out.other_files | {reason.partition(" ")[0]: 1 for reason in left_out.counts}))
+    remedy = f"they hold {kinds}: name the images by --image_column_name EXTENSION" if kinds else "they are empty"
+    return UserError(f"{files[0]}{' and its like hold' if len(files) > 1 else ' holds'} no {kind}; {remedy}")

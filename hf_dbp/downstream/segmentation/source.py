@@ -1,0 +1,72 @@
+"""`SegmentationSource`: which labelled images to load, and what their classes are called."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from hf_dbp.data.images import BUILT_IN, ImageSource
+from hf_dbp.data.masks import Palette
+from hf_dbp.data.wire_bonding import CLASS_NAMES
+from hf_dbp.errors import UserError
+
+__all__ = ["SegmentationSource"]
+
+
+@dataclasses.dataclass
+class SegmentationSource(ImageSource):
+    """Which labelled images to load; the flags of `ImageSource` and these.
+
+    Args:
+        train_mask_dir: folder of masks for the images of `train_dir`, paired as `hf_dbp.data.masks.pair_folders` does.
+        validation_mask_dir: the same for `validation_dir`.
+        palette: palette file of colour masks, or ``binary`` for masks of 0 and 255; see `hf_dbp.data.masks`.
+        annotation_column_name: column of the masks; default the first of annotation, mask, label, segmentation.
+        num_labels: number of classes, without an ignored one; not needed with `id2label`.
+        id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
+        ignore_index: label id that is neither learned nor scored.
+        reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it.
+    """
+
+    train_mask_dir: str | None = None
+    validation_mask_dir: str | None = None
+    palette: str | None = None
+    annotation_column_name: str | None = None
+    num_labels: int | None = None
+    id2label: str | None = None
+    ignore_index: int = 255
+    reduce_labels: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_mask_dir is not None and self.train_dir is None:
+            raise UserError("--train_mask_dir belongs to --train_dir, which names the images; give both")
+        if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
+            raise UserError("--validation_dir and --validation_mask_dir belong together; give both or neither")
+
+    def class_names(self) -> dict[int, str]:
+        """Return class names by id; "class 7" where no name is known.
+
+        Raises:
+            ValueError: neither names nor a number of classes, or a file of names that is none.
+        """
+        if self.palette is not None:
+            return Palette(self.palette, self.ignore_index).names
+        if self.id2label is not None:
+            return _read_names(self.id2label)
+        if self.dataset_name == BUILT_IN:
+            return dict(enumerate(CLASS_NAMES))
+        if self.num_labels is None:
+            raise UserError(
+                "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"
+            )
+        return {number: f"class {number}" for number in range(self.num_labels)}
+
+
+def _read_names(path: str) -> dict[int, str]:
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(names, list):
+            return {number: str(name) for number, name in enumerate(names)}
+        return {int(number): str(name) for number, name in names.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f'--id2label {path} is no JSON list of names or {{"0": name, ...}}: {error}') from error
