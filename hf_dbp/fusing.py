@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Model, ViTImageProcessorPil, ViTMAEForPreTraining, ViTModel
 
-from hf_dbp.data.images import ImageSource, load_images
+from hf_dbp.data.images import ImageSource, load_images, share_value_range
 from hf_dbp.data.masked import MaskedImages
 from hf_dbp.downstream.bridge import extract_dinov2
 from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import Destination
-from hf_dbp.hub.untrusted import load_model, read_config, read_statistics
+from hf_dbp.hub.untrusted import load_model, read_config, read_statistics, read_value_range
 from hf_dbp.modeling_dbp_vit_mae import UNFUSED, extract_vit
 from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training.checkpoints import model_folder
@@ -80,6 +80,7 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
     else:
         raise UserError(f"{folder} has no {RECORD}, which tells the data of the run; pass --image_dir FOLDER")
     _, images = load_images(source)
+    share_value_range(images, kept=read_value_range(folder))
     return MaskedImages(
         images,
         size=(size[0], size[-1]) if isinstance(size, list) else (size, size),

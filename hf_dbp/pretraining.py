@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import (
@@ -25,16 +26,23 @@ from transformers import (
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
 from hf_dbp.conversion import decorrelated_layers
-from hf_dbp.data.augmentation import unit_range
 from hf_dbp.data.feeding import augments_on_device, step_images
-from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_images
+from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_images, share_value_range
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
+from hf_dbp.data.values import ValueRange, processor_scaling
 from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves, plot_reconstructions
 from hf_dbp.fusing import fuse_run, push_run
 from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import Destination, claim_push
-from hf_dbp.hub.untrusted import check_memory, known_fields, load_weights, read_config, read_statistics
+from hf_dbp.hub.untrusted import (
+    check_memory,
+    known_fields,
+    load_weights,
+    read_config,
+    read_statistics,
+    read_value_range,
+)
 from hf_dbp.hub.warm_start import fits, warm_start_
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTMAE, initialize_mae_
 from hf_dbp.recipes import parse_arguments
@@ -116,25 +124,31 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
     return model
 
 
-def image_processor(
-    model: PreTrainedModel, mean: Sequence[float], std: Sequence[float], factor: float = 1 / 255
-) -> Any:
+def image_processor(model: PreTrainedModel, views: MaskedImages) -> Any:
     """The stock image processor that does to an image what evaluation does, but for its crop (it resizes).
 
     It resizes 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
-    refuses. ``factor`` takes stored values to [0, 1].
+    refuses.
     """
+    dtype, mean = views.images.readable(0).dtype, views.mean.tolist()
     size = model.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     return ViTImageProcessorPil(
-        do_resize=len(mean) in (1, 3) and factor == 1 / 255,
-        do_rescale=factor != 1,
-        rescale_factor=factor,
+        do_resize=len(mean) in (1, 3) and dtype == np.uint8,
         size={"height": height, "width": width},
-        image_mean=list(mean),
-        image_std=list(std),
         resample=3,
+        **processor_scaling(dtype, views.images.value_range, mean, views.std.tolist()),
     )
+
+
+def kept_value_range(model_args: ModelArguments) -> ValueRange | None:
+    """The range of float values of the image processor named, else of the checkpoint."""
+    if model_args.image_processor_name is not None:
+        return read_value_range(model_args.image_processor_name, token=model_args.token)
+    if model_args.model_name_or_path is None:
+        return None
+    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
+    return read_value_range(model_args.model_name_or_path, **hub)
 
 
 def pixel_statistics(
@@ -173,6 +187,7 @@ def prepare_data(
         )
     train_images, eval_images = load_images(source)
     num_channels = train_images.readable(0).shape[2]
+    share_value_range(train_images, eval_images, kept=kept_value_range(model_args), folder=source.kept_in)
     mean, std = pixel_statistics(model_args, train_images, num_channels, source.kept_in)
     if len(mean) != num_channels:
         raise UserError(f"the image processor has statistics of {len(mean)} channels, the images have {num_channels}")
@@ -207,6 +222,7 @@ def new_record(
         "channels": len(train_data.mean),
         "mean": train_data.mean.tolist(),
         "std": train_data.std.tolist(),
+        "value_range": list(train_data.images.value_range),
         "augmented_on_device": train_data.on_device,
         "left_out": train_data.images.left_out.record(),
     }
@@ -253,7 +269,6 @@ def run(
     callback = None
     if any(True for _ in decorrelated_layers(model)):
         callback = DecorrelationCallback(decorrelation_args, seed=args.seed)
-    factor = unit_range(train_data.images.readable(0).dtype)
     destination = claim_push(args, model_args.token)
     meter = training_meter(args, args.country)
     record.energy = meter.description if meter is not None else {}
@@ -267,7 +282,7 @@ def run(
         max_skipped_steps=args.max_skipped_steps,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        processing_class=image_processor(model, train_data.mean.tolist(), train_data.std.tolist(), factor),
+        processing_class=image_processor(model, train_data),
     )
     if not args.do_train:
         evaluate_alone(trainer, model_args.model_name_or_path)

@@ -17,9 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_dbp.errors import UserError
-
-__all__ = ["Box", "center_box", "cut", "image_rng", "native_tile", "random_resized_crop", "resized", "unit_range"]
+__all__ = ["Box", "center_box", "cut", "image_rng", "native_tile", "random_resized_crop", "resized"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -124,12 +122,3 @@ def _surroundings(image_HWC: NDArray[Any], view: tuple[int, int], box: Box) -> t
     x, y = max(0, int(left - reach_x)), max(0, int(top - reach_y))
     part = image_HWC[y : math.ceil(bottom + reach_y), x : math.ceil(right + reach_x)]
     return part, (left - x, top - y, right - x, bottom - y)
-
-
-def unit_range(dtype: np.dtype[np.generic]) -> float:
-    """The factor that takes stored values to [0, 1]: 1/255 and 1/65535 for 8 and 16 bits, 1 for float images."""
-    if dtype.kind == "f":
-        return 1.0
-    if dtype in (np.uint8, np.uint16):
-        return 1.0 / float(np.iinfo(dtype).max)  # type: ignore[type-var]
-    raise UserError(f"images of {dtype} are not supported; convert them to uint8, uint16 or float in [0, 1]")

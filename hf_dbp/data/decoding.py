@@ -21,17 +21,21 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from hf_dbp.data.readers import read_picture
+from hf_dbp.data.values import pixel_values
 from hf_dbp.errors import UserError
 
 __all__ = [
     "DECODING_ERRORS",
     "UnreadableImageError",
     "UnreadableImages",
+    "check_finite",
+    "check_kind",
     "decode",
     "encoded_bytes",
     "stored",
     "to_array",
     "too_many",
+    "unchecked",
 ]
 
 logger = logging.getLogger(__name__)
@@ -113,13 +117,44 @@ def decode(value: Any, num_channels: int | None, name: str) -> NDArray[np.generi
     """A stored value as (height, width, channels), turned upright as its EXIF data says; see `to_array`.
 
     Raises:
-        UnreadableImageError: damaged, empty or not a picture, or of another number of channels; begins with ``name``.
+        UnreadableImageError: damaged, empty or not a picture, of another number of channels, or with values that are
+            NaN or infinite; begins with ``name``.
     """
+    image_HWC = unchecked(value, num_channels, name)
+    check_finite(image_HWC, name)
+    return image_HWC
+
+
+def unchecked(value: Any, num_channels: int | None, name: str) -> NDArray[np.generic]:
+    """As `decode`; values may be NaN. A large file may be a memory map, of which nothing has been read."""
     try:
         return to_array(stored(value), num_channels)
     except DECODING_ERRORS as error:
         reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImageError(f"{name}: {reason}") from error
+
+
+def check_finite(image_HWC: NDArray[Any], name: str) -> None:
+    """UnreadableImageError if values are NaN or infinite, of which one makes a whole batch so."""
+    if image_HWC.dtype.kind != "f":
+        return
+    finite_HWC = np.isfinite(image_HWC)
+    if not finite_HWC.all():
+        count, share = int((~finite_HWC).sum()), 1 - float(finite_HWC.mean())
+        raise UnreadableImageError(
+            f"{name}: {count} of its values ({share:.3%}) are NaN or infinite; replace them, e.g. by the image's mean, "
+            "and mark their pixels as ignored in its mask"
+        )
+
+
+def check_kind(image_HWC: NDArray[Any], kind: str, name: str) -> None:
+    """UnreadableImageError if the image is of float values among unsigned ones (``kind`` "u"), or the other way."""
+    if kind and image_HWC.dtype.kind != kind:
+        others = "unsigned integers" if kind == "u" else "float"
+        raise UnreadableImageError(
+            f"{name}: its values are {image_HWC.dtype}, those of the first image {others}, which have another range; "
+            "convert the images to one type"
+        )
 
 
 def stored(value: Any) -> Any:
@@ -176,19 +211,6 @@ def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
         array = np.ascontiguousarray(array)
         return np.asarray(cv2.cvtColor(array, cv2.COLOR_RGB2GRAY))[..., None]
     raise _wrong_channels(array, num_channels)
-
-
-def pixel_values(array: NDArray[Any]) -> NDArray[Any]:
-    """An array of pixels as uint8, uint16 or float32; 0 and 1 become 0 and 255, wider integers float32.
-
-    Raises:
-        ValueError: it has no three axes, or other values than numbers.
-    """
-    if array.ndim != 3 or array.dtype.kind not in "buif":
-        raise UserError(f"an array of {array.dtype} and shape {array.shape} is no image")
-    if array.dtype in (np.uint8, np.uint16, np.float32):
-        return array
-    return array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array.astype(np.float32)
 
 
 def _wrong_channels(array: NDArray[np.generic], num_channels: int | None) -> ValueError:

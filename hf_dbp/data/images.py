@@ -9,6 +9,7 @@ training and the validation list that the flags ask for, and fails before traini
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,9 +24,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_dbp.data.augmentation import Box, unit_range
+from hf_dbp.data.augmentation import Box
 from hf_dbp.data.cache import CachedImages, Materialization, materialized
-from hf_dbp.data.decoding import UnreadableImageError, UnreadableImages, decode, to_array
+from hf_dbp.data.decoding import UnreadableImageError, UnreadableImages, check_kind, decode, to_array
 from hf_dbp.data.folders import file_stamp
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.parts import decode_part
@@ -39,6 +40,7 @@ from hf_dbp.data.sources import (
     streamed_splits,
 )
 from hf_dbp.data.subset import Keys, chosen, content_keys, draw, keys_digest, readable_bytes, split_rows
+from hf_dbp.data.values import UNIT, ValueRange, unit_scale
 from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.errors import UserError
 
@@ -51,6 +53,7 @@ __all__ = [
     "find_column",
     "load_images",
     "read_splits",
+    "share_value_range",
     "to_array",
 ]
 
@@ -76,6 +79,8 @@ class ImageList:
         subset: what is known of the chosen share: fraction, seed, images, of, digest; empty if all are used.
         keys: content keys of the images of a share.
         left_out: what lies in the source and is not used; of the training images alone.
+        value_range: of float images, see `hf_dbp.data.values`.
+        kind: "u" if values are unsigned integers, "f" if float, "" if unknown; other images are unreadable.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class ImageList:
         self.subset: dict[str, Any] = {}
         self.keys: Keys | None = None
         self.left_out = LeftOut()
+        self.value_range, self.kind = UNIT, ""
         self._reasons: dict[int, tuple[str, str]] = {}
 
     def __len__(self) -> int:
@@ -102,8 +108,11 @@ class ImageList:
 
     def _decoded(self, index: int, decoder: Callable[..., NDArray[np.generic]], *how: Any) -> NDArray[np.generic]:
         value = self.samples[int(index)][self.column]
+        name = value_name(value, f"{self.name} {index}")
         try:
-            return decoder(value, self.num_channels, value_name(value, f"{self.name} {index}"), *how)
+            image_HWC = decoder(value, self.num_channels, name, *how)
+            check_kind(image_HWC, self.kind, name)
+            return image_HWC
         except UnreadableImageError as error:
             self.unreadable.add(index, error)
             raise
@@ -143,7 +152,7 @@ class ImageList:
         value = self.samples[index][self.column]
         name = value_name(value, f"{self.name} {index}")
         try:
-            decode(value, self.num_channels, name)
+            check_kind(decode(value, self.num_channels, name), self.kind, name)
         except UnreadableImageError as error:
             return name, str(error).removeprefix(f"{name}: ")
         return name, "it could be read later"
@@ -196,6 +205,8 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
         for samples, name in ((train, "training image"), (validation, "validation image"))
     ]
     lists[0].left_out = left_out
+    for images in lists:
+        images.kind = np.dtype(depth).kind
     if source.train_fraction < 1.0:
         assert keys is not None
         describe_subset(lists[0], keys, count, source)
@@ -269,7 +280,7 @@ def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> tup
 def channel_statistics(
     images: ImageList, source: str = "auto", folder: Path | None = None
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, of values in [0, 1] (of float images, as they are).
+    """Mean and standard deviation per channel, of values in [0, 1]; see `hf_dbp.data.values`.
 
     Args:
         images: the training images.
@@ -277,23 +288,68 @@ def channel_statistics(
         folder: where measured ones are kept for the next run.
 
     Raises:
-        ValueError: ImageNet's for other than 3 channels, or an image with values that are no numbers.
+        ValueError: ImageNet's for other than 3 channels.
     """
     first = images.readable(0)
     if source == "imagenet" and first.shape[2] != 3:
         raise UserError(f"--image_statistics imagenet is for 3 channels, the images have {first.shape[2]}")
     if source == "imagenet" or (source == "auto" and first.shape[2] == 3 and first.dtype == np.uint8):
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
+    name = "statistics" if images.value_range == UNIT else "statistics-{:g}-{:g}".format(*images.value_range)
+    mean, std = measured_once(images, name, measured_statistics, folder)
+    return mean, std
+
+
+def measured_once(
+    images: ImageList,
+    name: str,
+    measure: Callable[[ImageList, Sequence[int]], tuple[Any, Any]],
+    folder: Path | None,
+) -> tuple[Any, Any]:
+    """What ``measure`` finds on up to `MEASURED` images at even steps; with a folder, kept there for the next run."""
     picks = [int(index) for index in np.linspace(0, len(images) - 1, min(MEASURED, len(images)))]
     if folder is None:
-        return measured_statistics(images, picks)
-    file = folder / f"statistics-{images_digest(images, picks)}.json"
+        return measure(images, picks)
+    file = folder / f"{name}-{images_digest(images, picks)}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
-        if not file.is_file():
-            file.write_text(json.dumps(measured_statistics(images, picks)), encoding="utf-8")
-    mean, std = json.loads(file.read_text(encoding="utf-8"))
-    return mean, std
+        if file.is_file():
+            with contextlib.suppress(ValueError):  # left by a process that died while writing: measured again
+                first, second = json.loads(file.read_text(encoding="utf-8"))
+                return first, second
+        found = measure(images, picks)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(found), encoding="utf-8")
+        part.replace(file)
+    return found
+
+
+def share_value_range(*lists: Any, kept: ValueRange | None = None, folder: Path | None = None) -> None:
+    """Give lists of float images (`ImageList`, `LabelledImages`) one range of values; see `hf_dbp.data.values`.
+
+    Args:
+        lists: the training images first.
+        kept: the range in the model's image processor; without one it is measured on the first list.
+        folder: where a measured one is kept for the next run.
+    """
+    images = lists[0] if isinstance(lists[0], ImageList) else lists[0].images_alone()
+    if images.readable(0).dtype.kind != "f":
+        return
+    low, high = kept or measured_once(images, "range", measured_range, folder)
+    if (low, high) != UNIT:
+        logger.warning("float values: %g to %g, the range %s, are taken as 0 to 1", low, high,
+                       "kept with the model" if kept else "measured on the training images")  # fmt: skip
+    for each in lists:
+        each.value_range = (low, high)
+
+
+def measured_range(images: ImageList, picks: Sequence[int]) -> ValueRange:
+    """[0, 1] if all values of the picked images lie there, else the least and the greatest of them."""
+    extremes = [(float(image.min()), float(image.max())) for image in map(images.readable, picks)]
+    low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
+    if low >= 0 and high <= 1:
+        return UNIT
+    return (low, high) if high > low else (low, low + 1.0)
 
 
 def measured_statistics(images: ImageList, picks: Sequence[int]) -> tuple[list[float], list[float]]:
@@ -302,9 +358,8 @@ def measured_statistics(images: ImageList, picks: Sequence[int]) -> tuple[list[f
     for index in tqdm(picks, desc="Mean and standard deviation of the channels", leave=False):
         image = images.readable(index)
         rows, columns = (np.linspace(0, side - 1, 128, dtype=int) for side in image.shape[:2])
-        pixels = image[np.ix_(rows, columns)].reshape(-1, image.shape[2]).astype(np.float64) * unit_range(image.dtype)
-        if not np.isfinite(pixels).all():
-            raise UserError(f"image {index} holds values that are no numbers (NaN or infinite); replace them")
+        low, factor = unit_scale(image.dtype, images.value_range)
+        pixels = (image[np.ix_(rows, columns)].reshape(-1, image.shape[2]).astype(np.float64) - low) * factor
         count, total, squares = count + len(pixels), total + pixels.sum(axis=0), squares + np.square(pixels).sum(axis=0)
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))

@@ -23,11 +23,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_dbp.data.augmentation import Box, center_box, image_rng, native_tile, random_resized_crop, resized, unit_range
+from hf_dbp.data.augmentation import Box, center_box, image_rng, native_tile, random_resized_crop, resized
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.data.resampling import collate, resample
+from hf_dbp.data.values import unit_scale
 from hf_dbp.errors import UserError
 
 __all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "collate", "evaluation_collate", "interpolation_loss"]
@@ -96,7 +97,7 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
                 part = resized(part, self.size)  # never more bytes than the finished view has
             return {"pixel_values": part, "flip": flip, "noise": noise}
         part = cv2.flip(part, 1).reshape(part.shape) if flip else part
-        return {"pixel_values": self.normalized(resized(part, self.size), unit_range(part.dtype)), "noise": noise}
+        return {"pixel_values": self.normalized(resized(part, self.size), part.dtype), "noise": noise}
 
     def finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The views of a batch of `collate`, made on the device that it lies on."""
@@ -112,12 +113,15 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         noise = image_rng(self.seed, EVALUATION, index).random(self.num_patches, dtype=np.float32)
         shape = (image.shape[0], image.shape[1])
         box = native_tile(None, shape, self.size) if self.native else center_box(shape, self.size)
-        pixels = self.normalized(resized(image, self.size, box), unit_range(image.dtype))
+        pixels = self.normalized(resized(image, self.size, box), image.dtype)
         return {"pixel_values": pixels, "noise": torch.from_numpy(noise)}
 
-    def normalized(self, view_HWC: NDArray[Any], factor: float) -> Tensor:
-        """(H, W, C) stored values -> (C, H, W) float32 with zero mean and unit variance per channel."""
+    def normalized(self, view_HWC: NDArray[Any], dtype: np.dtype[Any]) -> Tensor:
+        """(H, W, C), resampled from an image of this type -> (C, H, W) with zero mean and unit variance per channel."""
+        low, factor = unit_scale(dtype, self.images.value_range)
         pixels_CHW = np.moveaxis(view_HWC, 2, 0).astype(np.float32, order="C")
+        if low:
+            pixels_CHW -= np.float32(low)
         pixels_CHW *= (np.float32(factor) / self.std)[:, None, None]
         pixels_CHW -= (self.mean / self.std)[:, None, None]
         return torch.from_numpy(pixels_CHW)

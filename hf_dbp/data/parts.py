@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from hf_dbp.data.augmentation import Box, cut
-from hf_dbp.data.decoding import DECODING_ERRORS, decode
+from hf_dbp.data.decoding import DECODING_ERRORS, check_finite, unchecked
 from hf_dbp.errors import UserError
 
 __all__ = ["decode_part", "jpeg_part"]
@@ -58,8 +58,10 @@ def decode_part(
     part = jpeg_part(value, choose, view) if num_channels == 3 else None
     if part is not None:
         return part
-    image = decode(value, num_channels, name)
-    return cut(image, choose((image.shape[0], image.shape[1])))
+    image = unchecked(value, num_channels, name)
+    part = cut(image, choose((image.shape[0], image.shape[1])))
+    check_finite(part, name)
+    return part
 
 
 def jpeg_part(value: Any, choose: Callable[[Size], Box], view: Size) -> NDArray[np.uint8] | None:

@@ -39,7 +39,6 @@ from hf_dbp.data.decoding import decode
 from hf_dbp.data.images import ImageList, images_digest
 from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.features import (
-    CentralSquares,
     FrozenEncoder,
     add_data_flags,
     image_name,
@@ -275,9 +274,9 @@ def nearest_of_queries(
     encoder: FrozenEncoder, files: Sequence[str], table: Embeddings, k: int
 ) -> list[list[tuple[float, str]]]:
     """For each picture file the k images of the table most like it, with their cosines."""
-    squares = CentralSquares(
-        ImageList([], "image", encoder.vit.config.num_channels), encoder.size, encoder.mean, encoder.std
-    )
+    none = ImageList([], "image", encoder.vit.config.num_channels)
+    none.value_range = encoder.value_range
+    squares = encoder.squares(none)
     views = [
         squares.view(decode({"bytes": None, "path": file}, encoder.vit.config.num_channels, file)) for file in files
     ]

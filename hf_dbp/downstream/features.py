@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ViTModel
 
-from hf_dbp.data.augmentation import center_box, resized, unit_range
+from hf_dbp.data.augmentation import center_box, resized
 from hf_dbp.data.decoding import UnreadableImageError
-from hf_dbp.data.images import BUILT_IN, ImageList, ImageSource, channel_statistics, value_name
+from hf_dbp.data.images import BUILT_IN, ImageList, ImageSource, channel_statistics, share_value_range, value_name
 from hf_dbp.data.sources import encoded_splits
+from hf_dbp.data.values import UNIT, ValueRange, in_unit_range
 from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.segmentation.data import normalized
 from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import read_statistics
+from hf_dbp.hub.untrusted import read_statistics, read_value_range
 
 __all__ = [
     "CentralSquares",
@@ -65,7 +66,7 @@ class CentralSquares(torch.utils.data.Dataset[Tensor | None]):
     def view(self, image_HWC: NDArray[Any]) -> Tensor:
         """The input of the ViT for one image."""
         view = resized(image_HWC, self.size, center_box((image_HWC.shape[0], image_HWC.shape[1]), self.size))
-        return normalized(view.astype(np.float32) * np.float32(unit_range(image_HWC.dtype)), self.mean, self.std)
+        return normalized(in_unit_range(view, image_HWC.dtype, self.images.value_range), self.mean, self.std)
 
 
 def pooled(tokens_BTD: Tensor, pooling: str) -> Tensor:
@@ -95,6 +96,7 @@ class FrozenEncoder:
     name: str
     mean: Sequence[float]
     std: Sequence[float]
+    value_range: ValueRange = UNIT
 
     @property
     def size(self) -> tuple[int, int]:
@@ -118,11 +120,13 @@ def load_encoder(source: str, images: ImageList, **hub: Any) -> FrozenEncoder:
             f"the ViT takes {vit.config.num_channels} channels, the images have {channels}: convert with --num_channels"
         )
     images.num_channels = channels
+    share_value_range(images, kept=read_value_range(source, **hub))
     statistics = read_statistics(source, **hub)
     if statistics is None:
         logger.warning("%s has no image processor; taking the images' statistics", source)
         statistics = channel_statistics(images)
-    return FrozenEncoder(vit.to("cuda" if torch.cuda.is_available() else "cpu").eval(), source, *statistics)
+    vit = vit.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return FrozenEncoder(vit, source, *statistics, images.value_range)
 
 
 def open_images(source: ImageSource, split: str = "train") -> ImageList:

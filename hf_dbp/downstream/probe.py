@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from transformers import ViTModel
 
 from hf_dbp.data.feeding import unreadable_images
-from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits
+from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits, share_value_range
 from hf_dbp.data.tables import encoded_column
 from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
 from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.errors import UserError, command
-from hf_dbp.hub.untrusted import read_statistics
+from hf_dbp.hub.untrusted import read_statistics, read_value_range
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 
@@ -264,6 +264,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
                 "convert with --num_channels"
             )
         part.num_channels = channels
+    share_value_range(*images, kept=read_value_range(args.model_name_or_path, **args.hub_options))
     statistics = read_statistics(args.model_name_or_path, **args.hub_options)
     if statistics is None:
         logger.warning("%s has no image processor; taking the images' statistics", args.model_name_or_path)

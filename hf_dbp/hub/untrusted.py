@@ -19,16 +19,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from transformers.utils import cached_file
 
 from hf_dbp.configuration_dbp_vit_mae import CHECKED, DTYPES, DBPViTMAEConfig, check_fields, parameters
+from hf_dbp.data.values import UNIT, ValueRange, unit_scale
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 
-__all__ = ["KINDS", "check_memory", "known_fields", "load_model", "load_weights", "read_config", "read_statistics"]
+__all__ = [
+    "KINDS",
+    "check_memory",
+    "known_fields",
+    "load_model",
+    "load_weights",
+    "read_config",
+    "read_statistics",
+    "read_value_range",
+]
 
 KINDS = {
     "dbp_vit_mae": (DBPViTMAEForPreTraining, DBPViTMAEConfig),
@@ -173,7 +184,7 @@ def check_files(source: str | os.PathLike[str]) -> None:
 
 
 def read_statistics(source: str | os.PathLike[str], **hub: Any) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation per channel of a model's image processor; None if it has no processor.
+    """Mean and standard deviation per channel, of values in [0, 1], of a model's image processor; None if it has none.
 
     Raises:
         ValueError: they are no such numbers.
@@ -188,4 +199,26 @@ def read_statistics(source: str | os.PathLike[str], **hub: Any) -> tuple[list[fl
             raise UserError(f"{file}: image_mean and image_std are lists of numbers; got {mean!r:.80} and {std!r:.80}")
     if len(mean) != len(std) or not all(value > 0 for value in std):
         raise UserError(f"{file}: image_std must be above 0, one for each of image_mean; got {std!r:.80}")
-    return mean, std
+    low, factor = unit_scale(np.dtype(np.float32), read_value_range(source, **hub) or UNIT)
+    return [value - low * factor for value in mean] if low else mean, std
+
+
+def read_value_range(source: str | os.PathLike[str], **hub: Any) -> ValueRange | None:
+    """The range of float images in a model's image processor, see `hf_dbp.data.values`; None if it has none.
+
+    A processor that does not rescale, as those of version 0.1.0 for float images, takes [0, 1] as it is.
+
+    Raises:
+        ValueError: it is no range.
+    """
+    found = read_json(source, "preprocessor_config.json", **hub)
+    if found is None:
+        return None
+    file, content = found
+    value = content.get("value_range")
+    if value is None:
+        return UNIT if content.get("do_rescale") is False else None
+    numbers = isinstance(value, list) and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+    if not numbers or len(value) != 2 or not value[0] < value[1]:
+        raise UserError(f"{file}: value_range is [low, high], two numbers; got {value!r:.80}")
+    return float(value[0]), float(value[1])

@@ -22,14 +22,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_dbp.data.augmentation import image_rng
-from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, UnreadableImages, decode, stored
-from hf_dbp.data.images import BUILT_IN, find_column, read_splits, shared_keys
+from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, UnreadableImages, check_kind, decode, stored
+from hf_dbp.data.images import BUILT_IN, ImageList, find_column, read_splits, shared_keys
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.masks import Palette, index_mask, pair_folders, pair_tables
 from hf_dbp.data.shards import in_threads
 from hf_dbp.data.sources import UNUSED_SPLIT, any_split
 from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.tables import encoded_column
+from hf_dbp.data.values import UNIT
 from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.downstream.segmentation.transforms import Augmentation
@@ -58,6 +59,8 @@ class LabelledImages:
     Attributes:
         unreadable: those found so far.
         left_out: what lies in the source and is not used; of the training images alone.
+        value_range: of float images, see `hf_dbp.data.values`.
+        kind: of the values, as in `hf_dbp.data.images.ImageList`.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class LabelledImages:
     ) -> None:
         self.samples, self.columns, self.num_channels, self.name = samples, columns, num_channels, name
         self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
-        self.palette = palette
+        self.palette, self.value_range, self.kind = palette, UNIT, ""
         self.left_out = LeftOut()
         self.unreadable = UnreadableImages(len(samples), max_unreadable)
 
@@ -120,6 +123,7 @@ class LabelledImages:
         sample = self.samples[int(index)]
         value = sample[self.columns[0]]
         image_HWC = decode(value, self.num_channels, self._where(value, index))
+        check_kind(image_HWC, self.kind, self._where(value, index))
         mask_HW = self._ids(sample[self.columns[1]], index)
         if mask_HW.shape != image_HWC.shape[:2]:
             raise UnreadableImageError(
@@ -128,6 +132,12 @@ class LabelledImages:
                 "every pixel of its image: make it again at that size, or scale it without interpolation"
             )
         return image_HWC, mask_HW
+
+    def images_alone(self) -> ImageList:
+        """The images without their masks."""
+        images = ImageList(self.samples, self.columns[0], self.num_channels, self.unreadable.limit)
+        images.value_range, images.kind = self.value_range, self.kind
+        return images
 
     def mask(self, index: int) -> npt.NDArray[np.int32]:
         """Return the mask alone. Errors as for the pair."""
@@ -196,7 +206,7 @@ class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
         image_HWC, mask_HW = self.images.readable(index[1])
         rng = image_rng(self.seed, *index)
-        crop_HWC, labels_HW = self.augmentation(image_HWC, mask_HW, self.mean_C, rng)
+        crop_HWC, labels_HW = self.augmentation(image_HWC, mask_HW, self.mean_C, rng, self.images.value_range)
         labels = torch.from_numpy(np.ascontiguousarray(labels_HW))
         return {"pixel_values": normalized(crop_HWC, self.mean_C, self.std_C), "labels": labels}
 
@@ -221,7 +231,7 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
         left_out.warn(source.name)
         columns = _find_columns(pairs["train"], source)
         splits = _drawn({split: _encoded(data, columns) for split, data in pairs.items()}, source)
-    lists = []
+    lists: list[LabelledImages] = []
     for split, samples in splits.items():
         images = LabelledImages(
             samples, columns,
@@ -234,6 +244,7 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
         if len(images) == 0:
             raise UserError(f"{images.name} has no images")
         images.num_channels = images.readable(0)[0].shape[2]
+        images.kind = (lists or [images])[0].readable(0)[0].dtype.kind
         lists.append(images)
     if lists[0].num_channels != lists[1].num_channels:
         raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from transformers import (
     BeitImageProcessorPil,
@@ -21,8 +22,8 @@ from transformers import (
 )
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
-from hf_dbp.data.augmentation import unit_range
-from hf_dbp.data.images import ImageList, channel_statistics
+from hf_dbp.data.images import channel_statistics, share_value_range
+from hf_dbp.data.values import processor_scaling
 from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.figures import plot_predictions
@@ -34,7 +35,7 @@ from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves
 from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import claim_push
-from hf_dbp.hub.untrusted import read_config, read_statistics
+from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.arguments import RunArguments
@@ -202,8 +203,17 @@ def build_model(
     )
 
 
-def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images."""
+def pixel_statistics(
+    model_args: ModelArguments, images: LabelledImages, validation: LabelledImages
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images.
+
+    Gives both lists their range of values.
+    """
+    kept = None
+    if model_args.model_name_or_path is not None:
+        kept = read_value_range(model_args.model_name_or_path, **model_args.hub_options)
+    share_value_range(images, validation, kept=kept)
     if model_args.model_name_or_path is not None:
         statistics = read_statistics(model_args.model_name_or_path, **model_args.hub_options)
         if statistics is not None and len(statistics[0]) != images.num_channels:
@@ -214,9 +224,7 @@ def pixel_statistics(model_args: ModelArguments, images: LabelledImages) -> tupl
         if statistics is not None:
             return statistics
         logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
-    return channel_statistics(
-        ImageList(images.samples, images.columns[0], images.num_channels, images.unreadable.limit)
-    )
+    return channel_statistics(images.images_alone())
 
 
 def image_processor(data: WholeImages) -> BeitImageProcessorPil:
@@ -225,13 +233,12 @@ def image_processor(data: WholeImages) -> BeitImageProcessorPil:
     It scales 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
     refuses.
     """
-    factor = unit_range(data.images.readable(0)[0].dtype)
-    scaling: dict[str, Any] = {"do_resize": False, "do_rescale": factor != 1, "rescale_factor": factor}
-    if data.long_edge is not None and len(data.mean) in (1, 3) and factor == 1 / 255:
+    dtype = data.images.readable(0)[0].dtype
+    scaling = processor_scaling(dtype, data.images.value_range, data.mean, data.std) | {"do_resize": False}
+    if data.long_edge is not None and len(data.mean) in (1, 3) and dtype == np.uint8:
         size = {"max_height": data.long_edge, "max_width": data.long_edge}
         scaling |= {"do_resize": True, "size": size, "resample": 3}
-    statistics = {"image_mean": list(data.mean), "image_std": list(data.std)}
-    return BeitImageProcessorPil(do_center_crop=False, **scaling, **statistics)
+    return BeitImageProcessorPil(do_center_crop=False, **scaling)
 
 
 def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> ModelArguments:
@@ -262,7 +269,7 @@ def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: F
     hub = model_args.hub_options
     model = load_upernet(model_source, source.class_names(), ignore_index=data_args.ignore_index, **hub)
     check_channels(model.config.backbone_config.num_channels, images.num_channels)
-    data = WholeImages(images, data_args.scaled_long_edge, *pixel_statistics(model_args, train_images))
+    data = WholeImages(images, data_args.scaled_long_edge, *pixel_statistics(model_args, train_images, images))
     trainer = SegmentationTrainer(model=model, args=args, crop_size=data_args.crop_size, eval_dataset=data)
     results = trainer.evaluate() | {"per_class": per_class(trainer), "model": model_source}
     if args.should_save:
@@ -285,7 +292,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     train_images, eval_images = load_labelled_images(source)
     set_seed(args.seed)
     model = build_model(model_args, data_args, source.class_names(), train_images.readable(0)[0].shape[2])
-    mean, std = pixel_statistics(model_args, train_images)
+    mean, std = pixel_statistics(model_args, train_images, eval_images)
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
     destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hf_dbp.data.augmentation import resized, unit_range
+from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import UnreadableImageError
+from hf_dbp.data.values import in_unit_range
 from hf_dbp.downstream.segmentation.data import LabelledImages, normalized
 from hf_dbp.downstream.segmentation.mean_iou import confusion_matrix
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
@@ -49,10 +50,8 @@ class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]] 
     def pixels(self, image_HWC: npt.NDArray[Any]) -> Tensor:
         height, width = image_HWC.shape[:2]
         view = long_edge_size(height, width, self.long_edge)
-        factor = np.float32(unit_range(image_HWC.dtype))
-        if view != (height, width):
-            image_HWC = resized(image_HWC, view, (0, 0, width, height))
-        pixels = image_HWC.astype(np.float32) * factor
+        scaled_HWC = image_HWC if view == (height, width) else resized(image_HWC, view, (0, 0, width, height))
+        pixels = in_unit_range(scaled_HWC, image_HWC.dtype, self.images.value_range)
         return normalized(pixels, np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32))
 
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers import ViTModel
 
 from hf_dbp.data.feeding import unreadable_images
-from hf_dbp.data.images import ImageList, channel_statistics
+from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.downstream.neighbours import centred, nearest
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images
 from hf_dbp.downstream.segmentation.figures import plot_predictions
@@ -43,7 +43,7 @@ from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, 
 from hf_dbp.downstream.segmentation.mean_iou import scores_from_confusion
 from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.errors import UserError, command
-from hf_dbp.hub.untrusted import read_statistics
+from hf_dbp.hub.untrusted import read_statistics, read_value_range
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 
@@ -232,14 +232,19 @@ class RetrievalArguments:
         return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
 
 
-def statistics_of(args: RetrievalArguments, images: LabelledImages) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images."""
+def statistics_of(
+    args: RetrievalArguments, images: LabelledImages, validation: LabelledImages
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images.
+
+    Gives both lists their range of values.
+    """
+    kept = read_value_range(args.model_name_or_path, **args.hub_options)
+    share_value_range(images, validation, kept=kept)
     statistics = read_statistics(args.model_name_or_path, **args.hub_options)
     if statistics is None:
         logger.warning("%s has no image processor; taking the images' statistics", args.model_name_or_path)
-        return channel_statistics(
-            ImageList(images.samples, images.columns[0], images.num_channels, images.unreadable.limit)
-        )
+        return channel_statistics(images.images_alone())
     return statistics
 
 
@@ -255,7 +260,7 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
     data_args.crop_size = crop = data_args.crop_size or (size if isinstance(size, int) else min(size))
     if any(crop % side for side in patch_size(vit)):
         raise UserError(f"--crop_size {crop} is no multiple of the patch size {patch_size(vit)[0]}")
-    mean, std = statistics_of(args, train_images)
+    mean, std = statistics_of(args, train_images, eval_images)
     names = source.class_names()
     train_data, eval_data = (
         WholeImages(images, data_args.scaled_long_edge, mean, std) for images in (train_images, eval_images)

@@ -6,7 +6,8 @@
    mask by `ignore_index`).
 3. Flip horizontally half of the time.
 4. Brightness and contrast +-25 %; for three channels (taken as RGB) hue +-15 degrees, saturation and value +-25 %.
-   Other channel counts have no hue: all their channels get the same brightness and contrast factor.
+   Other channel counts have no hue: all their channels get the same brightness and contrast factor. This acts on values
+   in [0, 1], the range of their depth or of the data set; of float values outside, the excess is added unchanged.
 5. Normalise per channel.
 
 Steps 1 and 2 are one resampling of a box of the source. Every draw comes from the generator given, which is a function
@@ -23,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from hf_dbp.data.augmentation import resized, unit_range
+from hf_dbp.data.augmentation import cut, resized
+from hf_dbp.data.values import UNIT, ValueRange, in_unit_range
 
 __all__ = ["Augmentation", "long_edge_size"]
 
@@ -53,15 +55,21 @@ class Augmentation:
     value: float = 0.25
 
     def __call__(
-        self, image_HWC: Array, mask_HW: Array, mean_C: FloatImage, rng: np.random.Generator
+        self,
+        image_HWC: Array,
+        mask_HW: Array,
+        mean_C: FloatImage,
+        rng: np.random.Generator,
+        value_range: ValueRange = UNIT,
     ) -> tuple[FloatImage, npt.NDArray[np.int64]]:
-        """Return an S x S x C image in [0, 1] and its S x S mask.
+        """Return an S x S x C image, [0, 1] being the range of its values, and its S x S mask.
 
         Args:
-            image_HWC: uint8, uint16 or float in [0, 1].
+            image_HWC: uint8, uint16 or float.
             mask_HW: class ids.
             mean_C: fill of padded pixels, in [0, 1].
             rng: the source of all randomness.
+            value_range: of the data set, for float images, see `hf_dbp.data.values`.
         """
         crop = self.crop_size
         height, width = mask_HW.shape
@@ -75,11 +83,16 @@ class Augmentation:
             (top + view[0]) * height / scaled[0],
         )
         image = np.broadcast_to(mean_C, (crop, crop, mean_C.size)).astype(np.float32)
-        pixels = resized(image_HWC, view, box).astype(np.float32) * np.float32(unit_range(image_HWC.dtype))
+        pixels = in_unit_range(resized(image_HWC, view, box), image_HWC.dtype, value_range)
+        excess: FloatImage | float = 0.0
+        if image_HWC.dtype.kind == "f":
+            part = in_unit_range(cut(image_HWC, box), image_HWC.dtype, value_range)
+            beyond = pixels.clip(min(part.min(), 0), max(part.max(), 1))  # without the resampling's overshoot
+            excess = beyond - beyond.clip(0, 1)
         mask = np.full((crop, crop), self.ignore_index, dtype=np.int64)
         picture = Image.fromarray(mask_HW.astype(np.int32))
         mask[: view[0], : view[1]] = np.asarray(picture.resize(view[::-1], Image.Resampling.NEAREST, box=box))
-        image[: view[0], : view[1]] = self.recolored(pixels, rng)
+        image[: view[0], : view[1]] = self.recolored(pixels, rng) + excess
         if rng.random() < self.flip:
             image, mask = image[:, ::-1], mask[:, ::-1]
         return image, mask

@@ -1,0 +1,94 @@
+"""What stored values mean: the one statement for training, evaluation, inspection, image processors and prediction.
+
+    stored                      held as    in [0, 1]
+    bool                        uint8      0 and 1 as 0 and 255
+    uint8                       uint8      v / 255
+    uint16                      uint16     v / 65535
+    float, all other integers   float32    (v - low) / (high - low), with the range [low, high] of the data set
+
+The range of a data set is [0, 1] if all values measured lie there, else the least and the greatest value measured:
+CT in Hounsfield units, heights, temperatures, plain NumPy integers. It is measured once, on training images, kept in
+the model's image processor as ``value_range``, and used for every image from then on. Values outside are not clipped.
+
+Images of one data set are either all of unsigned depths or all of float ones. NaN and infinite values are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_dbp.errors import UserError
+
+__all__ = ["UNIT", "ValueRange", "in_unit_range", "pixel_values", "processor_scaling", "unit_scale"]
+
+ValueRange = tuple[float, float]  # low, high
+UNIT: ValueRange = (0.0, 1.0)
+
+
+def pixel_values(array: NDArray[Any]) -> NDArray[Any]:
+    """An array of pixels (height, width, channels) in the type that holds them, see above.
+
+    Raises:
+        ValueError: it has no three axes, or other values than numbers.
+    """
+    if array.ndim != 3 or array.dtype.kind not in "buif":
+        raise UserError(f"an array of {array.dtype} and shape {array.shape} is no image")
+    if array.dtype in (np.uint8, np.uint16, np.float32):
+        return array
+    return array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array.astype(np.float32)
+
+
+def unit_scale(dtype: np.dtype[Any], value_range: ValueRange) -> tuple[float, float]:
+    """``low`` and ``factor`` that take values of this type to [0, 1]: (value - low) * factor.
+
+    Raises:
+        ValueError: a type that `pixel_values` does not give.
+    """
+    if dtype.kind == "f":
+        low, high = value_range
+        return low, 1.0 / (high - low)
+    if dtype not in (np.uint8, np.uint16):
+        raise UserError(f"images of {dtype} are not supported; convert them to uint8, uint16 or float")
+    return 0.0, 1.0 / float(np.iinfo(dtype).max)
+
+
+def in_unit_range(values: NDArray[Any], dtype: np.dtype[Any], value_range: ValueRange) -> NDArray[np.float32]:
+    """The values in [0, 1] as float32.
+
+    Args:
+        values: an image, or what was resampled of one.
+        dtype: the type of the image.
+        value_range: of the data set, for float images.
+    """
+    low, factor = unit_scale(dtype, value_range)
+    unit = values.astype(np.float32)
+    if low:
+        unit -= np.float32(low)
+    unit *= np.float32(factor)
+    return unit
+
+
+def processor_scaling(
+    dtype: np.dtype[Any], value_range: ValueRange, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """The fields of a stock image processor that make of stored values what training does.
+
+    It computes (value * rescale_factor - image_mean) / image_std, so the mean takes up ``low``.
+
+    Args:
+        dtype: type of the images.
+        value_range: of the data set, for float images.
+        mean, std: per channel, of values in [0, 1].
+    """
+    low, factor = unit_scale(dtype, value_range)
+    scaling: dict[str, Any] = {
+        "do_rescale": factor != 1,
+        "rescale_factor": factor,
+        "image_mean": [m + low * factor for m in mean],
+        "image_std": list(std),
+    }
+    return scaling | ({"value_range": list(value_range)} if dtype.kind == "f" else {})
