@@ -1,7 +1,8 @@
 """Readers of picture files: TIFF by tifffile, ``.npy`` by NumPy, everything else by Pillow.
 
-    TIFF    8 and 16 bit, float, any number of channels, interleaved, planar or one page each; series 0 of a file with
-            several. What tifffile unpacks only with imagecodecs (LZW, JPEG) is read by OpenCV.
+    TIFF    integers and floats, any number of channels, interleaved, planar or one page each, unpacked by imagecodecs;
+            the first series of full size. WhiteIsZero is inverted at every unsigned depth; 2 and 4 bits become 8.
+            Palettes and YCbCr other than JPEG are read by Pillow; 8-bit CMYK becomes RGB.
     .npy    (H, W), (H, W, C) or (C, H, W).
     PNG     16-bit colour by OpenCV: Pillow keeps 8 bits of it.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def npy_values(content: bytes) -> Array:
 def read_with_pillow(file: str | bytes) -> Image.Image | Array:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
         if picture.format == "PNG" and picture.mode in ("RGB", "RGBA") and ";16" in str(picture.tile):
-            return read_with_opencv(file)
+            array = read_with_opencv(file)
+            return array[..., :1] if "LA;16" in str(picture.tile) else array  # grey: OpenCV repeats it
         picture.load()
         return ImageOps.exif_transpose(picture)
 
@@ -93,43 +96,86 @@ def read_tiff(file: str | bytes) -> Image.Image | Array:
     with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
         if not tiff.series:
             raise UserError("the TIFF holds no image")
-        series = tiff.series[0]
+        full = (n for n, series in enumerate(tiff.series) if not series.keyframe.is_reduced)
+        number = next(full, 0)  # thumbnails and the smaller levels of a pyramid are passed over
+        series = tiff.series[number]
         page = series.keyframe
-        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        colours, jpeg = page.photometric.name, "JPEG" in page.compression.name
+        if colours == "PALETTE" or (colours == "YCBCR" and not jpeg):
             return read_with_pillow(file)
-        try:
-            if series.dataoffset is not None and page.is_memmappable and isinstance(file, str):
-                array = tifffile.memmap(file, series=0, mode="r")
-            elif series.size > LARGEST:
-                raise UserError(
-                    f"it unpacks to {series.size} values of shape {series.shape}, more than {LARGEST}; write it "
-                    "uncompressed, which is read in parts, or cut it into tiles"
-                )
-            else:
-                array = series.asarray()
-            array = channels_last(array, series.axes)
-            if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u":
-                array = np.iinfo(array.dtype).max - array
-        except ValueError as error:
-            if "imagecodecs" not in str(error):
-                raise
-            array = read_with_opencv(file)
+        if colours in ("CIELAB", "ICCLAB", "ITULAB", "LOGL", "LOGLUV") or (colours == "SEPARATED" and not cmyk(page)):
+            raise UserError(f"its colours are {colours} of {page.bitspersample} bits; write it as RGB or grey")
+        array = upright(channels_last(tiff_values(file, series, number), series.axes), page)
+        if colours == "MINISWHITE" and array.dtype.kind in "bu":
+            array = ~array if array.dtype == np.bool_ else array.dtype.type(2**page.bitspersample - 1) - array
+        if array.dtype == np.uint8 and page.bitspersample < 8:
+            array = np.rint(array * (255 / (2**page.bitspersample - 1))).astype(np.uint8)
         alpha = any(kind in (1, 2) for kind in page.extrasamples)
-        picture = {1: page.photometric in (0, 1), 3: page.photometric == 2, 4: page.photometric == 2 and alpha}
-    if array.dtype in (np.uint8, np.bool_) and picture.get(array.shape[2], False):
-        return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
+        rgb = colours in ("RGB", "YCBCR")
+        modes = {1: "L" if colours in ("MINISBLACK", "MINISWHITE") else "", 3: "RGB" if rgb else "",
+                 4: "CMYK" if colours == "SEPARATED" else "RGBA" if rgb and alpha else ""}  # fmt: skip
+    mode = modes.get(array.shape[2], "")
+    if array.dtype == np.bool_ and mode == "L":
+        return Image.fromarray(np.ascontiguousarray(array[..., 0]))
+    if array.dtype == np.uint8 and mode:
+        height, width = array.shape[:2]
+        return Image.frombytes(mode, (width, height), np.ascontiguousarray(array).tobytes())
     return array
+
+
+def cmyk(page: Any) -> bool:
+    """Whether a page of inks is what Pillow turns into RGB: four inks, cyan, magenta, yellow and black, of 8 bits."""
+    return bool(page.samplesperpixel == 4 and page.bitspersample == 8 and page.tags.valueof(332, 1) == 1)
+
+
+def tiff_values(file: str | bytes, series: Any, number: int) -> Array:
+    """The values of a series of pages, of the shape and type that they state; a memory map where they lie unpacked.
+
+    Raises:
+        ValueError: too large, a compression that nothing here reads, or the codec gave something else than stated.
+    """
+    page = series.keyframe
+    if series.dataoffset is not None and page.is_memmappable and isinstance(file, str):
+        return np.asanyarray(tifffile.memmap(file, series=number, mode="r"))
+    if series.size > LARGEST:
+        raise UserError(
+            f"it unpacks to {series.size} values of shape {series.shape}, more than {LARGEST}; write it "
+            "uncompressed, which is read in parts, or cut it into tiles"
+        )
+    try:
+        array = np.asarray(series.asarray())
+    except (ValueError, ImportError, NotImplementedError) as error:
+        if type(error) is ValueError and not re.search("imagecodecs|COMPRESSION", str(error)):
+            raise
+        raise UserError(
+            f"compression {page.compression.name} of {page.bitspersample}-bit {page.photometric.name} cannot be read "
+            f"({error}); write it uncompressed, or with LZW or zlib"
+        ) from error
+    if array.shape != series.shape or array.dtype.newbyteorder("=") != series.dtype.newbyteorder("="):
+        raise UserError(
+            f"unpacked it is {array.dtype} of {array.shape}, but its pages state {series.dtype} of {series.shape}; "
+            "write it uncompressed, or with LZW or zlib"
+        )
+    return array
+
+
+def upright(array_HWC: Array, page: Any) -> Array:
+    """The pixels turned as the page's orientation tag says; a view, nothing is copied."""
+    orientation = page.tags.valueof(274, 1)
+    if orientation in (5, 6, 7, 8):
+        array_HWC = array_HWC.transpose(1, 0, 2)
+    down, across = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return array_HWC[:: -1 if down else 1, :: -1 if across else 1]
 
 
 def read_with_opencv(file: str | bytes) -> Array:
     content = np.frombuffer(file if isinstance(file, bytes) else Path(file).read_bytes(), np.uint8)
-    done, pages = cv2.imdecodemulti(content, cv2.IMREAD_UNCHANGED)
-    if not done:
-        raise UserError("its compression cannot be read; write it uncompressed or with zlib, or install imagecodecs")
-    page = np.asarray(pages[0] if len(pages) == 1 else np.stack(pages))
-    if len(pages) == 1 and page.ndim == 3 and page.shape[2] in (3, 4):
-        page = cv2.cvtColor(page, cv2.COLOR_BGR2RGB if page.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
-    return channels_last(page)
+    image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if image is None:
+        raise UserError("damaged (OpenCV cannot decode it)")
+    if image.ndim == 3 and image.shape[2] in (3, 4):
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGBA)
+    return channels_last(np.asarray(image))
 
 
 def channels_last(array: Array, axes: str = "") -> Array:
