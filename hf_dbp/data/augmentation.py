@@ -37,8 +37,9 @@ def random_resized_crop(
 ) -> Box:
     """A random part of an image, as in He et al. (paper section 2.3: scale [0.2, 1.0]).
 
-    Its area is uniform in ``scale`` times the image's, its aspect log-uniform in ``ratio`` times the view's; after ten
-    boxes that do not fit, the largest central box whose aspect is in range.
+    Its area is uniform in ``scale`` times the image's, its aspect log-uniform in ``ratio`` times the view's. Of a long
+    thin image no such box may fit: after ten that do not, the largest box of the last aspect, its centre uniform over
+    the image and moved inside, so that the ends are seen half as often as the middle, and not once in a thousand.
 
     Args:
         rng: source of randomness.
@@ -56,8 +57,10 @@ def random_resized_crop(
         if 0 < w <= width and 0 < h <= height:
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
             return float(left), float(top), float(left + w), float(top + h)
-    aspect = min(max(width / height, target * ratio[0]), target * ratio[1])
-    return _centered(size, aspect)
+    w, h = max(1, round(min(width, height * aspect))), max(1, round(min(height, width / aspect)))
+    x, y = (min(max(round(rng.uniform(0, side) - length / 2), 0), side - length)
+            for side, length in ((width, w), (height, h)))  # fmt: skip
+    return float(x), float(y), float(x + w), float(y + h)
 
 
 def center_box(size: tuple[int, int], view: tuple[int, int]) -> Box:

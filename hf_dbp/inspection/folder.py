@@ -34,6 +34,8 @@ from hf_dbp.recipes import read_yaml, recipe_path
 __all__ = ["inspect_folder", "main"]
 
 T = TypeVar("T")
+OUTLYING = 0.01  # less of the range for 99.8 % of the values is a sign of outliers
+THIN = 2  # from this ratio of the sides on, an image made smaller to the view has lost most of its short side
 VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
 
 
@@ -81,6 +83,7 @@ def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Fin
         f"sizes      {common(Counter(f'{k.size[0]} x {k.size[1]}' for k in readable))} (height x width)",
         f"channels   {common(Counter(f'{k.channels} of {k.dtype}' for k in readable))}",
     ]
+    describe_values(readable, found)
     errors = [kind.error for kind in kinds.values() if kind.error]
     if errors:
         found.problems.append(
@@ -94,6 +97,26 @@ def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Fin
             "a copy in training and validation makes validation look better than it is: leave one of each"
         )
     return readable
+
+
+def describe_values(readable: Sequence[ImageKind], found: Findings) -> None:
+    """The range of each type of values, and what is done with it; see `hf_dbp.data.values`."""
+    for stored, count in Counter(kind.stored for kind in readable).most_common(3):
+        kinds = [kind for kind in readable if kind.stored == stored]
+        low, high = min(kind.low for kind in kinds), max(kind.high for kind in kinds)
+        if kinds[0].dtype.startswith("uint"):
+            done = f"divided by {np.iinfo(kinds[0].dtype).max}"
+        elif low >= 0 and high <= 1:
+            done = "taken as they are"
+        else:
+            done = "this range, measured on the training images, becomes 0 to 1"
+        found.lines.append(f"values     {low:g} to {high:g} of {stored} ({count} images): {done}")
+        bulk = min(kind.bulk[0] for kind in kinds), max(kind.bulk[1] for kind in kinds)
+        if kinds[0].dtype.startswith("float") and bulk[1] - bulk[0] < OUTLYING * (high - low):
+            found.problems.append(
+                f"values of {stored} reach from {low:g} to {high:g}, but 99.8 % of them lie between {bulk[0]:g} and "
+                f"{bulk[1]:g}: outliers, or marks of missing data, that squeeze all else; replace them"
+            )
 
 
 def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findings) -> None:
@@ -111,7 +134,7 @@ def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findi
     if len({kind.dtype for kind in readable}) > 1:
         found.problems.append(
             f"pixel types {common(Counter(kind.dtype for kind in readable))} are mixed; 8 and 16 bits are each scaled "
-            "by their full range, float is taken as it is: convert them to one type if that is not what they mean"
+            "by their full range, float images among them are left out: convert them to one type"
         )
     short = int(np.median([min(kind.size) for kind in readable]))
     patch = 16 if short >= 128 else 8
@@ -156,14 +179,37 @@ def describe_masks(
     ids = describe_classes(args, survey, found)
     check_split(ids, [name for name in ids if name in pooled({"validation": pairs.get("validation", {})})], found)
     labelled = max(2, training_share(pairs))
-    size = found.pretraining["image_size"]
     found.finetuning |= {
         "num_channels": found.pretraining["num_channels"],
-        "crop_size": max(32, size),
-        "long_edge": 0 if found.pretraining["native_tiles"] else size,
+        "crop_size": max(32, found.pretraining["image_size"]),
+        "long_edge": choose_scale([kind for kind in kinds.values() if not kind.error], survey.smallest, found),
         "per_device_train_batch_size": max(2, min(16, labelled // 2)),
     }
     return masks
+
+
+def choose_scale(readable: Sequence[ImageKind], smallest: float | None, found: Findings) -> int:
+    """`long_edge` for fine-tuning, 0 for native resolution, by both sides and the smallest objects; says why."""
+    size, patch = found.pretraining["image_size"], found.pretraining["patch_size"]
+    short, long = (int(np.median([side(kind.size) for kind in readable])) for side in (min, max))
+    factor, stride = min(1.0, size / long), patch / 4  # the finest feature map has a cell in so many pixels
+    objects = "" if smallest is None else f"the smallest objects ({smallest:.1f} pixels thick)"
+    if found.pretraining["native_tiles"]:
+        reason = f"images are at least {2 * size} pixels a side"
+    elif long >= THIN * short and long > size:
+        reason = f"images are long and thin, made smaller to {size} pixels they would be {short * size // long} high"
+    elif smallest is not None and factor < 1 and smallest * factor < stride:
+        reason = f"made smaller to {size} pixels {objects} would be {smallest * factor:.1f}"
+    else:
+        found.lines.append(
+            f"scale      the long edge at {size} pixels (long_edge: {size}), crops of {size}"
+            + (f"; {objects} are then {smallest * factor:.1f}" if smallest is not None else "")
+        )
+        return int(size)
+    found.lines.append(f"scale      native resolution (long_edge: 0), crops of {size}: {reason}")
+    if smallest is not None and smallest < stride:
+        found.lines.append(f"           {objects} are less than a cell of the feature maps, {stride:g} pixels")
+    return 0
 
 
 def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -27,19 +29,26 @@ __all__ = ["ImageKind", "MaskSurvey", "duplicates", "file_value", "survey_images
 THREADS = 4
 COLOURS = 64  # more than so many are no palette
 PIECE = 2**16  # bytes
+OBJECTS = 1000  # of a class in a mask that are looked at
 
 
 @dataclass(frozen=True)
 class ImageKind:
     """Height and width in pixels, channels as stored and their type; or why the sample cannot be read.
 
-    Of a ``picture`` (8-bit, by Pillow) the tool makes grey or RGB, of an array it takes the channels as they are.
+    ``stored`` is the type in the file, ``dtype`` that in which the values are held; ``low`` and ``high`` are the least
+    and the greatest value, ``bulk`` what the middle 99.8 % of the values span. Of a ``picture`` (8-bit, by Pillow) the
+    tool makes grey or RGB, of an array it takes the channels as they are.
     """
 
     size: tuple[int, int] = (0, 0)
     channels: int = 0
     dtype: str = ""
     picture: bool = False
+    stored: str = ""
+    low: float = 0.0
+    high: float = 0.0
+    bulk: tuple[float, float] = (0.0, 0.0)
     error: str = ""
 
 
@@ -60,10 +69,21 @@ def survey_images(samples: Samples) -> dict[str, ImageKind]:
         except (*DECODING_ERRORS, UnreadableImageError) as error:
             return ImageKind(error=f"{files[0]}: {str(error).removeprefix(': ')}")
         size, eight_bits = (array.shape[0], array.shape[1]), array.dtype == np.uint8
-        return ImageKind(size, array.shape[2], str(array.dtype), picture and eight_bits)
+        held = str(array.dtype)
+        return ImageKind(
+            size, array.shape[2], held, picture and eight_bits, held if picture else str(np.asarray(image).dtype),
+            float(array.min()), float(array.max()), bulk(array),
+        )  # fmt: skip
 
     progress = tqdm(in_threads(look, list(samples.values()), THREADS), "Images", len(samples), leave=False)
     return dict(zip(samples, progress, strict=True))
+
+
+def bulk(array_HWC: NDArray[Any]) -> tuple[float, float]:
+    """Between which values the middle 99.8 % lie, by a grid of 128 x 128 pixels."""
+    rows, columns = (np.linspace(0, side - 1, min(side, 128), dtype=int) for side in array_HWC.shape[:2])
+    low, high = np.quantile(array_HWC[np.ix_(rows, columns)], (0.001, 0.999))
+    return float(low), float(high)
 
 
 def duplicates(files: Iterable[str]) -> list[list[str]]:
@@ -104,13 +124,21 @@ class MaskSurvey:
         sizes: height and width of each mask that can be read, by name.
         values: of each mask, value -> pixels; a value is an id or, if ``coloured``, 0xRRGGBB.
         coloured: whether any mask has colours.
+        objects: of each mask, how thick its objects are in pixels, see `thickness`.
         errors: masks that cannot be read, and why.
     """
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     values: dict[str, Counter[int]] = field(default_factory=dict)
     coloured: bool = False
+    objects: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def smallest(self) -> float | None:
+        """Thickness of the smallest objects, the tenth percentile over all masks; None if there are no objects."""
+        sizes = [size for sizes in self.objects.values() for size in sizes]
+        return float(np.percentile(sizes, 10)) if sizes else None
 
     @property
     def pixels(self) -> Counter[int]:
@@ -131,11 +159,25 @@ class MaskSurvey:
         return "smeared" if len(values) > 200 else "index"
 
 
+def thickness(values_HW: NDArray[Any]) -> list[float]:
+    """Of each connected object in a mask its area by the longer side of its box: the width of a scratch, of a spot.
+
+    The commonest value is taken for the background; single pixels and masks of many values are left out.
+    """
+    values, counts = np.unique(values_HW, return_counts=True)
+    sizes: list[float] = []
+    for value in values[counts < counts.max()] if len(values) <= COLOURS else ():
+        _, _, stats, _ = cv2.connectedComponentsWithStats((values_HW == value).astype(np.uint8))
+        width, height, area = stats[1:, 2], stats[1:, 3], stats[1:, 4]
+        sizes += (area / np.maximum(width, height))[area > 1][:OBJECTS].tolist()
+    return sizes
+
+
 def survey_masks(masks: Samples) -> MaskSurvey:
     """Read all masks."""
     found = MaskSurvey()
 
-    def look(files: tuple[str, ...]) -> tuple[bool, Any, Any] | str:
+    def look(files: tuple[str, ...]) -> tuple[bool, Any, Any, list[float]] | str:
         try:
             mask = stored(file_value(files))
             array = np.asarray(mask)
@@ -145,14 +187,14 @@ def survey_masks(masks: Samples) -> MaskSurvey:
             return f"{files[0]}: {error}"
         if values.dtype.kind not in "biu":
             return f"{files[0]}: it holds {values.dtype}, not ids or colours"
-        return coloured, values.shape, np.unique(values, return_counts=True)
+        return coloured, values.shape, np.unique(values, return_counts=True), thickness(values)
 
     progress = tqdm(in_threads(look, list(masks.values()), THREADS), "Masks", len(masks), leave=False)
     for name, seen in zip(masks, progress, strict=True):
         if isinstance(seen, str):
             found.errors[name] = seen
             continue
-        coloured, size, (values, counts) = seen
+        coloured, size, (values, counts), found.objects[name] = seen
         found.coloured |= coloured
         found.sizes[name] = size
         found.values[name] = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))

@@ -264,3 +264,23 @@ def test_splits_without_masks_or_without_a_class(capsys, caplog):
     with pytest.raises(ValueError, match=message):
         labelled()
     assert message in report(capsys, "--masks", "masks")
+
+
+def test_the_range_of_the_values_and_what_is_done_with_it(capsys):
+    write(2)
+    assert "of uint16 (2 images): divided by 65535" in report(capsys)
+    for number in range(3):
+        Path(f"images/{number}.tif").unlink(missing_ok=True)
+        image = RNG.integers(-1000, 2000, (32, 40)).astype(np.int16)
+        image[0, 0], image[0, 1] = -1000, 2000
+        np.save(f"images/{number}.npy", image)
+    out = report(capsys)
+    assert "-1000 to 2000 of int16 (3 images): this range, measured on the training images, becomes 0 to 1" in out
+    far = RNG.random((32, 40)).astype(np.float32)
+    far[3, 3] = -9999
+    np.save("images/0.npy", far)
+    far[3, 3] = np.nan
+    np.save("images/1.npy", far)
+    out = report(capsys)
+    assert "values of float32 reach from -9999 to" in out and "outliers, or marks of missing data" in out
+    assert "images/1.npy: 1 of its values (0.078%) are NaN or infinite" in out
