@@ -9,10 +9,14 @@ A plan is a YAML file, of the package's or the user's own:
       method:
         adamw: {method: bp, optimizer: adamw}
         dbp+adamw: {method: dbp, optimizer: adamw}
-    search: {learning_rate: [1e-3, 2e-3]}   # tried for every variant alike, with the first seed
+    search: {learning_rate: [1e-3, 2e-3]}   # tried for every variant alike, with the first seed; or a list of its
+                                            # own for each: {learning_rate: {adamw: [...], dbp+adamw: [...]}}
     seeds: [0, 1, 2]                        # the others run at each variant's best
     against: {adamw: [dbp+adamw]}           # baseline -> variants held against it (default: the first, all others)
     segmentation: {recipe: demo_upernet.yaml, flags: {}, random: true}  # optional: mean IoU of each seed's encoder
+    probe: {flags: {train_dir: tiles}}      # optional: k nearest neighbours and a linear probe on each encoder
+    lengths: {adamw: [900, 1200]}           # optional: complete schedules of other lengths (max_steps) of a baseline,
+                                            # at its best setting: where does it reach another variant's end?
 
 Seeds are paired: data order, crops and masks are functions of (seed, epoch, image), and weights start from the seed, so
 runs of one seed differ in the method alone. `hf_dbp.comparison.runner` runs a plan.
@@ -31,6 +35,7 @@ from typing import Any
 
 from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.data.sources import ImageSource
+from hf_dbp.downstream.probe import ProbeArguments
 from hf_dbp.downstream.segmentation import finetuning
 from hf_dbp.errors import UserError
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
@@ -39,12 +44,15 @@ from hf_dbp.training.arguments import DataArguments, ModelArguments, Pretraining
 from hf_dbp.training.resuming import SHAPING
 
 __all__ = [
+    "PROBE_FILE",
     "Plan",
     "PlannedRun",
+    "Probe",
     "Run",
     "Segmentation",
     "best_settings",
     "collect_runs",
+    "is_number",
     "plan_of",
     "read_plan",
     "read_run",
@@ -53,8 +61,9 @@ __all__ = [
 
 FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
 FINETUNING_FLAGS = (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments)
-KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation")
+KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation", "probe", "lengths")
 SEGMENTATION_KEYS = ("recipe", "flags", "random")
+PROBE_FILE = "probe.json"  # what a probe leaves
 OWN = ("seed", "output_dir", "config")  # set per run by the tool
 #: flags that make two runs of one method runs of two settings; the others leave the result as it is
 SETTINGS = sorted({
@@ -75,12 +84,14 @@ class PlannedRun:
         searched: the searched flags' values.
         seed: of everything random in the run.
         arguments: the flags of the pre-training script but for the output folder.
+        length: steps of its complete schedule if they are not those of the plan's other runs.
     """
 
     variant: str
     searched: tuple[tuple[str, str], ...]
     seed: int
     arguments: tuple[str, ...] = ()
+    length: int | None = None
 
     @property
     def setting(self) -> str:
@@ -90,23 +101,26 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """Variant, searched values and seed in words."""
-        return ", ".join(part for part in (self.variant, self.setting, f"seed {self.seed}") if part)
+        length = f"{self.length} steps" if self.length else ""
+        return ", ".join(part for part in (self.variant, length, self.setting, f"seed {self.seed}") if part)
 
     @property
     def folder(self) -> Path:
         """The run's place below the comparison's ``runs``."""
-        return Path(slug(self.variant), *(slug(f"{name}={value}") for name, value in self.searched), f"seed{self.seed}")
+        settings = [*([("max_steps", self.length)] if self.length else []), *self.searched]
+        return Path(slug(self.variant), *(slug(f"{name}={value}") for name, value in settings), f"seed{self.seed}")
 
 
 @dataclass
 class Run:
-    """What became of a planned run: its record, the evaluation of its encoder on segmentation if there is one, and in
-    ``notes`` why there is none."""
+    """What became of a planned run: its record, the evaluations of its encoder (segmentation, probe) if there are any,
+    and in ``notes`` why there are none."""
 
     planned: PlannedRun
     record: RunRecord | None = None
     error: str | None = None
     segmentation: dict[str, Any] | None = None
+    probe: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -139,6 +153,18 @@ class Segmentation:
         data_args.source(None, None).class_names()
 
 
+@dataclass(frozen=True)
+class Probe:
+    """The probe of each encoder: flags of `run_probe.py`."""
+
+    arguments: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Parse the flags. ValueError for one that a probe would refuse, or for want of data."""
+        (args,) = parse_arguments((ProbeArguments,), [*self.arguments, "--model_name_or_path", "unused"])
+        args.source()
+
+
 @dataclass
 class Plan:
     """A comparison as its YAML file describes it; see the module's docstring."""
@@ -151,16 +177,40 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     against: dict[str, list[str]] = field(default_factory=dict)
     segmentation: Segmentation | None = None
+    probe: Probe | None = None
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+    own_search: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # flag -> variant -> values
 
-    def run(self, variant: str, searched: tuple[tuple[str, str], ...], seed: int) -> PlannedRun:
-        flags = self.variants[variant] | dict(searched)
+    def run(
+        self, variant: str, searched: tuple[tuple[str, str], ...], seed: int, length: int | None = None
+    ) -> PlannedRun:
+        flags = self.variants[variant] | dict(searched) | ({"max_steps": str(length)} if length else {})
         arguments = (*self.shared, *flag_arguments(flags, variant), "--seed", str(seed))
-        return PlannedRun(variant, searched, seed, arguments)
+        return PlannedRun(variant, searched, seed, arguments, length)
+
+    def searched(self, variant: str) -> dict[str, list[str]]:
+        """The values of each searched flag that a variant has to choose from."""
+        return {flag: self.own_search.get(flag, {}).get(variant, values) for flag, values in self.search.items()}
 
     def search_runs(self) -> list[PlannedRun]:
-        """Every variant at every searched setting, with the first seed."""
+        """Every variant at every searched setting of its own, with the first seed."""
         settings = list(itertools.product(*([(name, v) for v in values] for name, values in self.search.items())))
-        return [self.run(variant, setting, self.seeds[0]) for setting in settings for variant in self.variants]
+        return [
+            self.run(variant, setting, self.seeds[0])
+            for setting in settings
+            for variant in self.variants
+            if all(value in self.searched(variant)[name] for name, value in setting)
+        ]
+
+    def length_runs(self, best: dict[str, tuple[tuple[str, str], ...]]) -> list[PlannedRun]:
+        """Every seed of the baselines' schedules of other lengths, at the setting that was best at the plan's."""
+        return [
+            self.run(baseline, best[baseline], seed, length)
+            for baseline, lengths in self.lengths.items()
+            if baseline in best
+            for length in lengths
+            for seed in self.seeds
+        ]
 
     def seed_runs(self, best: dict[str, tuple[tuple[str, str], ...]]) -> list[PlannedRun]:
         """The other seeds of every variant at its best setting."""
@@ -171,11 +221,12 @@ class Plan:
         for planned in self.search_runs():
             _, data_args, *_ = parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
             ImageSource(**asdict(data_args))
-        if self.segmentation is not None:
+        for name, part in (("segmentation", self.segmentation), ("probe", self.probe)):
             try:
-                self.segmentation.check()
+                if part is not None:
+                    part.check()
             except UserError as error:
-                raise UserError(f"segmentation: {error}") from error
+                raise UserError(f"{name}: {error}") from error
 
 
 def slug(text: str) -> str:
@@ -201,8 +252,8 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     if unknown:
         raise UserError(f"plan {name}: unknown key {unknown[0]!r}; a plan has {', '.join(KEYS)}")
     axes = check_axes(content["axes"], name)
-    parts = {key: mapping(content, key, name) for key in ("search", "flags", "against", "segmentation")}
-    search = {flag: v if isinstance(v, list) else [v] for flag, v in parts["search"].items()}
+    mappings = ("search", "flags", "against", "segmentation", "probe", "lengths")
+    parts = {key: mapping(content, key, name) for key in mappings}
     for key in ("title", "recipe"):
         if not isinstance(content.get(key, ""), str):
             raise UserError(f"plan {name}: {key} is {content[key]!r:.80}; expected text")
@@ -210,6 +261,8 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     for labels in itertools.product(*axes.values()):
         overrides = [axes[axis][label] for axis, label in zip(axes, labels, strict=True)]
         variants[", ".join(labels)] = {flag: value for flags in overrides for flag, value in flags.items()}
+    search, own_search = check_search(parts["search"], list(variants), name)
+    against = check_against(parts["against"], list(variants), name)
     varied = {flag for flags in variants.values() for flag in flags} | search.keys() | set(OWN)
     given = {part[2:].partition("=")[0] for part in extra if part.startswith("--")}
     if given & varied:
@@ -223,8 +276,11 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
         axes={axis: list(values) for axis, values in axes.items()},
         search=search,
         seeds=check_seeds(content.get("seeds", ["0"]), name),
-        against=check_against(parts["against"], list(variants), name),
+        against=against,
         segmentation=read_segmentation(parts["segmentation"], name),
+        probe=read_probe(parts["probe"], name),
+        lengths=check_lengths(parts["lengths"], list(against), name),
+        own_search=own_search,
     )
 
 
@@ -251,6 +307,59 @@ def read_segmentation(settings: dict[str, Any], name: str) -> Segmentation | Non
     arguments = recipe_arguments(settings["recipe"]) if "recipe" in settings else []
     arguments += flag_arguments(mapping(settings, "flags", name), f"plan {name}, segmentation")
     return Segmentation(tuple(arguments), random) if settings else None
+
+
+def read_probe(settings: dict[str, Any], name: str) -> Probe | None:
+    """What the plan says on the probe; None if nothing. ValueError for what it cannot say."""
+    unknown = sorted(settings.keys() - {"flags"})
+    if unknown:
+        raise UserError(f"plan {name}: probe has flags; not {unknown[0]!r}")
+    arguments = flag_arguments(mapping(settings, "flags", name), f"plan {name}, probe")
+    return Probe(tuple(arguments)) if settings else None
+
+
+def check_search(
+    search: dict[str, Any], variants: list[str], name: str
+) -> tuple[dict[str, list[str]], dict[str, dict[str, list[str]]]]:
+    """Flag -> all values that are searched, and flag -> variant -> its own where the variants have their own.
+
+    Raises:
+        ValueError: a flag has values for some variants alone, or for unknown ones.
+    """
+    every: dict[str, list[str]] = {}
+    own: dict[str, dict[str, list[str]]] = {}
+    for flag, values in search.items():
+        if isinstance(values, dict):
+            if values.keys() != set(variants):
+                raise UserError(f"plan {name}: search of {flag} must name every variant: {', '.join(variants)}")
+            own[flag] = {variant: v if isinstance(v, list) else [v] for variant, v in values.items()}
+            every[flag] = list(dict.fromkeys(value for mine in own[flag].values() for value in mine))
+            if all(is_number(value) for value in every[flag]):
+                every[flag].sort(key=float)
+        else:
+            every[flag] = values if isinstance(values, list) else [values]
+    return every, own
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def check_lengths(lengths: dict[str, Any], baselines: list[str], name: str) -> dict[str, list[int]]:
+    """Baseline -> steps of its complete schedules of other lengths. ValueError for what are none, or no baseline."""
+    found = {}
+    for baseline, steps in lengths.items():
+        if baseline not in baselines:
+            raise UserError(f"plan {name}: lengths names {baseline!r}; the baselines are {', '.join(baselines)}")
+        texts = steps if isinstance(steps, list) else [steps]
+        if not all(isinstance(text, str) and text.isdecimal() and int(text) > 0 for text in texts):
+            raise UserError(f"plan {name}: lengths are numbers of steps, got {steps!r:.80} for {baseline}")
+        found[baseline] = sorted({int(text) for text in texts})
+    return found
 
 
 def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -289,11 +398,12 @@ def best_settings(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, str], ...]]
 
     A setting counts by its mean over the seeds that all settings of the variant have. In a plan that is the first one,
     before the chosen setting's other seeds have run as after: they cannot unmake the choice that they follow from.
-    Settings without a common seed count by their own. A variant without any finished run is absent.
+    Settings without a common seed count by their own. A variant without any finished run is absent; runs of other
+    lengths do not count.
     """
     scores: dict[str, dict[tuple[tuple[str, str], ...], dict[int, tuple[bool, float]]]] = {}
     for run in runs:
-        if run.best_loss is not None:
+        if run.best_loss is not None and run.planned.length is None:
             settings = scores.setdefault(run.planned.variant, {})
             settings.setdefault(run.planned.searched, {})[run.planned.seed] = (run.diverged, run.best_loss)
 
@@ -315,9 +425,9 @@ def read_run(planned: PlannedRun, folder: Path) -> Run | None:
     record = RunRecord.read(folder / RECORD)
     if not record.results.get("finished"):
         return None
-    evaluation = folder / "segmentation" / "eval.json"
-    segmentation = json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else None
-    return Run(planned, record, segmentation=segmentation)
+    found = (folder / "segmentation" / "eval.json", folder / "probe" / PROBE_FILE)
+    segmentation, probe = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in found)
+    return Run(planned, record, segmentation=segmentation, probe=probe)
 
 
 def variant_of(record: RunRecord) -> str:

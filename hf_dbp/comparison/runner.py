@@ -2,8 +2,9 @@
 
 Every run is a process of its own. One that has finished is not run again, one that was interrupted goes on from its
 last checkpoint, one that fails is reported and the others go on. The order: every variant at every searched setting
-with the first seed, then the other seeds of each variant at its best setting, then, if asked for, segmentation on each
-encoder. At SIGTERM and SIGINT the pre-training runs are told to save and end, and waited for.
+with the first seed, then the other seeds of each variant at its best setting, then, if asked for, the baselines'
+schedules of other lengths, the probe of each of these encoders, and segmentation on those of the plan's own length. At
+SIGTERM and SIGINT the pre-training runs are told to save and end, and waited for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_dbp.comparison.plans import Plan, PlannedRun, Run, best_settings, collect_runs, plan_of, read_plan, read_run
+from hf_dbp.comparison.plans import (
+    PROBE_FILE,
+    Plan,
+    PlannedRun,
+    Probe,
+    Run,
+    best_settings,
+    collect_runs,
+    plan_of,
+    read_plan,
+    read_run,
+)
 from hf_dbp.comparison.report import write_report
 from hf_dbp.errors import UserError, command
 from hf_dbp.fusing import check_views, fuse_run
@@ -38,6 +50,7 @@ POLL_SECONDS = 0.5
 FLAGS_FILE = "flags.json"  # what a run was started with
 EVALUATION = "eval.json"  # what fine-tuning leaves
 FINETUNE = "from hf_dbp.downstream.segmentation.finetuning import main; main()"
+PROBE = "from hf_dbp.downstream.probe import main; main()"
 
 
 class Runner:
@@ -140,7 +153,9 @@ def check_flags(folder: Path, arguments: Sequence[str]) -> None:
 
     A run that left neither a result nor a checkpoint is none: its flags may be put right.
     """
-    begun = any((folder / name).is_file() for name in (RECORD, EVALUATION)) or any(folder.glob("checkpoint-*"))
+    begun = any((folder / name).is_file() for name in (RECORD, EVALUATION, PROBE_FILE)) or any(
+        folder.glob("checkpoint-*")
+    )
     file = folder / FLAGS_FILE
     if begun and file.is_file() and json.loads(file.read_text(encoding="utf-8")) != without_secrets(arguments):
         raise UserError(f"{folder} holds a run with other flags; choose another --output_dir or delete it")
@@ -163,15 +178,35 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
     if plan.segmentation is not None:
         for file in sorted((folder / "runs").glob(f"**/segmentation/{FLAGS_FILE}")):
             check_flags(file.parent, plan.segmentation.arguments)
-    searched = plan.search_runs()
-    runner = Runner(folder, len(searched) + len(plan.variants) * (len(plan.seeds) - 1), jobs, launcher)
+    if plan.probe is not None:
+        for file in sorted((folder / "runs").glob(f"**/probe/{FLAGS_FILE}")):
+            check_flags(file.parent, plan.probe.arguments)
+    searched, lengths = plan.search_runs(), sum(map(len, plan.lengths.values()))
+    total = len(searched) + len(plan.variants) * (len(plan.seeds) - 1) + lengths * len(plan.seeds)
+    runner = Runner(folder, total, jobs, launcher)
     runs = runner.run(searched)
     best = best_settings(runs)
     runs += runner.run(plan.seed_runs(best))
+    runs += runner.run(plan.length_runs(best))
     runner.bar.close()
+    at_best = [run for run in runs if run.planned.searched == best.get(run.planned.variant)]
+    if plan.probe is not None:
+        probe_all(plan.probe, at_best, folder)
     if plan.segmentation is not None:
-        finetune_all(plan, [run for run in runs if run.planned.searched == best.get(run.planned.variant)], folder)
+        finetune_all(plan, [run for run in at_best if run.planned.length is None], folder)
     return runs
+
+
+def probe_all(probe: Probe, runs: Sequence[Run], folder: Path) -> None:
+    """Probe the fused encoder of each finished run. What fails is logged and noted on the run; the others go on."""
+    for run in tqdm([run for run in runs if run.record is not None], desc="probe", unit="run"):
+        target = folder / "runs" / run.planned.folder / "probe" / PROBE_FILE
+        try:
+            own = ["--model_name_or_path", str(fused(target.parents[1])), "--output_file", str(target)]
+            run.probe = evaluated(PROBE, probe.arguments, own, target)
+        except (UserError, OSError) as error:
+            run.notes.append(f"its encoder was not probed: {error}")
+            tqdm.write(f"{run.planned.name}: {run.notes[-1]}")
 
 
 def finetune_all(plan: Plan, runs: Sequence[Run], folder: Path) -> None:
@@ -208,32 +243,59 @@ def fused(run: Path) -> Path:
 
 
 def finetune(arguments: Sequence[str], own: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The evaluation in ``folder/segmentation``, from a process of its own if it is not there.
+    """The evaluation in ``folder/segmentation``, made if it is not there; arguments and errors as of `evaluated`."""
+    evaluation = folder / "segmentation" / EVALUATION
+    return evaluated(FINETUNE, arguments, [*own, "--output_dir", str(evaluation.parent)], evaluation)
+
+
+def evaluated(code: str, arguments: Sequence[str], own: Sequence[str], file: Path) -> dict[str, Any]:
+    """The evaluation in ``file``, from a process of its own if it is not there.
 
     Args:
+        code: what the process runs.
         arguments: the plan's flags.
         own: what is added to them for this run.
-        folder: of the run, or of random weights.
+        file: what the process leaves.
 
     Raises:
         ValueError: the process left none; with what its log says.
     """
-    evaluation, log = folder / "segmentation" / EVALUATION, folder / "segmentation.log"
-    if not evaluation.is_file():
-        evaluation.parent.mkdir(parents=True, exist_ok=True)
-        write_json(evaluation.parent / FLAGS_FILE, without_secrets(arguments))
-        command = [sys.executable, "-c", FINETUNE, *arguments, *own, "--output_dir", str(evaluation.parent)]
-        with log.open("ab") as file:
-            status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-        if not evaluation.is_file():
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file.parent / FLAGS_FILE, without_secrets(arguments))
+        log = file.parents[1] / f"{file.parent.name}.log"
+        with log.open("ab") as lines:
+            command = [sys.executable, "-c", code, *arguments, *own]
+            status = subprocess.run(command, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
+        if not file.is_file():
             raise UserError(failure(status, log))
-    return json.loads(evaluation.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def random_evaluations(folder: Path) -> list[dict[str, Any]]:
     """Segmentation from random weights, by seed, where the comparison has it."""
     files = sorted((folder / "runs" / "random").glob("seed*/segmentation/eval.json"))
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def read_step_times(file: Path | None, plan: Plan) -> dict[str, list[float]] | None:
+    """Variant -> seconds of its step, one for each turn; None without a file.
+
+    Raises:
+        ValueError: the file is none, or lacks a variant of the plan.
+    """
+    if file is None:
+        return None
+    try:
+        found: dict[str, list[float]] = json.loads(file.read_text(encoding="utf-8"))["seconds"]
+        missing = [variant for variant in plan.variants if not found[variant]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--step_times {file} does not hold the step times of every variant ({error}): make it with "
+            "benchmarks/plan_times.py of the same plan"
+        ) from error
+    assert not missing
+    return found
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -247,6 +309,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--report_dir", type=Path, help="where the report is written (default: OUTPUT_DIR/report)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--launcher", help="command in place of python, e.g. 'accelerate launch --multi_gpu'")
+    parser.add_argument("--step_times", type=Path, help="JSON file of benchmarks/plan_times.py, for the yardstick")
     parser.add_argument("--note", default="", help="a sentence for the report, such as what ran beside")
     args, extra = parser.parse_known_args(arguments)
     if (args.plan is None) == (args.runs is None):
@@ -283,5 +346,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         note=args.note,
         jobs=args.jobs,
         random=random_evaluations(args.output_dir),
+        step_times=read_step_times(args.step_times, plan),
     )
     print(f"report: {report}")

@@ -12,6 +12,7 @@ from hf_dbp.comparison.report.analysis import analyse, chosen_runs
 from hf_dbp.comparison.report.charts import correlation_chart, grid_charts, loss_chart, miou_chart, target_chart
 from hf_dbp.comparison.report.pages import Block, Heading, write_html, write_markdown
 from hf_dbp.comparison.report.tables import introduction, method_notes, result_tables, search_table
+from hf_dbp.comparison.report.yardstick import yardstick_blocks, yardstick_charts, yardstick_figures
 from hf_dbp.records import write_json
 
 __all__ = ["write_report"]
@@ -26,6 +27,7 @@ def write_report(
     note: str = "",
     jobs: int = 1,
     random: Sequence[dict[str, Any]] = (),
+    step_times: dict[str, list[float]] | None = None,
 ) -> Path:
     """Write `README.md` with its figures, `report.html` and `report.json`; returns the path of the HTML page.
 
@@ -37,21 +39,27 @@ def write_report(
         note: a sentence on what else the machine did.
         jobs: how many runs ran at a time.
         random: `eval.json` contents of segmentation from random weights.
+        step_times: seconds of each variant's step, taken in turns by one process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     analysis = analyse(plan, runs, random)
     chosen = chosen_runs(runs)
+    measured = yardstick_figures(plan, runs, step_times)
+    if measured is not None:
+        analysis["yardstick"] = measured
     unit, scale = ("hours", 3600.0) if longest(runs) > 3 * 3600 else ("seconds", 1.0)
     pictures = [
         loss_chart(chosen, "epoch", "epoch", 1.0, "loss_by_epoch"),
         loss_chart(chosen, "train_seconds", f"{unit} of training", scale, "loss_by_time"),
         target_chart(analysis["comparisons"]),
+        *(yardstick_charts(measured) if measured is not None else []),
         correlation_chart(chosen),
         miou_chart(chosen, random),
         *grid_charts(plan, runs),
     ]
     blocks: list[Block] = [
         *introduction(analysis, command, note, jobs),
+        *(yardstick_blocks(measured) if measured is not None else []),
         *result_tables(analysis),
         Heading("Figures"),
         *(picture for picture in pictures if picture is not None),

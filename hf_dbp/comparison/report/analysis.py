@@ -16,7 +16,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.comparison.plans import Plan, Run, best_settings
+from hf_dbp.comparison.plans import Plan, Run, best_settings, is_number
 from hf_dbp.comparison.statistics import Mean, crossing, mean_interval, paired_test, value_at
 
 __all__ = ["COSTS", "analyse", "chosen_runs", "points"]
@@ -40,7 +40,8 @@ def chosen_runs(runs: Sequence[Run]) -> dict[str, RunsBySeed]:
     best = best_settings(runs)
     chosen: dict[str, RunsBySeed] = {variant: {} for variant in best}
     for run in runs:
-        if run.record is not None and best.get(run.planned.variant) == run.planned.searched:
+        is_best = run.planned.length is None and best.get(run.planned.variant) == run.planned.searched
+        if run.record is not None and is_best:
             chosen[run.planned.variant][run.planned.seed] = run
     return chosen
 
@@ -58,7 +59,7 @@ def analyse(plan: Plan, runs: Sequence[Run], random: Sequence[dict[str, Any]] = 
     first = next((variant for variant in plan.against if variant in chosen), next(iter(chosen)))
     return {
         "title": plan.title,
-        "search": [search_row(run) for run in runs if run.planned.seed == plan.seeds[0]],
+        "search": [search_row(run) for run in runs if run.planned.seed == plan.seeds[0] and run.planned.length is None],
         "variants": {name: variant_figures(by_seed, chosen[first]) for name, by_seed in chosen.items()},
         "baseline": first,
         "comparisons": [compare(a, chosen[a], b, chosen[b]) for a, b in pairs],
@@ -271,7 +272,8 @@ def left_out(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> 
     for run in runs:
         by_seed = chosen.get(run.planned.variant, {})
         searched = run.planned.seed == plan.seeds[0] and run.planned.seed in by_seed
-        if run.record is not None and by_seed and run not in by_seed.values() and not searched:
+        finished = run.record is not None and run.planned.length is None
+        if finished and by_seed and run not in by_seed.values() and not searched:
             best = next(iter(by_seed.values())).planned.setting
             found.append(f"{run.planned.name} is left out: the setting chosen for {run.planned.variant} is {best}.")
     return found
@@ -282,18 +284,10 @@ def edge_remarks(plan: Plan, chosen: dict[str, RunsBySeed]) -> list[str]:
     found = []
     for variant, by_seed in chosen.items():
         for flag, value in next(iter(by_seed.values())).planned.searched:
-            values = sorted({float(v) for v in plan.search.get(flag, []) if is_number(v)})
+            values = sorted({float(v) for v in plan.searched(variant).get(flag, []) if is_number(v)})
             if len(values) > 1 and is_number(value) and float(value) in (values[0], values[-1]):
                 found.append(f"{variant}: the best {flag}, {value}, is at the edge of what was tried.")
     return found
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def differs(chosen: dict[str, RunsBySeed], key: str) -> bool:

@@ -140,7 +140,15 @@ def search_table(analysis: Figures) -> list[Block]:
         state = "chosen" if state == "ended" and row["setting"] == best.get(row["variant"]) else state
         rows.append([row["variant"], setting(row), number(row["best"]), number(row["final"]), state])
     header = ["variant", "setting", "best validation loss", "final", ""]
+    offered: dict[str, set[str]] = {}
+    for row in analysis["search"]:
+        offered.setdefault(row["variant"], set()).add(setting(row))
+    alike, counts = len({frozenset(values) for values in offered.values()}) <= 1, {len(v) for v in offered.values()}
     caption = "Every variant had the same settings to choose from (first seed)."
+    if not alike:
+        budget = ", ".join(f"{name} {len(values)}" for name, values in offered.items())
+        number_of = f"as many settings, {max(counts)}," if len(counts) == 1 else f"settings of its own ({budget})"
+        caption = f"Every variant had {number_of} to choose from (first seed)."
     return [Heading("The search"), Table(caption, header, rows)]
 
 
