@@ -3,7 +3,7 @@
     python benchmarks/guards.py                                     # ViT-Small/16, 224 pixels, batch 64, this device
     python benchmarks/guards.py --size mini --image_size 64 --patch_size 8
 
-The guards are the check of loss and gradients (`GuardedTrainer`) and, in the update of R, the bound on eta and the
+The guards are the check of loss and gradients (`GuardCallback`) and, in the update of R, the bound on eta and the
 check of its sums. After a real step the update takes turns with and without them on the same rows, and the check runs
 on the step's gradients; medians over the repeats are set against the step's time. The clock is the CPU's time of this
 process, or the wall's on a GPU, synchronised.
@@ -20,12 +20,12 @@ from unittest.mock import patch
 import torch
 from step_time import Method, images
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from hf_dbp import SIZES, update_decorrelation
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.functional import decorrelation_step_
-from hf_dbp.training.guards import GuardedTrainer
+from hf_dbp.training.guards import GuardCallback
 
 
 def unguarded_step(*args: Tensor, share: Tensor, **kwargs: float) -> Tensor:
@@ -72,7 +72,13 @@ def main() -> None:
     method, pixels = Method("dbp", args, args.size, args.device), images(args, args.batch, args.device)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, use_cpu=args.device == "cpu", report_to="none")
-        trainer = GuardedTrainer(model=method.model, args=arguments)
+        guard, state = GuardCallback(), TrainerState()
+        guard.on_train_begin(arguments, state, None, model=method.model)
+
+    def check() -> None:
+        guard.on_step_begin(arguments, state, None)
+        guard.judge(arguments, state, scaled=False)
+
     method.step(pixels, lambda: None)
     step = min(timed(lambda: method.step(pixels, lambda: None), args.device) for _ in range(2))
     with method.autocast():
@@ -84,7 +90,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"check": [], "update": [], "unguarded update": []}
     for _ in range(args.repeats):
         for name, call in (
-            ("check", trainer._judge),
+            ("check", check),
             ("update", update),
             ("unguarded update", functools.partial(unguarded_update, update)),
         ):

@@ -5,6 +5,7 @@ Symbols (paper section 2.1): eta is R's learning rate, kappa the weight of the w
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from transformers.utils import strtobool
 
@@ -31,7 +32,7 @@ from hf_dbp.update import (
     update_decorrelation,
 )
 
-__all__ = ["DecorrelationArguments", "DecorrelationCallback", "refuse_sharding"]
+__all__ = ["DecorrelationArguments", "DecorrelationCallback", "ReportingCallback", "refuse_sharding"]
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +135,15 @@ class ShareCounts:
         return {"reduced_eta": reduced, "skipped_R": skipped}
 
     def logs(self) -> dict[str, float]:
-        """What to log once eta was reduced: layers, their steps in all, the largest factor. Warns of more layers."""
-        reduced = self.results()["reduced_eta"]
+        """What to log once eta was reduced: layers, their steps in all, the largest factor. Warns of more layers.
+
+        And updates of R that were skipped, summed over layers.
+        """
+        results = self.results()
+        reduced, skipped = results["reduced_eta"], sum(results["skipped_R"].values())
+        found = {"skipped_R": float(skipped)} if skipped else {}
         if not reduced:
-            return {}
+            return found
         worst = max(reduced, key=lambda name: reduced[name]["largest_factor"])
         factor, steps = reduced[worst]["largest_factor"], sum(layer["steps"] for layer in reduced.values())
         if len(reduced) > self.told:
@@ -147,10 +153,43 @@ class ShareCounts:
                 "Lower --eta if this goes on",
                 len(reduced), worst, factor,
             )  # fmt: skip
-        return {"reduced_eta_layers": len(reduced), "reduced_eta_steps": steps, "reduced_eta_largest_factor": factor}
+        return found | {
+            "reduced_eta_layers": len(reduced),
+            "reduced_eta_steps": steps,
+            "reduced_eta_largest_factor": factor,
+        }
 
 
-class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
+class ReportingCallback(TrainerCallback):  # type: ignore[misc]
+    """A callback whose figures join the logs of a training step before TensorBoard, W&B and the like see them.
+
+    A `ResumingTrainer` asks for the figures. A stock Trainer calls its reporters first, whatever the order that it is
+    given, so the callback moves to the head of its list when training begins.
+    """
+
+    asked = False  # whether the Trainer asks for the figures; a ResumingTrainer sets it
+
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """What joins the logs now, by name."""
+        raise NotImplementedError
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.asked:
+            return
+        for callbacks in gc.get_referrers(self):  # a callback is not told which Trainer it belongs to
+            if isinstance(callbacks, list) and any(isinstance(other, DefaultFlowCallback) for other in callbacks):
+                callbacks.sort(key=lambda other: other is not self)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if logs is not None and "loss" in logs and not self.asked:
+            figures = self.figures(state)
+            logs |= figures
+            state.log_history[-1] |= figures
+
+
+class DecorrelationCallback(ReportingCallback):
     """Updates every R of a model once per optimizer step, right after it: ``R <- R - eta_t * C R``.
 
     eta_t = eta * update_interval * (learning rate / peak learning rate if it decays, else 1), zero after ``eta_stop``.
@@ -177,8 +216,9 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         self.shares = ShareCounts()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        super().on_train_begin(args, state, control, model, **kwargs)
         if args.n_gpu > 1:
             raise UserError(
                 f"this process would train on {args.n_gpu} GPUs with nn.DataParallel, whose replicas lose the rows "
@@ -195,6 +235,9 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         configure_sampling(model, self.arguments.sampling(args.gradient_accumulation_steps * args.world_size))
         discard_rows(model)
         self.last_step = int(self.arguments.eta_stop * state.max_steps)
+        fresh = ShareCounts()  # of a second run
+        fresh.before = self.shares.before if state.global_step else {}
+        self.shares = fresh
         self.log_steps = steps_between_logs(args, state, kwargs.get("train_dataloader"))
 
     def on_train_end(
@@ -228,17 +271,9 @@ class DecorrelationCallback(TrainerCallback):  # type: ignore[misc]
         else:
             discard_rows(model)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is not None and "loss" in logs and self.measured:
-            logs |= mean_correlations(self.per_layer) | self.shares.logs()
-            state.log_history[-1] |= logs
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """Correlations averaged over layers, as last measured, and what the bound on eta did."""
+        return mean_correlations(self.per_layer) | self.shares.logs() if self.measured else {}
 
     def is_update_step(self, step: int) -> bool:
         """Whether R is updated at this step (counted from 0)."""

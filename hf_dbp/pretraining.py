@@ -52,7 +52,7 @@ from hf_dbp.training.arguments import DataArguments, ModelArguments, Pretraining
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.processes import ending_processes
-from hf_dbp.training.resuming import find_checkpoint
+from hf_dbp.training.restoring import find_checkpoint
 from hf_dbp.training.saving import disk_errors
 from hf_dbp.training.trainer import MAETrainer
 
@@ -288,7 +288,7 @@ def run(
         evaluate_alone(trainer, model_args.model_name_or_path)
         return record
     trainer.train(resume_from_checkpoint=find_checkpoint(args))
-    if args.do_eval and not (record.rows and record.rows[-1]["step"] == trainer.state.global_step):
+    if (args.do_eval or record.rows) and "eval_loss" not in trainer.model_figure():
         trainer.evaluate()
     finish(trainer, record, eval_data, destination)
     return record
@@ -330,8 +330,13 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
 def summary(record: RunRecord, folder: Path) -> str:
     """What came out and where it lies, for the end of a run."""
     lines = [f"\n{record.method} with {record.optimizer}, seed {record.seed}: {folder}"]
-    if record.best is not None:
-        lines.append(f"  best validation loss  {record.best['eval_loss']:.4f} at step {record.best['step']}")
+    model = record.results["model"]
+    if "eval_loss" in model:
+        lines.append(
+            f"  validation loss       {model['eval_loss']:.4f} of the model in that folder, of step {model['step']}"
+        )
+    if record.best is not None and record.best["step"] != model["step"]:
+        lines.append(f"  lowest seen           {record.best['eval_loss']:.4f} at step {record.best['step']}, not kept")
     if "interpolation_loss" in record.results:
         lines.append(f"  interpolated means    {record.results['interpolation_loss']:.4f} (the plainest guess)")
     if "train_seconds" in record.results:
@@ -342,7 +347,7 @@ def summary(record: RunRecord, folder: Path) -> str:
             f"({record.energy['carbon_intensity_g_per_kwh']:g} g/kWh, {record.energy['country']}; "
             f"processor: {record.energy['cpu']})"
         )
-    lines.append("  model (best), image processor, card, run.json, curves.png, reconstruction.png are in that folder")
+    lines.append("  model, image processor, card, run.json, curves.png, reconstruction.png are in that folder")
     if record.method == "dbp":
         lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
     return "\n".join(lines)

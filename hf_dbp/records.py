@@ -17,8 +17,9 @@ Schema (version 1):
                       load_average (of the machine, over a minute), and, of the inputs of the encoder's layers on a
                       fixed validation batch, decorrelation_loss, mean_squared_correlation and, per layer,
                       decorrelation {layer: {decorrelation_loss, mean_squared_correlation}}
-    best              the row with the lowest eval_loss
-    results           figures of the whole run by name; "finished": true once it has come to its end; "guards":
+    best              the row with the lowest eval_loss, whether its weights were kept or not
+    results           figures of the whole run by name; "model": {step, eval_loss} of the weights in the folder, no
+                      loss where they were not evaluated; "finished": true once it has come to its end; "guards":
                       steps that were skipped (step, cause, layer), layers at which eta was reduced or R left as it was;
                       "stopped": why the guards ended it; "resumed_with": {step: {argument: [old, new]}} of a run that
                       went on from that step with other settings

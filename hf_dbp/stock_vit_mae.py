@@ -106,6 +106,7 @@ class RectangularDecoder(ViTMAEDecoder):  # type: ignore[misc]
 class RectangularViTMAE(ViTMAEForPreTraining):  # type: ignore[misc]
     """transformers' `ViTMAEForPreTraining` for images of any height and width that the patches tile."""
 
+    accepts_loss_kwargs = False  # its loss is a mean: a Trainer must not take it for a sum over what it counted
     encoder_class: type[ViTMAEModel] = ViTMAEModel
 
     def __init__(self, config: ViTMAEConfig) -> None:

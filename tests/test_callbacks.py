@@ -14,7 +14,8 @@ from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
 from hf_dbp.correlations import mean_correlations
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
-from hf_dbp.training.resuming import ResumingTrainer, restore_weights
+from hf_dbp.training.restoring import restore_weights
+from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.update import update_decorrelation
 
 STEPS = 8
@@ -103,7 +104,7 @@ def test_a_skipped_optimizer_step_leaves_r_and_drops_its_rows(monkeypatch):
     model = convert_to_decorrelated(Regression()).train()
     callback = DecorrelationCallback(DecorrelationArguments(eta=0.1, sample_fraction=1.0))
     args = SimpleNamespace(gradient_accumulation_steps=1, world_size=1, logging_strategy="no", process_index=0)
-    args.torch_compile, args.n_gpu = False, 0
+    args.torch_compile, args.n_gpu, args.fsdp, args.deepspeed = False, 0, None, None
     state = SimpleNamespace(global_step=3, max_steps=10)
     callback.on_train_begin(args, state, None, model)
     for skipped in ("scaler", "gradients", None):

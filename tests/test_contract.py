@@ -65,6 +65,7 @@ USED = {
     "_last_lr": "torch.optim.lr_scheduler.LRScheduler",
     "_n_gpu": "transformers.TrainingArguments",
     "_prepare_inputs": "transformers.Trainer",
+    "_train_batch_size": "transformers.Trainer",
     "_raise_exceptions_for_missing_entries": "transformers.utils.hub.cached_files",
 }
 

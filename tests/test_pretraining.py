@@ -20,7 +20,7 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTM
 from hf_dbp.pretraining import build_model, main, pixel_statistics
 from hf_dbp.records import RunRecord
 from hf_dbp.training.arguments import ModelArguments, PretrainingArguments
-from hf_dbp.training.resuming import restore_weights
+from hf_dbp.training.restoring import restore_weights
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 FLAGS = {

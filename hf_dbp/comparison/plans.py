@@ -41,7 +41,7 @@ from hf_dbp.errors import UserError
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
 from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
-from hf_dbp.training.resuming import SHAPING
+from hf_dbp.training.restoring import SHAPING
 
 __all__ = [
     "PROBE_FILE",

@@ -39,6 +39,7 @@ PICTURES = {
 }
 RESULTS = {  # name in the record: how the card calls it, and as which metric the Hub knows it
     "eval_loss": ("mean squared error on the masked patches of the validation images", "mse"),
+    "lowest_loss": ("the lowest seen in training, of weights that were not kept", None),
     "interpolation_loss": ("the same for interpolated means of the visible patches, the plainest guess", None),
     "mean_iou": ("mean IoU over the whole validation set", "mean_iou"),
     "mean_accuracy": ("mean accuracy of the classes", "mean_accuracy"),
@@ -311,8 +312,15 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The measured figures of a record by name: of the whole run, and the loss of its best evaluation."""
-    found = {**record, "eval_loss": record.get("best", {}).get("eval_loss"), **record.get("results", {})}
+    """The measured figures of a record by name: of the whole run, and of the model in its folder.
+
+    A record of 0.1.0 does not say which weights those are; then the loss is that of its best evaluation.
+    """
+    best, results = record.get("best", {}), record.get("results", {})
+    model = results.get("model", best)
+    found = {**record, "eval_loss": model.get("eval_loss"), **results}
+    if best.get("step") != model.get("step"):
+        found["lowest_loss"] = best.get("eval_loss")
     return {key: found[key] for key in RESULTS if isinstance(found.get(key), float) and math.isfinite(found[key])}
 
 

@@ -191,6 +191,11 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
             # what transformers raises on flags that do not fit together, or ask for a package that is not there
             raise UserError(f"these flags cannot be: {' '.join(str(error).split())}") from error
+        if self.auto_find_batch_size and self.world_size > 1:
+            raise UserError(
+                "--auto_find_batch_size: each of several processes would find a batch of its own; find it with one "
+                "process, and give --per_device_train_batch_size"
+            )
         check_processes(self)
         use_one_gpu(self)
 
@@ -211,6 +216,10 @@ class PretrainingArguments(RunArguments):
     def __post_init__(self) -> None:
         self.metric_for_best_model, self.greater_is_better = "eval_loss", False
         super().__post_init__()
+        self.scale_learning_rate()
+
+    def scale_learning_rate(self) -> None:
+        """Let the learning rate follow the batch, if it is given as a base learning rate."""
         if self.base_learning_rate is not None:
             total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * total / 256

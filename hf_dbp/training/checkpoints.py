@@ -12,7 +12,7 @@ from transformers.trainer_callback import TrainerState
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import load_model
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
-from hf_dbp.training.saving import whole_checkpoints
+from hf_dbp.training.saving import checkpoint_step, whole_checkpoints
 
 __all__ = ["load_fused_vit", "model_folder"]
 
@@ -39,8 +39,9 @@ def model_folder(run: str | os.PathLike[str]) -> Path:
     if not complete:
         raise UserError(f"{run} holds no model; give the output folder of a run or one of its checkpoint-N folders")
     last = complete[max(complete)]
-    best_step = TrainerState.load_from_json(str(last / STATE)).best_global_step
-    return complete.get(best_step, last)
+    best = TrainerState.load_from_json(str(last / STATE)).best_model_checkpoint
+    step = None if best is None else checkpoint_step(Path(best))
+    return last if step is None else complete.get(step, last)
 
 
 def load_fused_vit(name_or_path: str | os.PathLike[str], **kwargs: Any) -> ViTModel:

@@ -1,7 +1,9 @@
-"""`ClockedTrainer`: what pre-training and fine-tuning share of timing and metering training alone.
+"""`ClockCallback`: seconds, energy and carbon of training alone, for any Trainer.
 
-The clock starts with the first step and stands still in evaluations, checkpoints and the loading of the best model;
-start-up, restoring and replaying data come before it (`measurement`).
+The clock starts with the first step. It stops after a step (or an epoch) at whose end an evaluation, a checkpoint or
+the end of training is due, and starts again after the last of what is due; start-up, restoring and replaying data come
+before it, the loading of the best model after it (`measurement`). Callbacks that ask for an evaluation or a save
+must come before this one.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_dbp.training.measurement import EnergyMeter, Meter, StepTimer, TrainingClock, gpus_in_use
-from hf_dbp.training.resuming import ResumingTrainer
 
-__all__ = ["ClockedTrainer", "training_meter"]
+__all__ = ["ClockCallback", "training_meter"]
 
 
 def training_meter(args: TrainingArguments, country: str | None) -> EnergyMeter | None:
@@ -28,59 +31,80 @@ def training_meter(args: TrainingArguments, country: str | None) -> EnergyMeter 
 
 
 class ClockCallback(TrainerCallback):  # type: ignore[misc]
-    """Times the steps; the clock starts with the first one."""
+    """Times the steps of any Trainer, and what training alone takes.
 
-    def __init__(self, clock: TrainingClock, timer: StepTimer) -> None:
-        self.clock, self.timer = clock, timer
+    Args:
+        meter: measures this node's energy; None in all but one process of a node, or for seconds alone.
+        energy: the meter's description, with the carbon intensity; empty where there is no meter.
+
+    Attributes:
+        clock: seconds and kWh so far.
+        timer: durations of the steps.
+    """
+
+    def __init__(self, meter: Meter | None = None, energy: Mapping[str, Any] | None = None) -> None:
+        self.clock, self.timer, self.energy = TrainingClock(meter), StepTimer(), energy or {}
+        self._paused = False
+
+    # ---- what the Trainer tells ----
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._paused = False
         self.clock.start()
         self.timer.begin()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.timer.end()
         self.clock.tick()
+        self._stop_where_due(control)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_where_due(control)
 
-class ClockedTrainer(ResumingTrainer):
-    """A `ResumingTrainer` with a clock of training alone.
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.clock.running:  # the next of several data sets to evaluate on
+            self._paused = True
+            self.clock.stop()
 
-    Args:
-        meter: measures this node's energy; None in all but one process of a node.
-        energy: the meter's description, with the carbon intensity; empty where there is no meter.
-        kwargs: as for `transformers.Trainer`.
-    """
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.save_strategy != SaveStrategy.BEST:  # whether it is to be saved is not known yet: the next step starts
+            self._go_on(control)
 
-    def __init__(self, *, meter: Meter | None = None, energy: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.clock, self.timer, self.energy = TrainingClock(meter), StepTimer(), energy or {}
-        self.callback_handler.callbacks.insert(0, ClockCallback(self.clock, self.timer))
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._go_on(control)
 
-    def costs(self) -> dict[str, float]:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop()
+
+    def _stop_where_due(self, control: Any) -> None:
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            self._paused = True
+            self.clock.stop()
+
+    def _go_on(self, control: Any) -> None:
+        """Start again, unless something else is due, training ends, or the clock was not stopped here."""
+        if self._paused and not (control.should_evaluate or control.should_save or control.should_training_stop):
+            self._paused = False
+            self.clock.start()
+
+    def stop(self) -> None:
+        """Stop for good: training is over, or has failed."""
+        self._paused = False
+        self.clock.stop()
+
+    # ---- figures ----
+
+    def costs(self, args: TrainingArguments) -> dict[str, float]:
         """train_seconds, kwh and co2e_kg so far, over all nodes, for the record; the clock must stand still."""
-        kwh = torch.tensor(self.clock.kwh, device=self.args.device)
-        kwh = self.accelerator.reduce(kwh, reduction="sum")
+        kwh = torch.tensor(self.clock.kwh, device=args.device)
+        if args.world_size > 1:
+            dist.all_reduce(kwh)
         costs = {"train_seconds": self.clock.seconds}
         if self.energy:
             intensity = self.energy["carbon_intensity_g_per_kwh"]
             costs |= {"kwh": float(kwh), "co2e_kg": float(kwh) * intensity / 1000}
         return costs
 
-    def preset_costs(self, spent: Mapping[str, Any]) -> None:
-        """Go on from what the checkpoint's run had paid: its `costs`."""
-        kwh = spent.get("kwh", 0.0) if self.is_world_process_zero() else 0.0
-        self.clock.preset(spent.get("train_seconds", 0.0), kwh)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            self.clock.stop()
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.clock.paused():
-            super()._save_checkpoint(*args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        with self.clock.paused():
-            super()._load_best_model()
+    def preset(self, spent: Mapping[str, Any], *, kwh: bool) -> None:
+        """Go on from what the checkpoint's run had paid, its `costs`: seconds, and ``kwh`` in one of the processes."""
+        self.clock.preset(spent.get("train_seconds", 0.0), spent.get("kwh", 0.0) if kwh else 0.0)

@@ -1,15 +1,20 @@
-"""`GuardedTrainer`: a step whose loss or gradients are not finite is skipped; several in a row end the run.
+"""`GuardCallback`: a step whose loss or gradients are not finite is skipped; several in a row end the run.
 
-What is skipped leaves weights, R, running statistics and the optimizer's state as they were to the bit: the gradients
-are taken away before the clipping, so that no optimizer sees them, the rows gathered for R are dropped
-(`DecorrelationCallback`), and buffers (of BatchNorm) are put back. The step counts, its images are used up, the
-learning rate goes on. All processes decide alike. R is guarded in its own update (`step_share`); steps at which it was
-left count here too.
+A skipped step leaves weights, R, running statistics and the optimizer's state as they were to the bit: the gradients
+are taken away before the optimizer sees them, the rows gathered for R are dropped (`DecorrelationCallback`), and
+buffers (of BatchNorm) are put back. The step counts, its images are used up, the learning rate goes on. All processes
+decide alike. R is guarded in its own update (`step_share`); steps at which it was left as it was count here too.
 
-The host waits for the device once a step, for one small tensor, where the stock Trainer waits twice a micro-batch: its
-`logging_nan_inf_filter`, which hides such losses from the logs, is switched off. Logs show the last finite loss in
-their place, and how many steps were skipped. Under float16 the gradient scaler skips steps as part of its work; then
-the loss alone is judged here.
+The loss is the one that the model returns, seen by a forward hook; where it is not finite, the last finite one takes
+its place, so that the logs stay readable, and they tell how many steps were skipped. The host waits for the device once
+a step, for one small tensor, where the stock Trainer waits twice a micro-batch: its `logging_nan_inf_filter`, which
+hides such losses from the logs, is switched off. Under float16 the gradient scaler skips steps as part of its work;
+then the loss alone is judged here.
+
+    Trainer(model, args, callbacks=[r := DecorrelationCallback(), GuardCallback(decorrelation=r)], ...)
+
+A stock Trainer clips before it tells its callbacks, and clipping spreads one NaN over all gradients: which layer it
+came from is not known then. A `ResumingTrainer`, which has these guards built in, judges before the clipping.
 """
 
 from __future__ import annotations
@@ -21,14 +26,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
-from transformers import Trainer
+from transformers import TrainerState, TrainingArguments
 
-from hf_dbp.callbacks import DecorrelationCallback
+from hf_dbp.callbacks import DecorrelationCallback, ReportingCallback
 from hf_dbp.errors import UserError
 
-__all__ = ["GuardedTrainer", "NonFiniteError", "first_non_finite_output"]
+__all__ = ["GuardCallback", "NonFiniteError", "first_non_finite_output"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +53,13 @@ class NonFiniteError(UserError, FloatingPointError):
     """
 
 
-def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+def first_non_finite_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:
     """Where values that are not finite first appear in a forward: an input, a module, or None.
 
     The model runs in eval mode and is left as it was.
     """
     for name, value in inputs.items():
-        if not value.isfinite().all():
+        if isinstance(value, Tensor) and not value.isfinite().all():
             return f"the batch's {name}"
     found: list[str] = []
 
@@ -74,101 +80,149 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Tensor]) -> str 
     return found[0] if found else None
 
 
-class GuardedTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the guards of the module's docstring.
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a model returns, where the Trainer looks for it."""
+    loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
+    return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+
+class GuardCallback(ReportingCallback):
+    """The guards of the module's docstring, for any `transformers.Trainer`.
 
     Args:
         max_skipped_steps: the run ends when so many steps in a row were skipped.
-        args, kwargs: as for `transformers.Trainer`.
+        decorrelation: the callback that updates R, whose skipped updates count as well.
 
     Raises:
         ValueError: ``max_skipped_steps`` is less than 1.
     """
 
-    decorrelation: DecorrelationCallback | None = None
-
-    def __init__(self, *args: Any, max_skipped_steps: int = 5, **kwargs: Any) -> None:
+    def __init__(self, max_skipped_steps: int = 5, decorrelation: DecorrelationCallback | None = None) -> None:
         if max_skipped_steps < 1:
             raise UserError(f"--max_skipped_steps is a number of steps, at least 1, got {max_skipped_steps}")
-        super().__init__(*args, **kwargs)
-        self.args.logging_nan_inf_filter = False
         self.max_skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0
-        self._micro_batches, self._last_batch = 0, dict[str, Tensor]()  # of the step under way
+        self.decorrelation = decorrelation
+        self._hook: Any = None
+        self._judged, self.micro_batches = False, 0  # of the step under way
+        self._last_inputs = dict[str, Any]()
         self._buffers: list[tuple[Tensor, Tensor]] = []  # each with its value before the step
-        self._lost = self._last_loss = torch.zeros((), device=self.args.device)
-        self.finite = torch.ones((), device=self.args.device)  # 1 or 0: whether the last micro-batch's loss is
 
-    @functools.cached_property
-    def _bare_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model
+    # ---- what the Trainer tells ----
 
-    @functools.cached_property
-    def _trained(self) -> dict[str, Parameter]:
-        return {name: p for name, p in self._bare_model.named_parameters() if p.requires_grad}
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, model, **kwargs)
+        args.logging_nan_inf_filter = False
+        self.release()
+        self.skipped_in_a_row = 0
+        self.model: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
+        self.trained: dict[str, Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self._lost = self._last_loss = torch.zeros((), device=args.device)
+        self.finite = torch.ones((), device=args.device)  # 1 or 0: whether the last micro-batch's loss is
+        self._hook = self.model.register_forward_hook(self._see, with_kwargs=True)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Loss of a micro-batch, or the last finite one (0 if there was none); after its last one a step is judged."""
-        if not self._micro_batches:
-            self._lost = torch.zeros_like(self._lost)
-            self._buffers = [(buffer, buffer.clone()) for buffer in self._bare_model.buffers()]
-        self._micro_batches, self._last_batch = self._micro_batches + 1, inputs
-        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        self.finite = loss.isfinite().to(self._lost)
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Take the hook off the model."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._judged, self.micro_batches = False, 0
+        self._lost = torch.zeros_like(self._lost)
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.judge(args, state, scaled=kwargs["optimizer"].scaler is not None, clipped=args.max_grad_norm > 0)
+
+    def figures(self, state: TrainerState) -> dict[str, float]:
+        """``skipped_steps`` so far, once there is one."""
+        skipped = self.skipped_steps(state)["skipped_steps"]
+        return {"skipped_steps": skipped} if skipped else {}
+
+    # ---- judging ----
+
+    def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook: `note` the loss of a micro-batch in training."""
+        loss = loss_of(output) if module.training else None
+        if loss is None:
+            return None
+        loss = self.note(loss, kwargs)
+        if isinstance(output, dict):
+            output["loss"] = loss
+            return output
+        return (loss, *output[1:])
+
+    def note(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """Note whether a micro-batch's loss is finite; the last finite one (0 if there was none) stands in for it."""
+        self.micro_batches, self._last_inputs = self.micro_batches + 1, inputs
+        finite = loss.detach().isfinite()
+        self.finite = finite.to(self._lost)
         self._lost = torch.maximum(self._lost, 1.0 - self.finite)
-        self._last_loss = torch.where(loss.isfinite(), loss, self._last_loss)
-        if self.accelerator.sync_gradients:
-            self._judge()
-            self._micro_batches, self._last_batch = 0, {}
-        return self._last_loss.clone()
+        self._last_loss = torch.where(finite, loss.detach(), self._last_loss)
+        return torch.where(finite, loss, self._last_loss)
 
-    def _judge(self) -> None:
-        """Skip this step if its loss or gradients, reduced over processes, are not finite."""
-        norms = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
+    def judge(self, args: TrainingArguments, state: TrainerState, *, scaled: bool, clipped: bool = False) -> None:
+        """Skip this step if its loss or gradients, reduced over processes, are not finite; once a step.
+
+        Args:
+            scaled: whether a gradient scaler judges the gradients.
+            clipped: whether they were clipped already.
+
+        Raises:
+            NonFiniteError: ``max_skipped_steps`` were skipped in a row.
+        """
+        if self._judged:
+            return
+        self._judged = True
+        norms = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
         norms = dict(zip(norms, torch._foreach_norm(list(norms.values())), strict=True))
         lost = torch.zeros_like(self._lost)
-        if norms and self.accelerator.scaler is None:
+        if norms and not scaled:
             lost = 1.0 - torch.stack(list(norms.values())).isfinite().all().to(lost)
         left = lost.new_zeros(()) if self.decorrelation is None else self.decorrelation.shares.pop_left().to(lost)
         flags = torch.stack([self._lost, lost, left])
-        if self.args.world_size > 1:
+        if args.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         causes = [cause for cause, flag in zip(("loss", "gradient", "R"), flags.tolist(), strict=True) if flag]
         if not causes:
             self.skipped_in_a_row = 0
             return
-        layer = self._first_layer(causes[0], norms) or "another process"
-        if causes != ["R"] and self.accelerator.scaler is None:
-            for parameter in self._trained.values():
+        layer = self._first_layer(causes[0], norms, clipped) or "another process"
+        if causes != ["R"] and not scaled:
+            for parameter in self.trained.values():
                 parameter.grad = None
         if causes != ["R"]:
             for buffer, before in self._buffers:
                 buffer.copy_(before)
-        self._count(causes[0], layer)
+        self._count(causes[0], layer, state)
 
     @torch.no_grad()
-    def _first_layer(self, cause: str, norms: dict[str, Tensor]) -> str | None:
+    def _first_layer(self, cause: str, norms: dict[str, Tensor], clipped: bool) -> str | None:
         """The first layer concerned, as far as this process can tell."""
         if cause == "R":
             assert self.decorrelation is not None
             return next((name for name, left in self.decorrelation.shares.last_left.items() if left), None)
-        for name, parameter in self._bare_model.named_parameters():
+        for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 return f"{name}, which is not finite itself"
         if cause == "gradient":  # the last in the order of the forward is the first in that of the backward
             bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
-            return bad[-1] if bad else None
+            return "a layer that clipping hides" if bad and clipped else bad[-1] if bad else None
         if not self._lost:
             return None
-        with self.compute_loss_context_manager():
-            found = first_non_finite_output(self._bare_model, self._prepare_inputs(self._last_batch))
-        return found or ("the loss itself" if self._micro_batches == 1 else "an earlier micro-batch of the step")
+        found = first_non_finite_output(self.model, self._last_inputs)
+        return found or ("the loss itself" if self.micro_batches == 1 else "an earlier micro-batch of the step")
 
-    def _count(self, cause: str, layer: str) -> None:
+    def _count(self, cause: str, layer: str, state: TrainerState) -> None:
         """Write the step down and say so; stop if it is one too many."""
         self.skipped_in_a_row += 1
-        step = self.state.global_step + 1
-        self.state.log_history.append({"step": step, "skipped": cause, "layer": layer})
+        step = state.global_step + 1
+        state.log_history.append({"step": step, "skipped": cause, "layer": layer})
         what = "the update of R before it" if cause == "R" else "its update"
         logger.warning(
             "step %d: the %s is not finite, first in %s; %s is skipped (%d in a row, %d stop the run)",
@@ -181,11 +235,8 @@ class GuardedTrainer(Trainer):  # type: ignore[misc]
                 "on from the last checkpoint (--max_skipped_steps sets the number)"
             )
 
-    def skipped_steps(self) -> dict[str, Any]:
+    @staticmethod
+    def skipped_steps(state: TrainerState) -> dict[str, Any]:
         """``skipped_steps``: how many, also before a resume; ``skipped``: the first hundred, with cause and layer."""
-        rows = [row for row in self.state.log_history if "skipped" in row]
+        rows = [row for row in state.log_history if "skipped" in row]
         return {"skipped_steps": len(rows), "skipped": rows[:KEPT]}
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        skipped = self.skipped_steps()["skipped_steps"] if "loss" in logs else 0
-        super().log(logs | ({"skipped_steps": skipped} if skipped else {}), *args, **kwargs)

@@ -137,6 +137,11 @@ class TrainingClock:
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     @property
+    def running(self) -> bool:
+        """Whether it runs."""
+        return self._since is not None
+
+    @property
     def kwh(self) -> float:
         """kWh of the segments that have ended; complete while the clock stands still."""
         return self._kwh

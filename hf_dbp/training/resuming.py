@@ -2,7 +2,10 @@
 
 - checkpoints are whole or not there (`saving`), and hold every tensor under its present name;
 - resume and best checkpoint restore every tensor or fail (the stock Trainer loads loosely and only warns);
+- the best checkpoint is the best of those that this run has saved, whichever evaluation was lower in between;
+- weights are evaluated and saved in the optimizer's eval mode, where it has one (schedule-free optimizers);
 - SIGTERM and SIGINT save and end the run (`stopping`);
+- steps that are not finite are skipped (`guards`);
 - a run that is resumed after its last step takes no further one (the stock Trainer takes one).
 """
 
@@ -11,26 +14,25 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, ViTMAEForPreTraining
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from hf_dbp.callbacks import DecorrelationCallback
-from hf_dbp.data.order import EpochSampler
+from hf_dbp.callbacks import DecorrelationCallback, ReportingCallback
+from hf_dbp.data.feeding import step_images
+from hf_dbp.data.order import EpochSampler, Lanes
 from hf_dbp.errors import UserError
-from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
-from hf_dbp.records import RunRecord
-from hf_dbp.training.guards import GuardedTrainer
+from hf_dbp.training.clocked import ClockCallback
+from hf_dbp.training.guards import GuardCallback
 from hf_dbp.training.optimizers import checked_schedule
 from hf_dbp.training.processes import use_one_gpu
+from hf_dbp.training.restoring import MEASURED_SETTINGS, advance_schedule, best_saved, restore_weights, tensors_alone
 from hf_dbp.training.saving import (
     UNFINISHED,
     checkpoint_step,
@@ -41,154 +43,17 @@ from hf_dbp.training.saving import (
     move_files,
     publish,
     rotate,
+    whole_checkpoints,
 )
 from hf_dbp.training.stopping import StopOnSignal, Stopped, shield_workers
 
-__all__ = [
-    "SHAPING",
-    "ResumingTrainer",
-    "changed_arguments",
-    "compared_arguments",
-    "find_checkpoint",
-    "noted_changes",
-    "restore_weights",
-]
+__all__ = ["ResumingTrainer"]
 
 logger = logging.getLogger(__name__)
 
+C = TypeVar("C", bound=TrainerCallback)
 STATE = "trainer_state.json"
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of the optimizer's groups
-SHAPING = (
-    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "channel_files", "mask_suffix",
-    "train_val_split", "built_in_size",
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "data_seed",
-    "bf16", "fp16", "eta", "eta_schedule", "eta_stop", "kappa", "update_interval", "sample_fraction", "row_floor",
-    "row_cap", "bound_eta", "mask_ratio", "norm_pix_loss", "native_tiles", "image_statistics", "image_processor_name",
-)  # fmt: skip
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one named, else the last whole one in the output folder.
-
-    Raises:
-        ValueError: the one that was named is not whole.
-    """
-    if args.resume_from_checkpoint in (None, "true", "True", True):
-        return last_checkpoint(args.output_dir)
-    named = str(args.resume_from_checkpoint)
-    problem = fault(Path(named))
-    if problem is not None:
-        raise UserError(
-            f"checkpoint {named} is not whole: {problem}; without --resume_from_checkpoint the last whole one of "
-            "--output_dir is taken"
-        )
-    return named
-
-
-def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dict[str, list[Any]]:
-    """The arguments that shape training and differ from the checkpoint's: {name: [old, new]}.
-
-    Raises:
-        ValueError: method, optimizer or decorrelated layers differ, so that the checkpoint's tensors and states are of
-            no use; or the seed, with which order, views and held-out images change; or the weights to start from.
-    """
-    fixed: dict[str, tuple[Any, Any]] = {
-        name: (getattr(before, name), getattr(now, name)) for name in ("method", "optimizer", "seed")
-    }
-    for flag in ("model_name_or_path", *(["decorrelated_layers"] if before.method == "dbp" else [])):
-        new = now.arguments.get(flag)
-        fixed[flag] = (before.arguments.get(flag, new), new)
-    return compared_arguments(before.arguments, now.arguments, fixed, SHAPING, checkpoint)
-
-
-def compared_arguments(
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    fixed: Mapping[str, tuple[Any, Any]],
-    shaping: Sequence[str],
-    checkpoint: str,
-) -> dict[str, list[Any]]:
-    """The arguments of these names in both records that differ: {name: [old, new]}.
-
-    Raises:
-        ValueError: one of the ``fixed`` differs, given as flag -> (old, new).
-    """
-    for flag, (old, new) in fixed.items():
-        if old != new:
-            remedy = f"leave --{flag} out" if old is None else f"give --{flag} {old}"
-            raise UserError(
-                f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, {remedy}; to begin anew, another "
-                "--output_dir"
-            )
-    pairs = {name: (before[name], now[name]) for name in shaping if name in before and name in now}
-    return {name: [old, new] for name, (old, new) in pairs.items() if old != new}
-
-
-def noted_changes(
-    changed: Mapping[str, list[Any]], earlier: Mapping[str, Any], checkpoint: str, *, tell: bool
-) -> dict[str, Any]:
-    """`resumed_with` of a run that goes on from a checkpoint with other arguments: ``earlier`` changes and these."""
-    if not changed:
-        return {**earlier}
-    if tell:
-        told = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in changed.items())
-        logger.warning("%s goes on with other settings: %s", checkpoint, told)
-    return {**earlier, str(checkpoint_step(Path(checkpoint))): changed}
-
-
-def restore_weights(model: nn.Module, folder: str) -> None:
-    """Load a checkpoint's weights into ``model``, in place.
-
-    Names and shapes of a class of ours are checked by ``from_pretrained``, and of any that the checkpoint has under
-    older names. Another model that was decorrelated is not what its class makes of its configuration.
-
-    Raises:
-        ValueError: the tensors of the checkpoint are not those of the model; nothing is changed then.
-    """
-    if not isinstance(model, DBPViTMAEForPreTraining | DBPViTMAEModel):
-        tensors = {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
-        if shapes(tensors) == shapes(model.state_dict()):
-            model.load_state_dict(tensors)
-            return
-    if not isinstance(model, PreTrainedModel):
-        raise UserError(f"checkpoint {folder} does not have the tensors of the model, {type(model).__name__}")
-    saved, info = type(model).from_pretrained(
-        folder,
-        config=model.config,
-        output_loading_info=True,
-        dtype=model.dtype,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,
-    )
-    found = {
-        "lacks {} tensors of the model": info["missing_keys"],
-        "has {} tensors that the model lacks": info["unexpected_keys"],
-        "has {} tensors of another shape than the model": {key for key, *_ in info["mismatched_keys"]},
-    }
-    for problem, keys in found.items():
-        if keys:
-            raise UserError(
-                f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}; to go on, give "
-                "the flags it was trained with; to begin anew, another --output_dir"
-            )
-    model.load_state_dict(saved.state_dict())
-
-
-def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-@contextmanager
-def tensors_alone(checkpoint: str | None) -> Iterator[None]:
-    """Say that PyTorch's ``weights_only`` reader found more than tensors and numbers; nothing of it was executed."""
-    try:
-        yield
-    except UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {checkpoint} holds optimizer or random states with more than tensors in them, which could "
-            "execute code: they are not loaded; take it away to go on from an earlier one"
-        ) from error
 
 
 class EpochCallback(TrainerCallback):  # type: ignore[misc]
@@ -201,18 +66,50 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
         self.sampler.set_epoch(int(state.epoch))
 
 
-class ResumingTrainer(GuardedTrainer):
-    """transformers' Trainer with the saving of the module's docstring and numerical guards, on one GPU per process."""
+class ResumingTrainer(Trainer):  # type: ignore[misc]
+    """transformers' Trainer with the saving of the module's docstring and numerical guards, on one GPU per process.
+
+    Args:
+        model, args, kwargs: as for `transformers.Trainer`.
+        callbacks: as for `transformers.Trainer`; if a `DecorrelationCallback` is among them, R is guarded as well.
+        max_skipped_steps: the run ends when so many steps in a row were skipped by the guards.
+    """
 
     sampler: EpochSampler | None = None
+    optimizer: Any
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *rest: Any,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        max_skipped_steps: int = 5,
+        **kwargs: Any,
+    ) -> None:
         if args is not None:
             use_one_gpu(args)
-        super().__init__(model, args, **kwargs)
-        self.stop = StopOnSignal()
-        self.add_callback(self.stop)
+        self.stop, self.guard = StopOnSignal(), GuardCallback(max_skipped_steps)
+        super().__init__(model, args, *rest, callbacks=[*(callbacks or ()), self.stop, self.guard], **kwargs)
+        if isinstance(self.model, ViTMAEForPreTraining):  # its loss is a mean over images, and needs no labels
+            self.model_accepts_loss_kwargs, self.can_return_loss = False, True
         self._unfinished: Path | None = None
+        self.run_folder = Path(self.args.output_dir)  # of a search, that of the trial
+        self.saved: set[int] = set()  # steps of the checkpoints that this run has saved
+        self.restored: int | None = None  # step of the best checkpoint, once its weights are back
+
+    def skipped_steps(self) -> dict[str, Any]:
+        """``skipped_steps``: how many, also before a resume; ``skipped``: the first hundred, with cause and layer."""
+        return self.guard.skipped_steps(self.state)
+
+    def callbacks_of(self, kind: type[C]) -> list[C]:
+        """The callbacks of this Trainer of one kind."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
+
+    @property
+    def weights_step(self) -> int:
+        """The step after which the model had its present weights."""
+        return self.state.global_step if self.restored is None else self.restored
 
     def use_sampler(self, sampler: EpochSampler) -> None:
         """Draw the training images in this order."""
@@ -224,33 +121,86 @@ class ResumingTrainer(GuardedTrainer):
 
     def get_train_dataloader(self) -> Any:
         """The stock one, whose workers leave signals to the run (schedulers send them to the whole group)."""
+        if self._train_batch_size != self.args.train_batch_size:
+            self._note_batch(self._train_batch_size)
         loader = super().get_train_dataloader()
         shield_workers(loader.base_dataloader)
         return loader
 
     # ---- training ----
 
+    def _note_batch(self, size: int) -> None:
+        """`auto_find_batch_size` has come to another batch per device: from here on it is the one that was asked for.
+
+        Raises:
+            ValueError: the batch had fitted for some steps, which the stock Trainer would take again.
+        """
+        asked, step = self.args.per_device_train_batch_size, self.state.global_step
+        if step:
+            raise UserError(
+                f"--auto_find_batch_size: {asked} images per device fitted for {step} steps and do so no more; begin "
+                f"anew in another --output_dir with --per_device_train_batch_size {size}"
+            )
+        logger.warning("%d images per device do not fit: --per_device_train_batch_size is %d now", asked, size)
+        self.args.per_device_train_batch_size = size
+        self.optimizer = None  # its learning rate may follow the batch
+        if self.sampler is not None:
+            self.sampler.step_images = step_images(self.args) if self.args.dataloader_drop_last else 1
+            self.sampler.lanes = Lanes(self.sampler.lanes.count, size)
+        self.batch_found(asked, size)
+
+    def batch_found(self, asked: int, found: int) -> None:
+        """The batch per device is another than the one asked for: what a task derives from it."""
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        return checked_schedule(
+        schedule = checked_schedule(
             lambda steps: super(ResumingTrainer, self).create_scheduler(steps, optimizer), self.args, num_training_steps
         )
+        for group in self.optimizer.param_groups:  # not every schedule notes its peak
+            group.setdefault("initial_lr", group["lr"])
+        return schedule
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def weights_as_evaluated(self) -> None:
+        """Have the model hold the weights that are evaluated and saved: a schedule-free optimizer trains at others."""
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Loss of a micro-batch; after its last one a step is judged, before its gradients are clipped."""
+        seen = self.guard.micro_batches
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self.guard.micro_batches == seen:  # it was not the model that computed the loss
+            loss = self.guard.note(loss, self._prepare_inputs(inputs))
+        if self.accelerator.sync_gradients:
+            self.guard.judge(self.args, self.state, scaled=self.accelerator.scaler is not None)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for callback in self.callbacks_of(ReportingCallback):
+                logs |= callback.figures(self.state)
+        super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> Any:
         """As the stock one; ``True`` is the last whole checkpoint.
 
         Raises:
-            ValueError: ``True``, and there is none.
+            ValueError: ``True``, and there is none; or the folder holds checkpoints of another run.
             SystemExit: SIGTERM (status 143) or SIGINT (130) came; the checkpoint is saved.
         """
+        self.run_folder = Path(super()._get_output_dir(trial))
         resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, DecorrelationCallback):
-                callback.restorable = True
+        self._begin(resume_from_checkpoint)
+        self.before_training(resume_from_checkpoint)
+        for callback in self.callbacks_of(ReportingCallback):
+            callback.asked = True
+        for decorrelation in self.callbacks_of(DecorrelationCallback):
+            decorrelation.restorable, self.guard.decorrelation = True, decorrelation
         if self.args.should_save:
-            clear(Path(self.args.output_dir) / UNFINISHED)
+            clear(self.run_folder / UNFINISHED)
         try:
             with self.stop.listening():
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
         except Stopped as stopped:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # reporters close their files
             if self.is_world_process_zero():
@@ -261,14 +211,43 @@ class ResumingTrainer(GuardedTrainer):
                 )
             traceback.clear_frames(stopped.__traceback__)  # else they keep the DDP model, past the end of its group
             raise SystemExit(stopped.status) from None
+        finally:
+            self.guard.release()
+            for clock in self.callbacks_of(ClockCallback):
+                clock.stop()
+
+    def before_training(self, checkpoint: str | None) -> None:
+        """Before a new run begins (None) or goes on from a checkpoint: a task compares and takes over what it recorded.
+
+        Raises:
+            ValueError: the checkpoint is of another run than this one.
+        """
+
+    def _begin(self, checkpoint: str | None) -> None:
+        """Note which checkpoints are this run's: none yet, or those up to the one that it goes on from.
+
+        Raises:
+            ValueError: a new run would save among the checkpoints of another.
+        """
+        self.restored, there = None, whole_checkpoints(self.run_folder)
+        step = None if checkpoint is None else checkpoint_step(Path(checkpoint))
+        if checkpoint is not None and Path(checkpoint).resolve().parent == self.run_folder.resolve():
+            self.saved = {other for other in there if step is not None and other <= step}
+            return
+        self.saved = set()
+        if there and self.args.save_strategy != SaveStrategy.NO:
+            raise UserError(
+                f"{self.run_folder} holds checkpoints of another run, up to step {max(there)}: go on from them with "
+                "resume_from_checkpoint=True, or choose another output_dir"
+            )
 
     def named_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """What `train` resumes from: ``True`` is the last whole checkpoint, and a ValueError if there is none."""
         if resume_from_checkpoint is not True:
             return resume_from_checkpoint or None
-        last = last_checkpoint(self.args.output_dir)
+        last = last_checkpoint(self.run_folder)
         if last is None:
-            raise UserError(f"no whole checkpoint in {self.args.output_dir}")
+            raise UserError(f"no whole checkpoint in {self.run_folder}")
         return last
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -279,10 +258,13 @@ class ResumingTrainer(GuardedTrainer):
 
     # ---- saving ----
 
+    def before_saving(self) -> None:
+        """In all processes, before a checkpoint is written: what a task's record is to say in it."""
+
     @property
     def checkpoint(self) -> Path:
         """The folder of a checkpoint of this step."""
-        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        return self.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._unfinished or super()._get_output_dir(trial))
@@ -304,19 +286,20 @@ class ResumingTrainer(GuardedTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         run, checkpoint = self.checkpoint.parent, self.checkpoint
+        self.weights_as_evaluated()  # in all processes
+        self.before_saving()
+        before = self.state.best_model_checkpoint
         with self._writing(run, str(checkpoint)) as unfinished:
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
-            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best == checkpoint or (best.is_dir() and fault(best) is None):
-                self.state.best_model_checkpoint = str(best)
+            self.saved.add(self.state.global_step)
+            best = best_saved(self.args, self.state, self.saved, checkpoint, before)
+            self.state.best_model_checkpoint = None if best is None else str(best)
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / checkpoint.name / STATE))  # with the best one's final name
                 publish(unfinished / checkpoint.name, checkpoint)
-                rotate(
-                    run, self.args.save_total_limit, {checkpoint, Path(self.state.best_model_checkpoint or checkpoint)}
-                )
+                rotate(run, self.args.save_total_limit, {checkpoint, best or checkpoint})
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(checkpoint))
@@ -329,6 +312,7 @@ class ResumingTrainer(GuardedTrainer):
         """Model and image processor; present key names, which resume restores (platform trap)."""
         if not self.args.should_save:
             return
+        self.weights_as_evaluated()
         folder = Path(output_dir or self.args.output_dir)
         if self._unfinished is not None:
             self._write_model(folder, state_dict)
@@ -351,6 +335,14 @@ class ResumingTrainer(GuardedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """States come from the checkpoint, settings from the arguments of now: a lower learning rate has an effect."""
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
+        lost = [
+            name for name in ("optimizer.pt", "scheduler.pt") if checkpoint and not (Path(checkpoint) / name).exists()
+        ]
+        if lost:
+            lack = f"{checkpoint} lacks {' and '.join(lost)}"
+            advance_schedule(self.lr_scheduler, self.optimizer, self.state.global_step, lack)
+            return
+        schedule = dict(vars(self.lr_scheduler))
         with tensors_alone(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
@@ -359,7 +351,9 @@ class ResumingTrainer(GuardedTrainer):
             group.update(setting)
         if isinstance(self.lr_scheduler, LambdaLR):
             self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
-            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+        else:  # by measure: its settings, as factor and patience, are those of now
+            self.lr_scheduler.__dict__ |= {name: schedule[name] for name in schedule if name in MEASURED_SETTINGS}
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with tensors_alone(checkpoint):
@@ -374,5 +368,6 @@ class ResumingTrainer(GuardedTrainer):
         if problem is not None:
             logger.warning("The best checkpoint, %s, is lost (%s); the run ends with its last weights", best, problem)
             return
-        logger.info("Loading the best model, %s (%s %s)", best, self.args.metric_for_best_model, self.state.best_metric)
+        self.weights_as_evaluated()
+        self.restored = checkpoint_step(Path(best))
         restore_weights(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), best)

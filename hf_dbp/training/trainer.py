@@ -27,11 +27,13 @@ from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.errors import UserError
 from hf_dbp.records import RECORD, RunRecord
-from hf_dbp.training.clocked import ClockedTrainer
+from hf_dbp.training.arguments import PretrainingArguments
+from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.guards import NonFiniteError
 from hf_dbp.training.measurement import Meter
 from hf_dbp.training.optimizers import HiddenWithAdamW, decay_groups
-from hf_dbp.training.resuming import changed_arguments, noted_changes
+from hf_dbp.training.restoring import changed_arguments, noted_changes
+from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.stopping import shield_workers
 
 __all__ = ["MAETrainer"]
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
 
 
-class MAETrainer(ClockedTrainer):
+class MAETrainer(ResumingTrainer):
     """Trainer of masked autoencoders.
 
     Args:
@@ -63,14 +65,17 @@ class MAETrainer(ClockedTrainer):
         meter: Meter | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=collate, meter=meter, energy=record.energy, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over images, never a sum over tokens
+        self.cost = ClockCallback(meter, record.energy)
+        super().__init__(data_collator=collate, **kwargs)
+        self.add_callback(self.cost)
+        if decorrelation is not None:  # after the clock: what it does as a step begins is part of the step
+            self.add_callback(decorrelation)
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
         self.use_sampler(make_sampler(self.train_dataset.images, self.args))
         self.input = InputMeter()
         record.data["feeding"] = feeding(self.sampler, self.args)
-        if decorrelation is not None:  # right after the clock, so that what it adds to the logs reaches all others
-            self.callback_handler.callbacks.insert(1, decorrelation)
+        self._spent: dict[str, Any] = {}
+        self._measured: dict[int, float] = {}  # loss of the weights of this step, last evaluated
         self._probe_batch: dict[str, Tensor] | None = None
         self._losses = torch.zeros(2, device=self.args.device)  # sum and number of finite ones since the last row
 
@@ -97,6 +102,7 @@ class MAETrainer(ClockedTrainer):
         self, dataloader: torch.utils.data.DataLoader[Any], description: str, *args: Any, **kwargs: Any
     ) -> EvalLoopOutput:
         """Mean loss over all validation images of all ranks (the stock loop counts padded ones twice)."""
+        self.weights_as_evaluated()
         model = self.accelerator.unwrap_model(self.model_wrapped).eval()
         total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
@@ -111,22 +117,23 @@ class MAETrainer(ClockedTrainer):
         loss_sum, count = self.accelerator.reduce(total, reduction="sum").tolist()
         if not count:
             raise UserError(f"none of the {len(self.eval_dataset)} validation images can be read")
+        self.note_evaluation(loss_sum / count)
         return EvalLoopOutput(None, None, {"eval_loss": loss_sum / count}, int(count))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        before = self.clock.seconds
+        before = self.cost.clock.seconds
         batches, count = super().get_batch_samples(*args, **kwargs)
         images = sum(len(batch["pixel_values"]) for batch in batches) * self.args.world_size
-        self.input.add(images, self.clock.seconds - before)
+        self.input.add(images, self.cost.clock.seconds - before)
         return batches, count
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self.input.since_last(self.clock.seconds)
+            logs |= self.input.since_last(self.cost.clock.seconds)
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer | None = self.optimizer  # type: ignore[has-type]
+        optimizer: torch.optim.Optimizer | None = self.optimizer
         if optimizer is None and self.optimizer_name != "adamw":
             optimizer = HiddenWithAdamW(
                 model or self.model,
@@ -145,37 +152,50 @@ class MAETrainer(ClockedTrainer):
 
     # ---- clock and record ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
-        if resume_from_checkpoint is not None and (Path(resume_from_checkpoint) / RECORD).is_file():
-            before = RunRecord.read(Path(resume_from_checkpoint) / RECORD)
-            changed = changed_arguments(before, self.record, resume_from_checkpoint)
-            if "feeding" in before.data:
-                adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
-            self.record.rows, self.record.results = before.rows, before.results
-            if changed:
-                earlier, tell = before.results.get("resumed_with", {}), self.is_world_process_zero()
-                self.record.results["resumed_with"] = noted_changes(changed, earlier, resume_from_checkpoint, tell=tell)
-            if self.decorrelation is not None:
-                self.decorrelation.shares.preset(before.results.get("guards", {}))
-        spent = self.record.results
-        self.preset_costs(spent)
-        self.input.preset(spent.get("input", {}), self.clock.seconds)
+    def before_training(self, checkpoint: str | None) -> None:
+        spent: dict[str, Any] = {}
+        if checkpoint is not None and (Path(checkpoint) / RECORD).is_file():
+            spent = self._take_over(RunRecord.read(Path(checkpoint) / RECORD), checkpoint)
+        elif checkpoint is None:
+            self.record.rows, self.record.results, self._measured = [], {}, {}
+        self._spent = {name: spent[name] for name in ("train_seconds", "kwh", "input") if name in spent}
+        self._preset()
+
+    def _preset(self) -> None:
+        """Set clock and input to what had been spent when the run began or was resumed."""
+        self.cost.stop()
+        self.cost.preset(self._spent, kwh=self.is_world_process_zero())
+        self.input.preset(self._spent.get("input", {}), self.cost.clock.seconds)
+
+    def _take_over(self, before: RunRecord, checkpoint: str) -> dict[str, Any]:
+        """Go on with the record of a checkpoint's run; its results."""
+        changed = changed_arguments(before, self.record, checkpoint)
+        if "feeding" in before.data:
+            adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
+        self.record.rows, self.record.results = before.rows, before.results
+        if changed:
+            earlier, tell = before.results.get("resumed_with", {}), self.is_world_process_zero()
+            self.record.results["resumed_with"] = noted_changes(changed, earlier, checkpoint, tell=tell)
+        if self.decorrelation is not None:
+            self.decorrelation.shares.preset(before.results.get("guards", {}))
+        return self.record.results
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(*args, **kwargs)
         except NonFiniteError as error:
-            self.record.results |= self.costs() | self.guard_results() | {"stopped": str(error)}
+            self.record.results |= self.cost.costs(self.args) | self.guard_results() | {"stopped": str(error)}
             if self.args.should_save:
-                self.record.write(Path(self.args.output_dir) / RECORD)
+                self.record.write(self.run_folder / RECORD)
             raise
-        self.record.results |= self.costs() | self.input_results() | self.guard_results()
+        self.before_saving()
         return output
 
     def input_results(self) -> dict[str, Any]:
         """What the input did so far, over all processes, for the record; the clock must stand still."""
         lists = [data.images for data in (self.train_dataset, self.eval_dataset)]
         return {
-            "input": self.input.totals(self.clock.seconds),
+            "input": self.input.totals(self.cost.clock.seconds),
             "unreadable": unreadable_images(self.record.results.get("unreadable", {}), *lists),
         }
 
@@ -187,29 +207,32 @@ class MAETrainer(ClockedTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         views = self.train_dataset.finished(self._prepare_inputs(inputs))
         loss: Tensor = super().training_step(model, views, *args, **kwargs)
-        self._losses = self._losses + self.finite * torch.stack(
-            [loss * self.current_gradient_accumulation_steps, self.finite]
-        )
+        finite = self.guard.finite
+        self._losses = self._losses + finite * torch.stack([loss * self.current_gradient_accumulation_steps, finite])
         return loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.clock.paused():
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-            self.record.add_row(self.evaluation_row(metrics["eval_loss"]))
-            self.record.results |= self.input_results()
-            if self.args.should_save and self.is_in_train:  # for whoever watches the run
-                self.record.write(Path(self.args.output_dir) / RECORD)
-        return metrics
+    def note_evaluation(self, eval_loss: float) -> None:
+        """Add an evaluation now to the record, and write it for whoever watches the run.
+
+        Rows are of training: weights that have come back from a checkpoint have their row already.
+        """
+        row = self.evaluation_row(eval_loss)
+        self._measured = {self.weights_step: eval_loss}
+        if self.restored is None:
+            self.record.add_row(row)
+        self.record.results |= self.input_results()
+        if self.args.should_save and self.is_in_train:
+            self.record.write(self.run_folder / RECORD)
 
     def evaluation_row(self, eval_loss: float) -> dict[str, Any]:
         """The record's row for an evaluation now; the training loss is the mean of the finite ones since the last."""
         row: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
-            **self.costs(),
+            **self.cost.costs(self.args),
             "eval_loss": eval_loss,
         }
-        step_seconds = self.timer.median()
+        step_seconds = self.cost.timer.median()
         if step_seconds is not None:
             row["step_seconds"] = step_seconds
         if sys.platform != "win32":
@@ -225,11 +248,25 @@ class MAETrainer(ClockedTrainer):
         )
         return row | mean_correlations(layers) | {"decorrelation": layers}
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.clock.paused():
-            self.record.results |= self.costs() | self.input_results() | self.guard_results()
-            super()._save_checkpoint(*args, **kwargs)
+    def before_saving(self) -> None:
+        self.record.results |= self.cost.costs(self.args) | self.input_results() | self.guard_results()
+
+    def model_figure(self) -> dict[str, Any]:
+        """Step and, if these weights were evaluated in training, loss of the model as it is: `model` of the record."""
+        losses = {row["step"]: row["eval_loss"] for row in self.record.rows} | self._measured
+        step = self.weights_step
+        return {"step": step} | ({"eval_loss": losses[step]} if step in losses else {})
+
+    def batch_found(self, asked: int, found: int) -> None:
+        if isinstance(self.args, PretrainingArguments):
+            self.args.scale_learning_rate()
+        self._preset()  # attempts with another batch have trained nothing
+        self.record.data["feeding"] = feeding(self.sampler, self.args)
+        self.record.arguments |= {
+            "per_device_train_batch_size": found, "learning_rate": self.args.learning_rate
+        }  # fmt: skip
 
     def _write_model(self, *args: Any, **kwargs: Any) -> None:
         super()._write_model(*args, **kwargs)
+        self.record.results["model"] = self.model_figure()
         self.record.write(Path(args[0]) / RECORD)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hf_dbp.training.guards import GuardedTrainer
+from hf_dbp.training.guards import GuardCallback
 from hf_dbp.training.processes import end_processes
 
 RANK = int(os.environ["RANK"])
@@ -32,12 +32,11 @@ class Line(nn.Module):
         return {"loss": loss}
 
 
-class Recorded(GuardedTrainer):
+class Recorded(TrainerCallback):
     """Keeps the weights before every step."""
 
-    def training_step(self, *args, **kwargs):
-        weights.append(self._bare_model.slope.detach().clone())
-        return super().training_step(*args, **kwargs)
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        weights.append(model.slope.detach().clone())
 
 
 weights: list[torch.Tensor] = []
@@ -46,10 +45,11 @@ if __name__ == "__main__":
     options = {"max_steps": 5, "per_device_train_batch_size": 2, "learning_rate": 0.1, "max_grad_norm": 1.0}
     options |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     args = TrainingArguments(sys.argv[1], dataloader_pin_memory=False, **options)
-    trainer = Recorded(model=Line(), args=args, train_dataset=[{"x": torch.rand(3)} for _ in range(32)])
+    data = [{"x": torch.rand(3)} for _ in range(32)]
+    trainer = Trainer(model=Line(), args=args, train_dataset=data, callbacks=[Recorded(), guard := GuardCallback()])
     trainer.train()
-    weights.append(trainer._bare_model.slope.detach().clone())
-    found = {"weights": torch.stack(weights), "skipped": trainer.skipped_steps()["skipped"]}
+    weights.append(trainer.model.slope.detach().clone())
+    found = {"weights": torch.stack(weights), "skipped": guard.skipped_steps(trainer.state)["skipped"]}
     torch.save(found, Path(sys.argv[1]) / f"{RANK}.pt")
     del trainer
     end_processes()

@@ -42,7 +42,7 @@ from hf_dbp.training.arguments import RunArguments
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.processes import ending_processes
-from hf_dbp.training.resuming import find_checkpoint
+from hf_dbp.training.restoring import find_checkpoint
 from hf_dbp.training.saving import disk_errors
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
@@ -315,7 +315,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
     trainer.save_model()
     record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
-    record |= trainer.costs() | {"energy": {**trainer.energy}}
+    record |= trainer.cost.costs(args) | {"energy": {**trainer.cost.energy}}
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
     if args.should_save:

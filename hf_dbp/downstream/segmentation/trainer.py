@@ -9,7 +9,7 @@ It adds what the stock Trainer gets wrong or lacks here:
 - evaluation over whole images at label resolution, every image once whatever the number of processes;
 - the run's arguments in every checkpoint: with another encoder, data, crop, seed or optimizer no run goes on from it,
   other changes are told;
-- the clock of training alone, saving, stopping and resuming, which pre-training shares (`ClockedTrainer`).
+- saving, stopping and resuming, which pre-training shares (`ResumingTrainer`), and the clock of training alone.
 """
 
 import time
@@ -29,8 +29,10 @@ from hf_dbp.downstream.segmentation.mean_iou import SegmentationScores, scores_f
 from hf_dbp.downstream.segmentation.upernet import parameter_groups, synchronize_batch_norm
 from hf_dbp.errors import UserError
 from hf_dbp.records import read_arguments, write_json
-from hf_dbp.training.clocked import ClockedTrainer
-from hf_dbp.training.resuming import SHAPING, compared_arguments, noted_changes
+from hf_dbp.training.clocked import ClockCallback
+from hf_dbp.training.measurement import Meter
+from hf_dbp.training.restoring import SHAPING, compared_arguments, noted_changes
+from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.stopping import shield_workers
 
 __all__ = ["SegmentationTrainer"]
@@ -46,13 +48,15 @@ FIXED = (
 SHAPING_TOO = ("long_edge", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
-class SegmentationTrainer(ClockedTrainer):
+class SegmentationTrainer(ResumingTrainer):
     """Trainer of a stock UperNet.
 
     Args:
         crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
         layer_decay: as in `parameter_groups`.
         arguments: what the run was given, by name, to be kept in its checkpoints and compared on resume.
+        meter: measures this node's energy; None in all but one process of a node.
+        energy: the meter's description, with the carbon intensity; empty where there is no meter.
         kwargs: as for `transformers.Trainer`; `train_dataset` is a `TrainingCrops` (None to evaluate
             alone), `eval_dataset` a `WholeImages`.
 
@@ -64,7 +68,14 @@ class SegmentationTrainer(ClockedTrainer):
     control: Any
 
     def __init__(
-        self, *, crop_size: int, layer_decay: float = 1.0, arguments: Mapping[str, Any] | None = None, **kwargs: Any
+        self,
+        *,
+        crop_size: int,
+        layer_decay: float = 1.0,
+        arguments: Mapping[str, Any] | None = None,
+        meter: Meter | None = None,
+        energy: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.crop_size, self.layer_decay, self.arguments = crop_size, layer_decay, arguments or {}
         self.resumed_with: dict[str, Any] = {}
@@ -75,6 +86,8 @@ class SegmentationTrainer(ClockedTrainer):
         model.accepts_loss_kwargs = False
         model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
         super().__init__(**kwargs)
+        self.cost = ClockCallback(meter, energy)
+        self.add_callback(self.cost)
         patch = model.config.backbone_config.patch_size
         if crop_size % patch:
             raise UserError(f"crop_size {crop_size} is no multiple of the patch size {patch}")
@@ -106,36 +119,34 @@ class SegmentationTrainer(ClockedTrainer):
 
     # ---- arguments in checkpoints ----
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        checkpoint = self.named_checkpoint(resume_from_checkpoint)
-        if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
-            self._compare(checkpoint)
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-
-    def _compare(self, checkpoint: str) -> None:
+    def before_training(self, checkpoint: str | None) -> None:
         """Take over what the checkpoint says of earlier changes and costs, and add the changes of now.
 
         Raises:
             ValueError: an argument of `FIXED` differs: the checkpoint is of another model, not of this one begun.
         """
-        before, self.resumed_with, spent = read_arguments(Path(checkpoint) / ARGUMENTS)
-        known = [name for name in FIXED if name in before and name in self.arguments]
-        fixed = {name: (before[name], self.arguments[name]) for name in known}
-        changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *SHAPING_TOO), checkpoint)
-        tell = self.is_world_process_zero()
-        self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
-        self.preset_costs(spent)
+        self.resumed_with, spent = {}, dict[str, float]()
+        if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
+            before, self.resumed_with, spent = read_arguments(Path(checkpoint) / ARGUMENTS)
+            known = [name for name in FIXED if name in before and name in self.arguments]
+            fixed = {name: (before[name], self.arguments[name]) for name in known}
+            changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *SHAPING_TOO), checkpoint)
+            tell = self.is_world_process_zero()
+            self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
+        self.cost.preset(spent, kwh=self.is_world_process_zero())
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self.clock.paused():
-            self.paid = self.costs()  # over all processes, of which one writes
-            super()._save_checkpoint(*args, **kwargs)
+    def before_saving(self) -> None:
+        self.paid = self.cost.costs(self.args)  # over all processes, of which one writes
 
     def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         super()._write_model(folder, state_dict)
         if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
             content = {"arguments": self.arguments, "resumed_with": self.resumed_with, "costs": self.paid}
             write_json(folder / ARGUMENTS, content)
+
+    def batch_found(self, asked: int, found: int) -> None:
+        self._check_batches(self.model)
+        self.arguments = {**self.arguments, "per_device_train_batch_size": found}
 
     # ---- data and optimizer ----
 
@@ -198,11 +209,8 @@ class SegmentationTrainer(ClockedTrainer):
     def evaluate(
         self, eval_dataset: WholeImages | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and scores over all pixels of all whole images of all processes; the clock stands still."""
-        with self.clock.paused():
-            return self._scored(eval_dataset, metric_key_prefix)
-
-    def _scored(self, eval_dataset: WholeImages | None, metric_key_prefix: str) -> dict[str, float]:
+        """Loss and scores over all pixels of all whole images of all processes."""
+        self.weights_as_evaluated()
         start, model = time.perf_counter(), self.accelerator.unwrap_model(self.model_wrapped).eval()
         if (
             self.args.world_size > 1

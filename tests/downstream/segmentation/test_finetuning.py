@@ -197,16 +197,15 @@ def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, 
 
 def test_what_training_alone_cost_is_recorded_and_adds_up_over_a_resume(encoder, tmp_path, monkeypatch):
     """The clock stands still in evaluations, however slow."""
-    stock, stood = SegmentationTrainer._scored, []
+    stock, stood = SegmentationTrainer.get_eval_dataloader, []
 
     def slow(self, *args):
-        before = self.clock.seconds
+        before = self.cost.clock.seconds
         time.sleep(0.2)
-        scores = stock(self, *args)
-        stood.append(self.clock.seconds == before)
-        return scores
+        stood.append(self.cost.clock.seconds == before)
+        return stock(self, *args)
 
-    monkeypatch.setattr(SegmentationTrainer, "_scored", slow)
+    monkeypatch.setattr(SegmentationTrainer, "get_eval_dataloader", slow)
     flags = [*FLAGS, *encoder, "--country", "NLD", "--output_dir", str(tmp_path / "run")]
     first = main([*flags, "--max_steps", "2"])
     kept = json.loads((tmp_path / "run" / "checkpoint-2" / "arguments.json").read_text())["costs"]

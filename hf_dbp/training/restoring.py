@@ -1,0 +1,242 @@
+"""Whether and how a run goes on from a checkpoint: which one, with which changed arguments, with which weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_dbp.errors import UserError
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
+from hf_dbp.records import RunRecord
+from hf_dbp.training.saving import checkpoint_step, fault, last_checkpoint
+
+__all__ = [
+    "MEASURED_SETTINGS",
+    "SHAPING",
+    "advance_schedule",
+    "best_saved",
+    "changed_arguments",
+    "compared_arguments",
+    "find_checkpoint",
+    "noted_changes",
+    "restore_weights",
+    "tensors_alone",
+]
+
+logger = logging.getLogger(__name__)
+
+MEASURED_SETTINGS = frozenset(
+    {
+        "factor",
+        "patience",
+        "cooldown",
+        "warmup",
+        "mode",
+        "threshold",
+        "threshold_mode",
+        "eps",
+        "smooth",
+        "window_size",
+        "min_lrs",
+        "max_lrs",
+        "_init_lrs",
+    }
+)  # fmt: skip  of schedules that follow a measurement, ReduceLROnPlateau and GreedyLR
+SHAPING = (
+    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "channel_files", "mask_suffix",
+    "train_val_split", "built_in_size",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "data_seed",
+    "bf16", "fp16", "eta", "eta_schedule", "eta_stop", "kappa", "update_interval", "sample_fraction", "row_floor",
+    "row_cap", "bound_eta", "mask_ratio", "norm_pix_loss", "native_tiles", "image_statistics", "image_processor_name",
+)  # fmt: skip
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: the one named, else the last whole one in the output folder.
+
+    Raises:
+        ValueError: the one that was named is not whole.
+    """
+    if args.resume_from_checkpoint in (None, "true", "True", True):
+        return last_checkpoint(args.output_dir)
+    named = str(args.resume_from_checkpoint)
+    problem = fault(Path(named))
+    if problem is not None:
+        raise UserError(
+            f"checkpoint {named} is not whole: {problem}; without --resume_from_checkpoint the last whole one of "
+            "--output_dir is taken"
+        )
+    return named
+
+
+def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dict[str, list[Any]]:
+    """The arguments that shape training and differ from the checkpoint's: {name: [old, new]}.
+
+    Raises:
+        ValueError: method, optimizer or decorrelated layers differ, so that the checkpoint's tensors and states are of
+            no use; or the seed, with which order, views and held-out images change; or the weights to start from.
+    """
+    fixed: dict[str, tuple[Any, Any]] = {
+        name: (getattr(before, name), getattr(now, name)) for name in ("method", "optimizer", "seed")
+    }
+    for flag in ("model_name_or_path", *(["decorrelated_layers"] if before.method == "dbp" else [])):
+        new = now.arguments.get(flag)
+        fixed[flag] = (before.arguments.get(flag, new), new)
+    return compared_arguments(before.arguments, now.arguments, fixed, SHAPING, checkpoint)
+
+
+def compared_arguments(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    fixed: Mapping[str, tuple[Any, Any]],
+    shaping: Sequence[str],
+    checkpoint: str,
+) -> dict[str, list[Any]]:
+    """The arguments of these names in both records that differ: {name: [old, new]}.
+
+    Raises:
+        ValueError: one of the ``fixed`` differs, given as flag -> (old, new).
+    """
+    for flag, (old, new) in fixed.items():
+        if old != new:
+            remedy = f"leave --{flag} out" if old is None else f"give --{flag} {old}"
+            raise UserError(
+                f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, {remedy}; to begin anew, another "
+                "--output_dir"
+            )
+    pairs = {name: (before[name], now[name]) for name in shaping if name in before and name in now}
+    return {name: [old, new] for name, (old, new) in pairs.items() if old != new}
+
+
+def noted_changes(
+    changed: Mapping[str, list[Any]], earlier: Mapping[str, Any], checkpoint: str, *, tell: bool
+) -> dict[str, Any]:
+    """`resumed_with` of a run that goes on from a checkpoint with other arguments: ``earlier`` changes and these."""
+    if not changed:
+        return {**earlier}
+    if tell:
+        told = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in changed.items())
+        logger.warning("%s goes on with other settings: %s", checkpoint, told)
+    return {**earlier, str(checkpoint_step(Path(checkpoint))): changed}
+
+
+def restore_weights(model: nn.Module, folder: str) -> None:
+    """Load a checkpoint's weights into ``model``, in place.
+
+    Names and shapes of a class of ours are checked by ``from_pretrained``, and of any that the checkpoint has under
+    older names. Another model that was decorrelated is not what its class makes of its configuration.
+
+    Raises:
+        ValueError: the tensors of the checkpoint are not those of the model; nothing is changed then.
+    """
+    if not isinstance(model, DBPViTMAEForPreTraining | DBPViTMAEModel):
+        tensors = {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
+        if shapes(tensors) == shapes(model.state_dict()):
+            model.load_state_dict(tensors)
+            return
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"checkpoint {folder} does not have the tensors of the model, {type(model).__name__}")
+    saved, info = type(model).from_pretrained(
+        folder,
+        config=model.config,
+        output_loading_info=True,
+        dtype=model.dtype,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,
+    )
+    found = {
+        "lacks {} tensors of the model": info["missing_keys"],
+        "has {} tensors that the model lacks": info["unexpected_keys"],
+        "has {} tensors of another shape than the model": {key for key, *_ in info["mismatched_keys"]},
+    }
+    for problem, keys in found.items():
+        if keys:
+            raise UserError(
+                f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}; to go on, give "
+                "the flags it was trained with; to begin anew, another --output_dir"
+            )
+    model.load_state_dict(saved.state_dict())
+
+
+def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@contextmanager
+def tensors_alone(checkpoint: str | None) -> Iterator[None]:
+    """Say that PyTorch's ``weights_only`` reader found more than tensors and numbers; nothing of it was executed."""
+    try:
+        yield
+    except UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {checkpoint} holds optimizer or random states with more than tensors in them, which could "
+            "execute code: they are not loaded; take it away to go on from an earlier one"
+        ) from error
+
+
+def best_saved(
+    args: TrainingArguments, state: TrainerState, saved: Collection[int], checkpoint: Path, before: str | None
+) -> Path | None:
+    """The best evaluated checkpoint of a run; None if none was evaluated.
+
+    Args:
+        args: name the metric.
+        state: holds what was measured, by step.
+        saved: steps of the run's checkpoints in the folder of ``checkpoint``.
+        checkpoint: the one that is being written.
+        before: the best so far; after a resume from another folder it lies there.
+    """
+    metric = args.metric_for_best_model
+    if metric is None:
+        return None
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    values = {row["step"]: row[name] for row in state.log_history if name in row}
+    folders = {step: checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}") for step in saved if step in values}
+    step = None if before is None else checkpoint_step(Path(before))
+    if before is not None and step is not None and step in values:
+        folders.setdefault(step, Path(before))
+    whole = [step for step, folder in folders.items() if folder == checkpoint or fault(folder) is None]
+    finite = [step for step in whole if math.isfinite(values[step])]
+    sign = -1 if args.greater_is_better else 1
+    return folders[min(finite, key=lambda step: (sign * values[step], step))] if finite else None
+
+
+def advance_schedule(schedule: LRScheduler, optimizer: Optimizer, step: int, lack: str) -> None:
+    """Go on from a checkpoint of the model alone: the schedule where the step has it, the optimizer afresh.
+
+    Args:
+        schedule: of ``optimizer``, whose learning rates it sets.
+        optimizer: fresh.
+        step: of the checkpoint.
+        lack: says which checkpoint lacks what.
+
+    Raises:
+        ValueError: the schedule follows from what was measured, not from the step.
+    """
+    if not isinstance(schedule, LambdaLR):
+        raise UserError(
+            f"{lack} (--save_only_model), from which --lr_scheduler_type, {type(schedule).__name__}, would go on: "
+            "start a new run from its weights"
+        )
+    logger.warning(
+        "%s (--save_only_model): the optimizer begins afresh, without its moments; the learning rate goes on at step "
+        "%d of its schedule. The run is not what it would have been undisturbed",
+        lack, step,
+    )  # fmt: skip
+    schedule.last_epoch = step
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(step)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
