@@ -32,13 +32,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hf_dbp.data.decoding import UnreadableImageError
-from hf_dbp.data.images import ImageList, channel_statistics
+from hf_dbp.data.images import ImageList, channel_statistics, share_value_range
+from hf_dbp.data.values import ValueRange
 from hf_dbp.downstream import onnx_run
 from hf_dbp.downstream.features import CentralSquares, add_data_flags, image_source, open_images
+from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.inference import WholeImages, whole_image_logits
 from hf_dbp.downstream.segmentation.upernet import load_upernet, load_vit
 from hf_dbp.errors import UserError, command
-from hf_dbp.hub.untrusted import read_config, read_statistics
+from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
 from hf_dbp.records import hardware, versions, write_json
 
 __all__ = ["export_model", "main"]
@@ -136,19 +138,28 @@ def readable(images: ImageList, count: int) -> list[NDArray[Any]]:
 
 
 def export_encoder(
-    source: str, images: list[NDArray[Any]], mean: Sequence[float], std: Sequence[float], folder: Path, **hub: Any
+    source: str,
+    images: list[NDArray[Any]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    folder: Path,
+    value_range: ValueRange,
+    **hub: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[float, float]]:
     """Write an encoder; returns preprocessing, differences and the latencies of PyTorch and onnxruntime."""
     vit = load_vit(source, **hub).eval()
     model, size, patch = Encoder(vit), sides(vit.config.image_size), sides(vit.config.patch_size)
-    squares = CentralSquares(ImageList([], "image"), size, mean, std)
+    none = ImageList([], "image")
+    none.value_range = value_range
+    squares = CentralSquares(none, size, mean, std)
     # another size than the model's own, or the exporter would take the two for one
     other = (size[0] + 2 * patch[0], size[1] + patch[1])
-    larger = CentralSquares(ImageList([], "image"), other, mean, std)
+    larger = CentralSquares(none, other, mean, std)
     own, wide = (torch.stack([views.view(image) for image in images]) for views in (squares, larger))
     write_onnx(model, wide[:2], folder / MODEL, "last_hidden_state", patch)
     how = {"schema": 1, "kind": "encoder", "model": source, "size": list(size), "patch": list(patch),
-           "mean": list(mean), "std": list(std), "input": "pixel_values", "output": "last_hidden_state",
+           "mean": list(mean), "std": list(std), "value_range": list(value_range), "input": "pixel_values",
+           "output": "last_hidden_state",
            "free_axes": ["batch", "height", "width"]}  # fmt: skip
     write_json(folder / "preprocessing.json", how)
     session = onnx_run.Model(folder)
@@ -163,14 +174,16 @@ def export_encoder(
 
 def export_segmenter(
     source: str, images: list[NDArray[Any]], mean: Sequence[float], std: Sequence[float], folder: Path,
-    crop_size: int | None, long_edge: int | None, **hub: Any,
+    crop_size: int | None, long_edge: int | None, value_range: ValueRange, **hub: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[float, float]]:  # fmt: skip
     """Write a segmenter; as `export_encoder`."""
     names = {int(number): str(name) for number, name in read_config(source, **hub)["id2label"].items()}
     upernet = load_upernet(source, names, ignore_index=-100 if 255 in names else 255, **hub).eval()
     side = crop_size or max(sides(upernet.config.backbone_config.image_size))
     edge = side if long_edge is None else long_edge or None
-    data = WholeImages(None, edge, mean, std)  # type: ignore[arg-type]  # its `pixels` alone is asked for
+    none = LabelledImages([], ("image", "annotation"), num_labels=len(names), ignore_index=-1)
+    none.value_range = value_range
+    data = WholeImages(none, edge, mean, std)  # its `pixels` alone is asked for
     pixels = [data.pixels(image) for image in images]
     padded = [
         nn.functional.pad(one, (0, max(0, side - one.shape[2]), 0, max(0, side - one.shape[1]))) for one in pixels
@@ -179,7 +192,8 @@ def export_segmenter(
     model = Segmenter(upernet)
     write_onnx(model, windows[:2], folder / MODEL, "logits", None)
     how = {"schema": 1, "kind": "segmenter", "model": source, "window": side, "long_edge": edge, "mean": list(mean),
-           "std": list(std), "labels": names, "input": "pixel_values", "output": "logits",
+           "std": list(std), "value_range": list(value_range), "labels": names, "input": "pixel_values",
+           "output": "logits",
            "free_axes": ["batch"]}  # fmt: skip
     write_json(folder / "preprocessing.json", how)
     session = onnx_run.Model(folder)
@@ -219,11 +233,13 @@ def export_model(
     if len(pictures) < 2:
         raise UserError(f"{len(pictures)} images can be read; the check needs two")
     folder.mkdir(parents=True, exist_ok=True)
+    share_value_range(images, kept=read_value_range(source, **hub))
     mean, std = read_statistics(source, **hub) or channel_statistics(images)
+    own = {"value_range": images.value_range, **hub}
     if kind == "upernet":
-        how, found, times = export_segmenter(source, pictures, mean, std, folder, crop_size, long_edge, **hub)
+        how, found, times = export_segmenter(source, pictures, mean, std, folder, crop_size, long_edge, **own)
     else:
-        how, found, times = export_encoder(source, pictures, mean, std, folder, **hub)
+        how, found, times = export_encoder(source, pictures, mean, std, folder, **own)
     shutil.copyfile(str(onnx_run.__file__), folder / "run.py")
     record = {
         "schema": 1, "task": "export", "kind": how["kind"], "model": source, "checks": found, "tolerance": TOLERANCE,

@@ -5,7 +5,8 @@
 `hf-dbp export` puts a copy of this file beside the model. It imports nothing of hf_dbp, so the folder can be taken
 anywhere. `preprocessing.json` is all there is to know; this is what it means:
 
-1. `channels` arrays (height, width) make an image; 8- and 16-bit values are divided by 255 and 65535.
+1. `channels` arrays (height, width) make an image; 8- and 16-bit values are divided by 255 and 65535, of other values
+   `value_range` [low, high] becomes 0 to 1.
 2. ``centre_square`` (encoder): the largest central part of the model's aspect, scaled to `size` (height, width).
    ``long_edge`` (segmenter): scaled so that the longer side has `long_edge` pixels, rounded down; null: as it is.
    Scaling is Pillow's bicubic, channel by channel, in the image's own type (16 bits as float).
@@ -77,8 +78,9 @@ class Model:
         else:
             scale = self.how["long_edge"] / max(height, width) if self.how["long_edge"] else 1.0
             size, box = (max(1, int(height * scale)), max(1, int(width * scale))), (0, 0, width, height)
-        factor = {"uint8": 1 / 255, "uint16": 1 / 65535}.get(str(image_HWC.dtype), 1.0)
-        values = resized(image_HWC, size, box).astype(np.float32) * np.float32(factor)
+        ranges = {"uint8": (0, 255), "uint16": (0, 65535)}
+        low, high = ranges.get(str(image_HWC.dtype), self.how.get("value_range", (0, 1)))
+        values = (resized(image_HWC, size, box).astype(np.float32) - np.float32(low)) * np.float32(1 / (high - low))
         values = (values - np.float32(self.how["mean"])) / np.float32(self.how["std"])
         return np.ascontiguousarray(np.moveaxis(values, 2, 0))
 

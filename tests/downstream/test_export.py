@@ -12,7 +12,9 @@ from transformers import ViTConfig, ViTModel
 
 from hf_dbp.cli import main
 from hf_dbp.data.augmentation import center_box, resized
+from hf_dbp.data.values import pixel_values
 from hf_dbp.downstream import export, onnx_run
+from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels, window_origins
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet
 
@@ -85,6 +87,12 @@ def test_an_encoder_is_equal_at_two_sizes_and_batches_and_runs_alone(folder, cap
     np.testing.assert_allclose(alone(folder, folder / "images" / "0.png"), feature.numpy(), atol=1e-4)
 
 
+def unseen(value_range=(0.0, 1.0)):
+    images = LabelledImages([], ("image", "annotation"), num_labels=3, ignore_index=255)
+    images.value_range = value_range
+    return images
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_segmenter_labels_whole_images_as_evaluation_does_and_runs_alone(folder):
@@ -95,7 +103,7 @@ def test_a_segmenter_labels_whole_images_as_evaluation_does_and_runs_alone(folde
     assert len({tuple(c["whole_image"]) for c in record["checks"] if "whole_image" in c}) == 4
     assert max(check["largest_difference"] for check in record["checks"]) < 1e-4
     model = load_upernet(str(folder / "upernet"), {0: "a", 1: "b", 2: "c"}).eval()
-    data = WholeImages(None, 56, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
+    data = WholeImages(unseen(), 56, [0.5, 0.4, 0.3], [0.3, 0.2, 0.1])
     image = np.asarray(Image.open(folder / "images" / "0.png"))
     expected = predict_labels(model, data, image, 32).numpy()
     given = alone(folder, folder / "images" / "0.png")
@@ -104,15 +112,19 @@ def test_a_segmenter_labels_whole_images_as_evaluation_does_and_runs_alone(folde
     assert len(np.unique(expected)) > 1
 
 
-@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 3), ("uint8", 2), ("uint16", 1), ("float32", 5)])
+@pytest.mark.parametrize(
+    ("dtype", "channels"), [("uint8", 3), ("uint8", 2), ("uint16", 1), ("float32", 5), ("int16", 1)]
+)
 @pytest.mark.parametrize("long_edge", [None, 20, 90])
 def test_preprocessing_is_that_of_evaluation_for_any_depth(dtype, channels, long_edge):
     rng = np.random.default_rng(0)
-    image = (rng.random((37, 53, channels)) * {"uint8": 255, "uint16": 65535}.get(dtype, 1)).astype(dtype)
+    image = (rng.random((37, 53, channels)) * {"uint8": 255, "uint16": 65535, "int16": 999}.get(dtype, 1)).astype(dtype)
+    value_range = (-200.0, 999.0) if dtype == "int16" else (0.0, 1.0)
+    image = pixel_values(image)
     mean, std = [0.4] * channels, [0.2] * channels
     model = onnx_run.Model.__new__(onnx_run.Model)
-    model.how = {"kind": "segmenter", "long_edge": long_edge, "mean": mean, "std": std}
-    expected = WholeImages(None, long_edge, mean, std).pixels(image).numpy()
+    model.how = {"kind": "segmenter", "long_edge": long_edge, "mean": mean, "std": std, "value_range": value_range}
+    expected = WholeImages(unseen(value_range), long_edge, mean, std).pixels(image).numpy()
     np.testing.assert_allclose(model.pixels(image), expected, atol=1e-4)
 
 
