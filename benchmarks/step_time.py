@@ -12,6 +12,7 @@ Methods
     dbp_interval        the same with a step of R every 5 steps
     dbp_block_inputs    a step of R every step, patch projection, q/k/v and first MLP linear only
     dbp_fast            block inputs every 5 steps
+    dbp_full            every linear of encoder and decoder, every 5 steps
     <method>+compile    with --compile
 
 A step is forward, backward, fused AdamW and the update of R. Reported are medians over the repeats: seconds of each
@@ -47,10 +48,10 @@ from hf_dbp.update import set_gathering
 
 INTERVAL = 5
 PARTS = ("forward", "backward", "optimizer", "update")
-CHOICES = {"bp": "none", "dbp": "encoder", "dbp_interval": "encoder"} | dict.fromkeys(
+CHOICES = {"bp": "none", "dbp": "encoder", "dbp_interval": "encoder", "dbp_full": "full"} | dict.fromkeys(
     ("dbp_block_inputs", "dbp_fast"), "block_inputs"
 )
-METHODS = ("stock", "bp", "naive", "dbp", "dbp_interval", "dbp_block_inputs", "dbp_fast")
+METHODS = ("stock", "bp", "naive", "dbp", "dbp_interval", "dbp_block_inputs", "dbp_fast", "dbp_full")
 
 
 class NaiveLayer(nn.Module):
@@ -110,7 +111,7 @@ class Method:
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=args.dtype == "bf16")
-        self.interval = INTERVAL if self.base in ("dbp_interval", "dbp_fast") else 1
+        self.interval = INTERVAL if self.base in ("dbp_interval", "dbp_fast", "dbp_full") else 1
 
     def step(self, pixels: Tensor, mark: Callable[[], None], due: bool = True) -> None:
         """One training step, with an update of R if ``due``; ``mark`` is called first and after each part."""
