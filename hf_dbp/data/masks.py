@@ -1,4 +1,4 @@
-"""Masks of class ids from files: index images, colours or grey values by a palette, or 0 and 255; and their folders.
+"""Masks of class ids from files: index images, colours or grey values by a palette, or two values.
 
 A palette file is YAML or JSON, a class name to its colour or grey value, in the order of the class ids:
 
@@ -7,7 +7,11 @@ A palette file is YAML or JSON, a class name to its colour or grey value, in the
     pad: ["#00ff00", "#00ffff"]      # several colours for one class
     ignore: "#ffffff"                # this name: neither learned nor scored
 
-``binary`` in place of a file means 0 is ``background`` and 255 (or 1) ``foreground``.
+``binary`` in place of a file means that a mask holds two values, whatever they are: 0 is ``background`` and the other
+one ``foreground``.
+
+Masks of a set must mean the same: `MaskKind` is what a mask shows of its meaning, `check_kinds` compares. Whole numbers
+are ids however they are stored, as 8 or 16 bits or as floats; 1-bit masks hold the ids 0 and 1.
 
 Shapes: H, W height and width; K classes.
 """
@@ -15,41 +19,42 @@ Shapes: H, W height and width; K classes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from hf_dbp.data.folders import MASKS, Samples, file_table, is_mask, open_pictures
-from hf_dbp.data.left_out import LeftOut
-from hf_dbp.data.sources import pick_splits
+from hf_dbp.data.decoding import encoded_bytes
 from hf_dbp.errors import UserError
 from hf_dbp.recipes import safe_yaml
 
 __all__ = [
     "BINARY",
+    "FULL",
     "IGNORE",
-    "Pairing",
-    "Pairs",
+    "MaskKind",
     "Palette",
-    "UnpairedError",
+    "check_kinds",
     "colour_names",
+    "grey_code",
     "index_mask",
-    "pair_folders",
-    "pair_tables",
+    "mask_kind",
+    "read_palette",
     "rgb_codes",
+    "same_palettes",
+    "whole_numbers",
 ]
 
 Array = NDArray[Any]
-Pairs = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]  # name -> the files of the image and of the mask
 BINARY = "binary"
 IGNORE = "ignore"
+WIDE = 1 << 24  # added to the code of a grey value above 255, which is no colour of 8 bits
+FULL = (1, 255, 65535)  # what writers store for "foreground" in 1, 8 and 16 bits
 
 
 class Palette:
@@ -70,7 +75,7 @@ class Palette:
         self.source = source
         if source == BINARY:
             self.names = {0: "background", 1: "foreground"}
-            entries = {0x000000: 0, 0xFFFFFF: 1, 0x010101: 1}
+            entries: dict[int, int] = {}
         else:
             content = read_palette(source)
             names = [name for name in content if name != IGNORE]
@@ -81,22 +86,36 @@ class Palette:
                     if code in entries:
                         raise UserError(f"--palette {source}: {colour_names([code])[0]} has two names; give it one")
                     entries[code] = ignore_index if name == IGNORE else names.index(name)
-        self.codes = np.array(sorted(entries), np.int32)
+        self.codes = np.array(sorted(entries), np.int64)
         self.ids = np.array([entries[int(code)] for code in self.codes], np.int32)
 
     def __call__(self, mask: Any) -> Array:
         """Class ids (H, W) of a stored mask. ValueError that names colours without a class."""
         codes_HW = rgb_codes(mask)
+        if self.source == BINARY:
+            return two_values(codes_HW)
         position_HW = np.searchsorted(self.codes, codes_HW).clip(max=len(self.codes) - 1)
         unknown_HW = self.codes[position_HW] != codes_HW
         if unknown_HW.any():
             codes, counts = np.unique(codes_HW[unknown_HW], return_counts=True)
             found = ", ".join(colour_names(codes[np.argsort(-counts)][:5]))
             hint = "; JPEG smears colours, so save masks as PNG" if len(codes) > 64 else ""
-            remedy = "this is no 0/255 mask" if self.source == BINARY else f"add them to {self.source}"
-            raise UserError(f"the mask has {len(codes)} colours without a class, above all {found}: {remedy}{hint}")
+            raise UserError(
+                f"the mask has {len(codes)} colours without a class, above all {found}: add them to {self.source}{hint}"
+            )
         ids_HW: Array = self.ids[position_HW]
         return ids_HW
+
+
+def two_values(codes_HW: Array) -> Array:
+    """0 where a mask is 0, else 1. UserError for a mask of more than one other value."""
+    codes, counts = np.unique(codes_HW[codes_HW != 0], return_counts=True)
+    if len(codes) > 1:
+        found = ", ".join(colour_names(codes[np.argsort(-counts)][:5]))
+        hint = "; JPEG smears values, so save masks as PNG" if len(codes) > 8 else ""
+        raise UserError(f"the mask has {len(codes)} values beside 0, above all {found}: this is no binary mask{hint}")
+    ids_HW: Array = (codes_HW != 0).astype(np.int32)
+    return ids_HW
 
 
 def read_palette(source: str) -> dict[str, list[Any]]:
@@ -115,8 +134,10 @@ def is_list_of_colours(value: Any) -> bool:
 
 
 def colour_code(colour: Any, source: str) -> int:
-    """0xRRGGBB of "#rrggbb" or a colour name, [r, g, b] or a grey value."""
-    values = [colour] * 3 if isinstance(colour, int) else colour
+    """The code, as of `rgb_codes`, of "#rrggbb" or a colour name, [r, g, b] or a grey value."""
+    if isinstance(colour, int) and 0 <= colour < 2**32:
+        return grey_code(colour)
+    values = colour
     if isinstance(colour, str):
         with contextlib.suppress(ValueError):
             values = ImageColor.getcolor(colour, "RGB")
@@ -126,21 +147,45 @@ def colour_code(colour: Any, source: str) -> int:
     return int(red) << 16 | int(green) << 8 | int(blue)
 
 
+def grey_code(value: int) -> int:
+    """The code of a grey value."""
+    return value * 0x010101 if value < 256 else WIDE + value
+
+
 def colour_names(codes: Any) -> list[str]:
-    return [f"#{int(code):06x}" for code in codes]
+    return [f"#{int(code):06x}" if code < WIDE else f"grey {int(code) - WIDE}" for code in codes]
+
+
+def whole_numbers(array: Array) -> Array:
+    """An array of whole numbers as integers, floats and booleans too. UserError for others."""
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8)
+    if array.dtype.kind == "f" and array.size and np.isfinite(array).all() and (array == np.rint(array)).all():
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu" or array.size == 0:
+        raise UserError(
+            f"the mask is {array.dtype} of shape {array.shape}, and not all of its values are whole numbers"
+        )
+    return array
 
 
 def rgb_codes(mask: Any) -> Array:
-    """0xRRGGBB per pixel (H, W) of a stored mask. ValueError for values that are no bytes."""
-    if isinstance(mask, Image.Image):
-        mask = mask.convert("L" if mask.mode in ("1", "L") else "RGB") if not mask.mode.startswith(("I", "F")) else mask
+    """0xRRGGBB per pixel (H, W) of a stored mask; grey values above 255 are added to `WIDE`.
+
+    Raises:
+        UserError: values that are no whole numbers, negative ones, or colours of more than 8 bits.
+    """
+    if isinstance(mask, Image.Image) and not mask.mode.startswith(("I", "F")):
+        mask = mask.convert("L" if mask.mode in ("1", "L") else "RGB")
     array = np.asarray(mask)
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
-    if array.dtype.kind not in "biu" or array.size == 0 or array.min() < 0 or array.max() > 255:
-        raise UserError(f"the mask is {array.dtype} of shape {array.shape}: a palette is of values 0 to 255")
-    array = array.astype(np.int32)
+    array = whole_numbers(array)
+    if array.ndim not in (2, 3) or array.min() < 0 or array.max() > (255 if array.ndim == 3 else 2**32):
+        raise UserError(f"the mask is {array.dtype} of shape {array.shape}: a palette is of colours or grey values")
+    array = array.astype(np.int64)
     if array.ndim == 2:
-        array = np.stack([array] * 3, axis=-1)
+        grey_HW: Array = np.where(array < 256, array * 0x010101, array + WIDE)
+        return grey_HW
     codes: Array = array[..., 0] << 16 | array[..., 1] << 8 | array[..., 2]
     return codes
 
@@ -155,139 +200,108 @@ def index_mask(mask: Any) -> Array:
             f"the mask has {len(codes)} colours ({', '.join(colour_names(codes[:4]))} ...), not one class id a pixel; "
             "pass --palette FILE that says what they mean (`hf-dbp inspect --masks` writes one), or `binary` for 0/255"
         )
-    if array.ndim != 2 or array.dtype.kind not in "biu":
+    if array.ndim != 2:
         raise UserError(
             f"the mask is {array.dtype} of shape {array.shape}, not one class id a pixel; "
             "write masks as grey or palette PNG that hold the ids"
         )
-    return array
+    return whole_numbers(array)
 
 
-class UnpairedError(UserError):
-    """Images and masks that do not fit by name."""
-
-
-@dataclass
-class Pairing:
-    """Images and their masks.
+@dataclass(frozen=True)
+class MaskKind:
+    """What a mask shows of its meaning.
 
     Attributes:
-        images: ``train`` and maybe ``validation``: all images, those without a mask too.
-        pairs: the same splits, the images that have a mask.
-        left_out: what else lies in both folders, and the images without a mask.
+        bilevel: it has 1 bit a pixel.
+        colours: of a mask with a palette of its own, (id, 0xRRGGBB) of each id in it.
+        lossy: it is a JPEG or a lossy WebP, which changes values at edges.
+        values: up to 8 of the values in it.
     """
 
-    images: dict[str, Samples]
-    pairs: dict[str, Pairs]
-    left_out: LeftOut
+    bilevel: bool
+    colours: tuple[tuple[int, int], ...]
+    lossy: bool
+    values: frozenset[int]
 
 
-def pair_folders(
-    image_dir: str, mask_dir: str, mask_suffix: str = "", channel_files: Sequence[str] | None = None
-) -> Pairing:
-    """The images and their masks, paired by path without suffix.
+def mask_kind(value: Any, mask: Any) -> MaskKind:
+    """The kind of a mask, as it is stored and as it was read."""
+    array = np.asarray(mask)
+    bilevel = array.dtype == np.bool_
+    colours: tuple[tuple[int, int], ...] = ()
+    if isinstance(mask, Image.Image) and mask.mode == "P":
+        rgb = np.asarray(mask.convert("RGB")).reshape(-1, 3)
+        ids, first = np.unique(array, return_index=True)
+        codes = (int(r) << 16 | int(g) << 8 | int(b) for r, g, b in rgb[first])
+        colours = tuple(zip(ids.tolist(), codes, strict=True))
+    values = np.unique(array)[:8].tolist() if array.ndim == 2 and array.dtype.kind in "biuf" else []
+    return MaskKind(bilevel, colours, is_lossy(value), frozenset(map(int, values)) if np.isfinite(values).all() else
+                    frozenset())  # fmt: skip
+
+
+def is_lossy(value: Any) -> bool:
+    """Whether a stored mask is a JPEG or a lossy WebP, by its first bytes."""
+    if not isinstance(value, dict):
+        return False
+    if value["bytes"] is None and value["path"]:
+        with Path(value["path"]).open("rb") as file:
+            head = file.read(16)
+    else:
+        head = encoded_bytes(value)[:16]
+    return head.startswith(b"\xff\xd8") or (head.startswith(b"RIFF") and head[8:16] == b"WEBPVP8 ")
+
+
+def same_palettes(kinds: Mapping[str, MaskKind]) -> tuple[str, str] | None:
+    """Two masks in whose palettes an id has different colours; None if all agree."""
+    known: dict[int, tuple[int, str]] = {}
+    for name, kind in kinds.items():
+        for number, code in kind.colours:
+            other = known.setdefault(number, (code, name))
+            if other[0] != code:
+                return other[1], name
+    return None
+
+
+def check_kinds(kinds: Mapping[str, MaskKind], palette: str | None) -> list[str]:
+    """Refuse masks that do not mean the same; what to warn of.
 
     Args:
-        image_dir, mask_dir: folders, or one folder for both; images without a mask are unlabelled.
-        mask_suffix: what the names of masks end in beyond those of their images, e.g. ``_mask``.
-        channel_files: as in `Folder.pictures`.
+        kinds: of all masks of a set, by name.
+        palette: as in `Palette`; None for masks of ids.
 
     Raises:
-        UserError: a mask without an image, masks of a split that the images do not have, or one folder for both and
-            no ``mask_suffix``.
+        UserError: an id has different colours in the palettes of two masks, 1-bit masks beside masks of 0 and 255, or
+            binary masks of different values.
     """
-    together = Path(image_dir).is_dir() and Path(mask_dir).is_dir() and Path(image_dir).samefile(mask_dir)
-    if together and not mask_suffix:
-        raise UserError(
-            f"images and masks lie in one folder, {image_dir}: say by --mask_suffix what the names of masks end in "
-            "beyond those of their images, e.g. --mask_suffix _mask"
+    warnings = []
+    lossy = [name for name, kind in kinds.items() if kind.lossy]
+    if lossy:
+        warnings.append(
+            f"{len(lossy)} of {len(kinds)} masks are stored as JPEG or lossy WebP, which changes values at edges, so "
+            f"that classes appear that nobody drew; e.g. {lossy[0]}: save masks as PNG"
         )
-    folder, mask_folder = open_pictures(image_dir), open_pictures(mask_dir)
-    left_out = folder.left_out
-    images, masks = folder.pictures(channel_files, mask_suffix), mask_folder.pictures()
-    if together:
-        masks = {
-            split: {name: files for name, files in named.items() if is_mask(name, mask_suffix, images[split])}
-            for split, named in masks.items()
-        }
-    else:
-        left_out.merge(mask_folder.left_out, "masks: ")
-        separate(image_dir, images, mask_dir, masks)
-    left_out.forget(MASKS)
-    pairs = pair_splits(image_dir, images, mask_dir, masks, mask_suffix, left_out)
-    images, pairs = pick_splits(images, image_dir, left_out), pick_splits(pairs, image_dir, LeftOut())
-    for split, found in pairs.items():
-        unlabelled = [files[0] for name, files in images[split].items() if name not in found]
-        left_out.add(f"images without a mask, of the {len(images[split])} in {image_dir} ({split})", unlabelled)
-    return Pairing(images, pairs, left_out)
-
-
-def separate(image_dir: str, images: dict[str, Samples], mask_dir: str, masks: dict[str, Samples]) -> None:
-    """Where one of two folders lies in the other, take the files of the inner one out of the outer one's."""
-    inner, outer = Path(image_dir).resolve(), Path(mask_dir).resolve()
-    for inside, around, theirs in ((outer, inner, images), (inner, outer, masks)):
-        if around in inside.parents:
-            for samples in theirs.values():
-                for name, files in [*samples.items()]:
-                    if inside in Path(files[0]).resolve().parents:
-                        del samples[name]
-
-
-def pair_tables(pairing: Pairing, cache_dir: str | None = None) -> dict[str, datasets.Dataset]:
-    """The pairs of each split that has any, as tables of `image` and `annotation`."""
-    return {
-        split: file_table(dict(zip(("image", "annotation"), zip(*pairs.values(), strict=True), strict=True)), cache_dir)
-        for split, pairs in pairing.pairs.items()
-        if pairs
-    }
-
-
-def pair_splits(
-    image_dir: str,
-    images: Mapping[str, Samples],
-    mask_dir: str,
-    masks: Mapping[str, Samples],
-    mask_suffix: str,
-    left_out: LeftOut,
-) -> dict[str, Pairs]:
-    """`pair_names` in each split. UserError also for masks of a split that the images do not have."""
-    if masks.keys() - images.keys():
-        there = f"has {', '.join(images)}" if len(images) > 1 else "has none of them"
-        raise UnpairedError(f"{mask_dir} has the folders {', '.join(masks)}, {image_dir} {there}: give both the same")
-    found = {}
-    for split, samples in images.items():
-        image_name = f"{image_dir}/{split}" if len(images) > 1 else image_dir
-        mask_name = f"{mask_dir}/{split}" if len(masks) > 1 else mask_dir
-        found[split] = pair_names(image_name, samples, mask_name, masks.get(split, {}), mask_suffix, left_out)
-    return found
-
-
-def pair_names(
-    image_dir: str, images: Samples, mask_dir: str, masks: Samples, mask_suffix: str, left_out: LeftOut
-) -> Pairs:
-    """The files of image and mask by name, in order; arguments and errors as of `pair_folders`."""
-    named = {name: files for name, files in masks.items() if not name.endswith(mask_suffix)} if mask_suffix else {}
-    suffixed = {name.removesuffix(mask_suffix): files for name, files in masks.items() if name not in named}
-    twice = named.keys() & suffixed.keys()
-    left_out.add(
-        "masks: pictures without the --mask_suffix, beside one that has it", [named[name][0] for name in twice]
-    )
-    masks = named | suffixed
-    lost = sorted(masks.keys() - images.keys())
-    if lost:
-        raise UnpairedError(
-            f"{len(lost)} of the {len(masks)} masks in {mask_dir} have no image of that name among the {len(images)} "
-            f"in {image_dir}, e.g. {lost[0]!r} (images are called {next(iter(images), 'nothing')!r} ...); "
-            + "; ".join([_remedy(images, masks), *left_out.notes])
-        )
-    return {name: (images[name], masks[name]) for name in sorted(masks)}
-
-
-def _remedy(images: Samples, masks: Samples) -> str:
-    """What would make names fit: a common ending of the masks, if that is it."""
-    first = next(iter(masks))
-    for name in sorted((name for name in images if first.startswith(name)), key=len, reverse=True):
-        ending = first[len(name) :]
-        if all(mask.endswith(ending) and mask.removesuffix(ending) in images for mask in masks):
-            return f"pass --mask_suffix {ending}"
-    return "name each mask as its image"
+    if palette is None:
+        differing = same_palettes(kinds)
+        if differing is not None:
+            raise UserError(
+                f"the masks have palettes of their own, in which an id has different colours, e.g. {differing[0]} and "
+                f"{differing[1]}: pass --palette FILE, which says what colours mean (`hf-dbp inspect --masks` writes "
+                "one); if the ids are right, save the masks as grey PNG"
+            )
+        bilevel = [name for name, kind in kinds.items() if kind.bilevel]
+        full = [name for name, kind in kinds.items() if not kind.bilevel and kind.values & {255, 65535}]
+        if bilevel and full:
+            raise UserError(
+                f"{len(bilevel)} masks have 1 bit a pixel, e.g. {bilevel[0]}, and others hold 255, e.g. {full[0]}: "
+                "pass --palette binary if both are of background and foreground, else save all with 8 bits"
+            )
+    if palette == BINARY:
+        seen = {value: name for name, kind in kinds.items() for value in kind.values - {0}}
+        if len(seen) > 1 and not seen.keys() <= set(FULL):
+            (value, name), (other, where), *_ = sorted(seen.items(), key=lambda entry: entry[0] in FULL)
+            raise UserError(
+                f"--palette binary: {name} holds {value} beside 0, {where} {other}: these are more than two values; "
+                "pass --palette FILE that names them"
+            )
+    return warnings

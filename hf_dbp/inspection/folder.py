@@ -23,12 +23,14 @@ import numpy as np
 
 from hf_dbp.data.folders import Samples, open_pictures
 from hf_dbp.data.left_out import LeftOut
-from hf_dbp.data.masks import BINARY, IGNORE, Pairs, Palette, UnpairedError, pair_folders
+from hf_dbp.data.masks import BINARY, IGNORE, Palette, check_kinds, grey_code
+from hf_dbp.data.pairing import Pairs, UnpairedError, pair_folders
 from hf_dbp.data.sources import pick_splits
 from hf_dbp.data.subset import split_rows
 from hf_dbp.errors import UserError, command
 from hf_dbp.inspection.contact_sheet import write_contact_sheet
-from hf_dbp.inspection.survey import ImageKind, MaskSurvey, duplicates, survey_images, survey_masks
+from hf_dbp.inspection.mask_survey import MaskSurvey, survey_masks, write_palette, written_here
+from hf_dbp.inspection.survey import ImageKind, duplicates, survey_images
 from hf_dbp.recipes import read_yaml, recipe_path
 
 __all__ = ["inspect_folder", "main"]
@@ -160,7 +162,7 @@ def describe_masks(
 ) -> Samples:
     """Kind of masks, sizes, class balance, and the flags that follow; returns the masks by image."""
     masks = {name: files[1] for name, files in pooled(pairs).items()}
-    survey = survey_masks(masks)
+    survey = survey_masks(masks, coloured=args.palette not in (None, BINARY))
     found.lines += ["", f"masks      {len(masks)}; {len(kinds) - len(masks)} images have none and only pre-train"]
     if survey.errors:
         found.problems.append(
@@ -214,14 +216,19 @@ def choose_scale(readable: Sequence[ImageKind], smallest: float | None, found: F
 
 def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:
     """Class balance and the flags that name the classes; returns, of each mask, class -> pixels."""
+    if not survey.pixels:
+        return {}
     palette_file = args.palette
     if palette_file is None and survey.kind == "binary":
         palette_file = BINARY
-        found.lines.append("           they hold 0 and 255: background and foreground (palette: binary)")
+        values = " and ".join(str(value) for value in sorted(survey.pixels)) if not survey.coloured else "0 and 255"
+        found.lines.append(f"           they hold {values}: background and foreground (palette: binary)")
     elif palette_file is None and survey.kind == "palette":
         palette_file = str(Path(args.output_dir) / "palette.yaml")
-        if not Path(palette_file).is_file():
+        if written_here(Path(palette_file)):
             write_palette(Path(palette_file), survey)
+        else:
+            found.lines.append(f"           by {palette_file}, in which names have been put")
         values = f"{len(survey.pixels)} {'colours' if survey.coloured else 'grey values'}"
         found.problems.append(
             f"the masks hold {values}, not ids; {palette_file} lists them: put the names of the classes in it "
@@ -233,11 +240,17 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
             "save masks as PNG, scaled without interpolation"
         )
         return {}
+    try:
+        found.problems += check_kinds(survey.kinds, palette_file)
+    except UserError as error:
+        found.problems.append(str(error))
     if palette_file is not None:
         palette = Palette(palette_file, 255)
-        grey = 1 if survey.coloured else 0x010101
         known = {int(c): palette.names.get(int(i), IGNORE) for c, i in zip(palette.codes, palette.ids, strict=True)}
-        names = {value: known.get(value * grey, "not in the palette") for value in survey.pixels}
+        codes = {value: value if survey.coloured else grey_code(value) for value in survey.pixels}
+        names = {value: known.get(code, "not in the palette") for value, code in codes.items()}
+        if palette_file == BINARY:
+            names = {value: palette.names[min(value, 1)] for value in survey.pixels}
         order, found.finetuning["palette"] = [*palette.names.values(), IGNORE], palette_file
     else:
         classes = max((value for value in survey.pixels if value != 255), default=0) + 1
@@ -282,14 +295,10 @@ def check_split(balance: Mapping[str, Counter[str]], validation: Sequence[str], 
     )
 
 
-def write_palette(path: Path, survey: MaskSurvey) -> None:
-    """A palette file of the colours found, commonest first, to be edited."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["# Name the classes; lines of one class can be joined: name: [colour, colour]. `ignore` is not learned."]
-    for number, (value, count) in enumerate(survey.pixels.most_common()):
-        colour = f'"#{value:06x}"' if survey.coloured else str(value)
-        lines.append(f"class {number}: {colour}  # {count / survey.pixels.total():.3%} of the pixels")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def remove_earlier(recipe: Path) -> None:
+    """Remove the recipe of an earlier inspection, which may have been of other data, so that none is left behind."""
+    if recipe.is_file() and recipe.read_text(encoding="utf-8").startswith("# industrial_upernet.yaml with what"):
+        recipe.unlink()
 
 
 def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
@@ -339,6 +348,7 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
     samples, masks = pooled(taken), {}
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    remove_earlier(output / "finetune.yaml")
     kinds = survey_images(samples)
     choose_pretraining(training_share(taken), describe_images(samples, kinds, found), found)
     data = {"train_dir": args.folder, "channel_files": args.channel_files}

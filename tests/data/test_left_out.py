@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from hf_dbp.data.folders import open_folder, shard_splits
 from hf_dbp.data.images import ImageSource, load_images
-from hf_dbp.data.masks import pair_folders
+from hf_dbp.data.pairing import pair_folders
 from hf_dbp.data.sources import encoded_splits, read_splits, streamed_splits
 from hf_dbp.data.subset import content_key, readable_bytes
 from hf_dbp.inspection.folder import Findings, read_folders

@@ -180,7 +180,7 @@ def test_masks_smaller_than_images(capsys):
     [
         ("- a", "no mapping of class names"),
         ("a: '#12'", "'#12' is no colour"),
-        ("a: 300", "300 is no colour"),
+        ("a: -3", "-3 is no colour"),
         ("a: 0\nb: '#000000'", "#000000 has two names"),
         ("a: [", "cannot be read"),
     ],

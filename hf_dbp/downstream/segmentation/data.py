@@ -25,7 +25,8 @@ from hf_dbp.data.augmentation import image_rng
 from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, UnreadableImages, check_kind, decode, stored
 from hf_dbp.data.images import BUILT_IN, ImageList, find_column, read_splits, shared_keys
 from hf_dbp.data.left_out import LeftOut
-from hf_dbp.data.masks import Palette, index_mask, pair_folders, pair_tables
+from hf_dbp.data.masks import MaskKind, Palette, check_kinds, index_mask, mask_kind
+from hf_dbp.data.pairing import pair_folders, pair_tables
 from hf_dbp.data.shards import in_threads
 from hf_dbp.data.sources import UNUSED_SPLIT, any_split
 from hf_dbp.data.subset import chosen, draw, split_rows
@@ -61,6 +62,7 @@ class LabelledImages:
         left_out: what lies in the source and is not used; of the training images alone.
         value_range: of float images, see `hf_dbp.data.values`.
         kind: of the values, as in `hf_dbp.data.images.ImageList`.
+        kinds: what the masks that `mask` has read show of their meaning, by name.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LabelledImages:
         self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
         self.palette, self.value_range, self.kind = palette, UNIT, ""
         self.left_out = LeftOut()
+        self.kinds: dict[str, MaskKind] = {}
         self.unreadable = UnreadableImages(len(samples), max_unreadable)
 
     def __len__(self) -> int:
@@ -142,15 +145,17 @@ class LabelledImages:
     def mask(self, index: int) -> npt.NDArray[np.int32]:
         """Return the mask alone. Errors as for the pair."""
         try:
-            return self._ids(self.samples[int(index)][self.columns[1]], index)
+            return self._ids(self.samples[int(index)][self.columns[1]], index, noted=True)
         except UnreadableImageError as error:
             self.unreadable.add(index, error)
             raise
 
-    def _ids(self, value: Any, index: int) -> npt.NDArray[np.int32]:
+    def _ids(self, value: Any, index: int, noted: bool = False) -> npt.NDArray[np.int32]:
         where = self._where(value, index)
         try:
             mask = stored(value)
+            if noted:
+                self.kinds[path_of(value) or where] = mask_kind(value, mask)
         except DECODING_ERRORS as error:
             raise UnreadableImageError(f"{where}: the mask cannot be read: {error}") from error
         try:
@@ -175,7 +180,8 @@ class LabelledImages:
             raise UserError(
                 f"{where}: the mask holds ids {(np.unique(mask_HW[outside]) + shift)[:5].tolist()}, but ids run from "
                 f"{shift} to {self.num_labels - 1 + shift} and {self.ignore_index} is ignored; "
-                "correct --num_labels, --ignore_index or --reduce_labels, or the masks"
+                "correct --num_labels, --ignore_index or --reduce_labels, or the masks; of masks of two values, pass "
+                "--palette binary"
             )
         return mask_HW
 
@@ -269,6 +275,8 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
         look = functools.partial(_ids_in, images, ids)  # in the threads, so that no mask waits to be counted
         progress = tqdm(in_threads(look, range(len(images))), "Masks", len(images), leave=False)
         found.append(np.sum(list(progress), axis=0))
+    for warning in check_kinds(train.kinds | validation.kinds, None if train.palette is None else train.palette.source):
+        logger.warning("%s: %s", train.name, warning)
     missing = [[name for k, name in names.items() if not masks_K[k]] for masks_K in found]
     if len(missing[0]) >= len(names) - 1:
         binary = train.ignore_index == 255 and found[0][255]

@@ -24,7 +24,9 @@ class SegmentationSource(ImageSource):
         num_labels: number of classes, without an ignored one; not needed with `id2label`.
         id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
         ignore_index: label id that is neither learned nor scored.
-        reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it.
+        reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it. Names of ids as they are
+            stored move with them: those of a palette, of the built-in images, and of `id2label` if they are one more
+            than `num_labels`.
     """
 
     train_mask_dir: str | None = None
@@ -44,22 +46,36 @@ class SegmentationSource(ImageSource):
             raise UserError("--validation_dir and --validation_mask_dir belong together; give both or neither")
 
     def class_names(self) -> dict[int, str]:
-        """Return class names by id; "class 7" where no name is known.
+        """Return class names by the ids that are learned; "class 7" where no name is known.
 
         Raises:
-            ValueError: neither names nor a number of classes, or a file of names that is none.
+            UserError: neither names nor a number of classes, a file of names that is none, or with `reduce_labels` one
+                of which it is not known whether it names the ids before or after.
         """
         if self.palette is not None:
-            return Palette(self.palette, self.ignore_index).names
+            return self._moved(Palette(self.palette, self.ignore_index).names)
         if self.id2label is not None:
-            return _read_names(self.id2label)
+            names = _read_names(self.id2label)
+            if not self.reduce_labels or self.num_labels == len(names):
+                return names
+            if self.num_labels == len(names) - 1:
+                return self._moved(names)
+            raise UserError(
+                f"--reduce_labels moves ids down by one; of which ids are the {len(names)} names in {self.id2label}? "
+                f"Pass --num_labels {len(names)} if they are those of the classes that remain, --num_labels "
+                f"{len(names) - 1} if the first, {names.get(0)!r}, is that of id 0, which is not learned"
+            )
         if self.dataset_name == BUILT_IN:
-            return dict(enumerate(CLASS_NAMES))
+            return self._moved(dict(enumerate(CLASS_NAMES)))
         if self.num_labels is None:
             raise UserError(
                 "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"
             )
         return {number: f"class {number}" for number in range(self.num_labels)}
+
+    def _moved(self, names: dict[int, str]) -> dict[int, str]:
+        """Names of ids as they are stored, moved as `reduce_labels` moves the ids."""
+        return {number - 1: name for number, name in names.items() if number} if self.reduce_labels else names
 
 
 def _read_names(path: str) -> dict[int, str]:

@@ -117,7 +117,7 @@ def test_an_ignored_id_may_be_negative(tmp_path):
         (np.full((4, 6), 4, np.uint8), {"reduce_labels": True}, r"holds ids \[4\], but ids run from 1 to 3"),
         (np.zeros((4, 5), np.uint8), {}, "4 x 5 pixels .* but the image 4 x 6"),
         (np.zeros((4, 6, 3), np.uint8), {}, "not one class id a pixel"),
-        (np.zeros((4, 6), np.float32), {}, "float32"),
+        (np.full((4, 6), 0.5, np.float32), {}, "float32.*whole numbers"),
         (np.int64(3), {}, r"shape \(\)"),
     ],
 )

@@ -1,0 +1,168 @@
+"""What a folder of masks holds: the values in each mask, and what kind of masks that makes them.
+
+Every file is read once, in threads. Masks of a set mean the same: where palettes differ colours are read, 1-bit masks
+beside masks of 0 and 255 are such masks too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from hf_dbp.data.decoding import DECODING_ERRORS, stored
+from hf_dbp.data.folders import Samples
+from hf_dbp.data.masks import (
+    FULL,
+    MaskKind,
+    grey_code,
+    mask_kind,
+    read_palette,
+    rgb_codes,
+    same_palettes,
+    whole_numbers,
+)
+from hf_dbp.data.shards import in_threads
+from hf_dbp.errors import UserError
+from hf_dbp.inspection.survey import file_value
+
+__all__ = ["MaskSurvey", "survey_masks", "thickness", "write_palette", "written_here"]
+
+THREADS = 4
+COLOURS = 64  # more than so many are no palette
+OBJECTS = 1000  # of a class in a mask that are looked at
+
+
+@dataclass
+class MaskSurvey:
+    """The values in masks.
+
+    Attributes:
+        sizes: height and width of each mask that can be read, by name.
+        values: of each mask, value -> pixels; a value is an id or, if ``coloured``, the code of a colour.
+        kinds: of each mask, what it shows of its meaning.
+        coloured: whether the values are colours.
+        objects: of each mask, how thick its objects are in pixels, see `thickness`.
+        errors: masks that cannot be read, and why.
+    """
+
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    values: dict[str, Counter[int]] = field(default_factory=dict)
+    kinds: dict[str, MaskKind] = field(default_factory=dict)
+    coloured: bool = False
+    objects: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def smallest(self) -> float | None:
+        """Thickness of the smallest objects, the tenth percentile over all masks; None if there are no objects."""
+        sizes = [size for sizes in self.objects.values() for size in sizes]
+        return float(np.percentile(sizes, 10)) if sizes else None
+
+    @property
+    def pixels(self) -> Counter[int]:
+        """Pixels of each value over all masks."""
+        return sum(self.values.values(), Counter())
+
+    @property
+    def kind(self) -> str:
+        """``binary``, ``index``, ``palette`` (colours, or grey values far apart) or ``smeared``, too many for both."""
+        values = set(self.pixels)
+        full = {grey_code(value) for value in FULL[1:]} if self.coloured else set(FULL[1:])
+        if values - {0} and (values <= {0} | full or all(kind.bilevel for kind in self.kinds.values())):
+            return "binary"
+        if self.coloured:
+            return "palette" if len(values) <= COLOURS else "smeared"
+        if max(values - {255}, default=0) >= 4 * len(values):
+            alike = len(values - {0}) == 1
+            return "binary" if alike else "palette" if len(values) <= COLOURS else "smeared"
+        return "smeared" if len(values) > 200 else "index"
+
+
+def thickness(values_HW: NDArray[Any]) -> list[float]:
+    """Of each connected object in a mask its area by the longer side of its box: the width of a scratch, of a spot.
+
+    The commonest value is taken for the background; single pixels and masks of many values are left out.
+    """
+    values, counts = np.unique(values_HW, return_counts=True)
+    sizes: list[float] = []
+    for value in values[counts < counts.max()] if len(values) <= COLOURS else ():
+        _, _, stats, _ = cv2.connectedComponentsWithStats((values_HW == value).astype(np.uint8))
+        width, height, area = stats[1:, 2], stats[1:, 3], stats[1:, 4]
+        sizes += (area / np.maximum(width, height))[area > 1][:OBJECTS].tolist()
+    return sizes
+
+
+def survey_masks(masks: Samples, coloured: bool = False) -> MaskSurvey:
+    """Read all masks; ``coloured`` if a palette file says what their colours mean."""
+    found = MaskSurvey(coloured=coloured)
+    colours: set[str] = set()
+
+    def look(files: tuple[str, ...]) -> tuple[bool, MaskKind, Any, Any, list[float]] | str:
+        try:
+            value = file_value(files)
+            mask = stored(value)
+            array = np.asarray(mask)
+            rgb = array.ndim == 3 and array.shape[2] > 1
+            values = rgb_codes(mask) if rgb else whole_numbers(array.reshape(array.shape[:2]))
+            return rgb, mask_kind(value, mask), values.shape, np.unique(values, return_counts=True), thickness(values)
+        except DECODING_ERRORS as error:
+            return f"{files[0]}: {error}"
+
+    progress = tqdm(in_threads(look, list(masks.values()), THREADS), "Masks", len(masks), leave=False)
+    for name, seen in zip(masks, progress, strict=True):
+        if isinstance(seen, str):
+            found.errors[name] = seen
+            continue
+        rgb, found.kinds[name], found.sizes[name], (values, counts), found.objects[name] = seen
+        colours |= {name} if rgb else set()
+        found.values[name] = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    unify(found, colours)
+    return found
+
+
+def unify(found: MaskSurvey, colours: set[str]) -> None:
+    """Bring the values of all masks to one meaning.
+
+    Args:
+        found: what was read.
+        colours: the masks whose values are colours already.
+    """
+    found.coloured |= bool(colours) or same_palettes(found.kinds) is not None
+    bilevel = {name for name, kind in found.kinds.items() if kind.bilevel}
+    others = set().union(*(found.values[name] for name in found.kinds if name not in bilevel))
+    full = found.coloured or (bool(others) and others <= {0, *FULL[1:]})
+    for name, counts in found.values.items():
+        factor = 255 if name in bilevel and full else 1
+        own = dict(found.kinds[name].colours)
+        unified: Counter[int] = Counter()
+        for value, count in counts.items():
+            recoded = found.coloured and name not in colours
+            unified[own.get(value, grey_code(factor * value)) if recoded else factor * value] += count
+        found.values[name] = unified
+
+
+def written_here(path: Path) -> bool:
+    """Whether a palette file can be written anew: there is none, or one of an earlier inspection that nobody edited."""
+    try:
+        content = read_palette(str(path))
+    except UserError:
+        return True
+    return all(re.fullmatch(r"class \d+", name) and len(colours) == 1 for name, colours in content.items())
+
+
+def write_palette(path: Path, survey: MaskSurvey) -> None:
+    """A palette file of the colours found, commonest first, to be edited."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["# Name the classes; lines of one class can be joined: name: [colour, colour]. `ignore` is not learned."]
+    for number, (value, count) in enumerate(survey.pixels.most_common()):
+        colour = f'"#{value:06x}"' if survey.coloured else str(value)
+        lines.append(f"class {number}: {colour}  # {count / survey.pixels.total():.3%} of the pixels")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
