@@ -2,6 +2,7 @@
 # make test     all tests;  make fast  those that take less than about ten seconds each;  make slow  the others
 # make docs     the documentation site, warnings are errors
 # make oldest   the core tests with the oldest libraries that pyproject.toml allows;  make newest  with the newest
+# make truth    draw 200 tiny runs and compare what they say with what they leave (nightly)
 # make faults   kill a very small run 60 times and compare what comes out (ten minutes)
 # make style    format and mend the code;  make quality  check it
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= outputs
 
-.PHONY: demo test fast slow docs oldest newest faults style quality install
+.PHONY: demo test truth fast slow docs oldest newest faults style quality install
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -38,6 +39,11 @@ docs: install
 
 oldest newest:
 	.ci/versions $@
+
+SEED ?= $(shell date +%s)
+truth: install
+	@echo "to draw the same runs again: make truth SEED=$(SEED)"
+	OMP_NUM_THREADS=1 TRUTH_RUNS=200 TRUTH_SEED=$(SEED) $(BIN)/python -m pytest -q -n 0 tests/training/test_matrix.py
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py --output $(OUT)/faults.json

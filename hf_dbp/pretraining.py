@@ -48,6 +48,7 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTM
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RECORD, RunRecord, arguments_record, write_json
 from hf_dbp.stock_vit_mae import freeze_fixed_
+from hf_dbp.training.accounting import asked_used
 from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
@@ -319,6 +320,8 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
     plot_reconstructions(model, eval_data, folder / "reconstruction.png")
     plot_curves(record.rows, folder / "curves.png", reference=record.results.get("interpolation_loss"))
     write_card(folder)
+    record.results["steps"] = {"asked": trainer.state.max_steps, "taken": trainer.state.global_step}
+    record.asked_used = asked_used(trainer.asked, record.arguments, record.data, record.results, record.best)
     record.results["finished"] = True  # not before: what has finished is not run again
     record.write(folder / RECORD)
     print(summary(record, folder))
@@ -350,6 +353,8 @@ def summary(record: RunRecord, folder: Path) -> str:
     lines.append("  model, image processor, card, run.json, curves.png, reconstruction.png are in that folder")
     if record.method == "dbp":
         lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
+    for name, row in record.asked_used.items():
+        lines.append(f"  {name}: {row['asked']} asked for, {row['used']} used ({row['why']})")
     return "\n".join(lines)
 
 

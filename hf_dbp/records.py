@@ -23,6 +23,8 @@ Schema (version 1):
                       steps that were skipped (step, cause, layer), layers at which eta was reduced or R left as it was;
                       "stopped": why the guards ended it; "resumed_with": {step: {argument: [old, new]}} of a run that
                       went on from that step with other settings
+    asked_used        {name: {asked, used, why}} for each setting or count of which something else was used than was
+                      asked for: a batch that did not fit, images left out, steps skipped, the step of the model
 
 Times, kWh and CO2e are those of training alone. A figure that was not measured is absent.
 """
@@ -72,7 +74,7 @@ PACKAGES = (
 REQUIRED = {"task", "method", "optimizer", "seed"}
 KINDS = (
     dict.fromkeys(("task", "method", "optimizer", "commit"), str)
-    | dict.fromkeys(("arguments", "data", "versions", "hardware", "energy", "results"), dict)
+    | dict.fromkeys(("arguments", "data", "versions", "hardware", "energy", "results", "asked_used"), dict)
     | {"seed": int, "rows": list}
 )
 SECRETS = ("token", "hub_token", "push_to_hub_token")
@@ -94,6 +96,7 @@ class RunRecord:
     energy: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     results: dict[str, Any] = dataclasses.field(default_factory=dict)
+    asked_used: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.versions = self.versions or versions()

@@ -30,6 +30,7 @@ __all__ = [
     "changed_arguments",
     "compared_arguments",
     "find_checkpoint",
+    "lacking",
     "noted_changes",
     "restore_weights",
     "tensors_alone",
@@ -212,6 +213,11 @@ def best_saved(
     finite = [step for step in whole if math.isfinite(values[step])]
     sign = -1 if args.greater_is_better else 1
     return folders[min(finite, key=lambda step: (sign * values[step], step))] if finite else None
+
+
+def lacking(checkpoint: str | Path) -> list[str]:
+    """The states that training goes on from and that a checkpoint does not hold, as files."""
+    return [name for name in ("optimizer.pt", "scheduler.pt") if not (Path(checkpoint) / name).exists()]
 
 
 def advance_schedule(schedule: LRScheduler, optimizer: Optimizer, step: int, lack: str) -> None:

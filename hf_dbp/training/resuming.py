@@ -32,7 +32,14 @@ from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.guards import GuardCallback
 from hf_dbp.training.optimizers import checked_schedule
 from hf_dbp.training.processes import use_one_gpu
-from hf_dbp.training.restoring import MEASURED_SETTINGS, advance_schedule, best_saved, restore_weights, tensors_alone
+from hf_dbp.training.restoring import (
+    MEASURED_SETTINGS,
+    advance_schedule,
+    best_saved,
+    lacking,
+    restore_weights,
+    tensors_alone,
+)
 from hf_dbp.training.saving import (
     UNFINISHED,
     checkpoint_step,
@@ -335,9 +342,7 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """States come from the checkpoint, settings from the arguments of now: a lower learning rate has an effect."""
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
-        lost = [
-            name for name in ("optimizer.pt", "scheduler.pt") if checkpoint and not (Path(checkpoint) / name).exists()
-        ]
+        lost = lacking(checkpoint) if checkpoint else []
         if lost:
             lack = f"{checkpoint} lacks {' and '.join(lost)}"
             advance_schedule(self.lr_scheduler, self.optimizer, self.state.global_step, lack)

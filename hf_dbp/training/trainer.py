@@ -32,8 +32,9 @@ from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.guards import NonFiniteError
 from hf_dbp.training.measurement import Meter
 from hf_dbp.training.optimizers import HiddenWithAdamW, decay_groups
-from hf_dbp.training.restoring import changed_arguments, noted_changes
+from hf_dbp.training.restoring import changed_arguments, lacking, noted_changes
 from hf_dbp.training.resuming import ResumingTrainer
+from hf_dbp.training.saving import checkpoint_step
 from hf_dbp.training.stopping import shield_workers
 
 __all__ = ["MAETrainer"]
@@ -71,6 +72,7 @@ class MAETrainer(ResumingTrainer):
         if decorrelation is not None:  # after the clock: what it does as a step begins is part of the step
             self.add_callback(decorrelation)
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
+        self.asked = dict(record.arguments)  # before anything of it is found not to fit
         self.use_sampler(make_sampler(self.train_dataset.images, self.args))
         self.input = InputMeter()
         record.data["feeding"] = feeding(self.sampler, self.args)
@@ -176,6 +178,10 @@ class MAETrainer(ResumingTrainer):
         if changed:
             earlier, tell = before.results.get("resumed_with", {}), self.is_world_process_zero()
             self.record.results["resumed_with"] = noted_changes(changed, earlier, checkpoint, tell=tell)
+        lost = lacking(checkpoint)
+        if lost:
+            step = str(checkpoint_step(Path(checkpoint)))
+            self.record.results["resumed_without"] = before.results.get("resumed_without", {}) | {step: lost}
         if self.decorrelation is not None:
             self.decorrelation.shares.preset(before.results.get("guards", {}))
         return self.record.results

@@ -64,9 +64,9 @@ def rates(folder):
     return [row["learning_rate"] for row in history(folder) if "learning_rate" in row]
 
 
-def measured(folder, tmp_path):
+def measured(folder, tmp_path, **data):
     """The validation loss of the weights in a folder, found by a command of its own."""
-    main(flags(tmp_path / "again", do_train=None, model_name_or_path=folder, config_overrides=None))
+    main(flags(tmp_path / "again", do_train=None, model_name_or_path=folder, config_overrides=None, **data))
     return json.loads((tmp_path / "again" / "eval_results.json").read_text())["eval_loss"]
 
 
@@ -114,6 +114,19 @@ def test_the_best_of_the_saved_is_what_remains(tmp_path):
     losses = {row["step"]: row["eval_loss"] for row in record.rows}
     best = min((step for step in losses if step % 3 == 0), key=lambda step: losses[step])
     assert record.results["model"] == {"step": best, "eval_loss": losses[best]}
+    lowest = min(losses, key=lambda step: losses[step])
+    kept = record.asked_used.get("step of the model", {"asked": best, "used": best})
+    assert (kept["asked"], kept["used"]) == (lowest, best)
+
+
+def test_what_was_asked_for_and_what_was_used_stand_side_by_side(tmp_path, capsys):
+    """26 images in steps of 8; five more that the split leaves out of training are no fault and have no row."""
+    record = main(flags(tmp_path, max_train_samples=26, num_train_epochs=1))
+    rows = json.loads((tmp_path / "run.json").read_text())["asked_used"]
+    assert rows == record.asked_used == {
+        "images of an epoch": {"asked": 26, "used": 24, "why": rows["images of an epoch"]["why"]}
+    }  # fmt: skip
+    assert "images of an epoch: 26 asked for, 24 used (the last ones do not fill a step" in capsys.readouterr().out
 
 
 def test_schedule_free_weights_are_evaluated_and_saved_as_they_are_meant(tmp_path):
@@ -146,6 +159,8 @@ def test_a_checkpoint_of_the_model_alone_goes_on_with_its_schedule(tmp_path, cap
     main(flags(tmp_path, **settings))
     assert rates(tmp_path) == pytest.approx([cosine(1e-3, step, 4, 8) for step in range(8)])
     assert "lacks optimizer.pt and scheduler.pt (--save_only_model): the optimizer begins afresh" in caplog.text
+    rows = json.loads((tmp_path / "run.json").read_text())["asked_used"]
+    assert rows["optimizer state at step 5"]["asked"] == ["optimizer.pt", "scheduler.pt"]
 
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": '{"patience": 0, "threshold": 10.0}'}
@@ -261,6 +276,9 @@ def test_the_batch_that_fits_is_the_one_recorded(tmp_path, monkeypatch):
     assert rates(tmp_path)[0] <= 0.1 * 6 / 256
     assert record.results["input"]["images"] == 24
     assert record.data["feeding"]["step_images"] == 6
+    assert record.asked_used["per_device_train_batch_size"]["asked"] == 8
+    assert record.asked_used["per_device_train_batch_size"]["used"] == 6
+    assert record.asked_used["learning_rate"]["used"] == record.arguments["learning_rate"]
     assert "| images per optimizer step | 6 |" in (tmp_path / "README.md").read_text()
 
 
