@@ -2,6 +2,7 @@
 
 hf-dbp inspect FOLDER        what is there, what the tool will do with it, the recipe to start from
 hf-dbp pretrain ...          masked autoencoding            = training_scripts/run_dbp_mae.py
+hf-dbp pretrain IMAGES --budget 2h  the same, with all choices made for you, in that time
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
 hf-dbp retrieve ...          segmentation without training: the labels of the patches most alike
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_dbp.errors import UserError, command
+from hf_dbp.training.duration import noted_beginning
 
 __all__ = ["COMMANDS", "demo", "main"]
 
@@ -46,7 +48,8 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
     """Run a command under its name, by which argparse and the reports call it."""
     program, sys.argv[0] = sys.argv[0], f"hf-dbp {name}"
     try:
-        importlib.import_module(COMMANDS[name]).main(list(arguments))
+        with noted_beginning():
+            importlib.import_module(COMMANDS[name]).main(list(arguments))
     finally:
         sys.argv[0] = program
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ from hf_dbp.records import RECORD, RunRecord, arguments_record, write_json
 from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.training.accounting import asked_used
 from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
+from hf_dbp.training.budget import BudgetCallback
+from hf_dbp.training.budget_plan import Choice, choose, images_first, write_plan
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
+from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import ending_processes
 from hf_dbp.training.restoring import find_checkpoint
 from hf_dbp.training.saving import disk_errors
@@ -62,6 +66,7 @@ __all__ = ["build_model", "main"]
 logger = logging.getLogger(__name__)
 
 EVAL_RESULTS = "eval_results.json"
+GROUPS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
 
 
 def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
@@ -273,7 +278,9 @@ def run(
     destination = claim_push(args, model_args.token)
     meter = training_meter(args, args.country)
     record.energy = meter.description if meter is not None else {}
+    budget = None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began())
     trainer = MAETrainer(
+        callbacks=None if budget is None else [budget],  # before the clock, which stops for what it asks for
         model=model,
         args=args,
         record=record,
@@ -291,6 +298,8 @@ def run(
     trainer.train(resume_from_checkpoint=find_checkpoint(args))
     if (args.do_eval or record.rows) and "eval_loss" not in trainer.model_figure():
         trainer.evaluate()
+    if budget is not None:
+        record.results["budget"] = budget.record()
     finish(trainer, record, eval_data, destination)
     return record
 
@@ -358,12 +367,34 @@ def summary(record: RunRecord, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def plan_budget(given: Sequence[str]) -> Path:
+    """Write what the budget chooses for these flags to `budget.yaml` in the output folder; returns its path.
+
+    Raises:
+        UserError: no such data, or the plan of another run is there.
+    """
+    model_args, data_args, _, args = parse_arguments(GROUPS, given)
+    path = Path(args.output_dir) / "budget.yaml"
+    flags = {part.removeprefix("--").partition("=")[0] for part in given if part.startswith("--")}
+    data = {name: value for name, value in dataclasses.asdict(data_args).items() if name in flags}
+    choices: list[Choice] = []
+    if not path.is_file():
+        source = ImageSource(**dataclasses.asdict(data_args), cache_dir=model_args.cache_dir, token=model_args.token)
+        choices = choose(load_images(source)[0], parse_duration(args.budget))
+    write_plan(path, args.budget, data, choices, flags)
+    print(f"the plan: {path}")
+    return path
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
     """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    parsed = parse_arguments((ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments), arguments)
+    given = images_first(sys.argv[1:] if arguments is None else arguments)
+    if "--budget" in given and "--config" not in given:
+        given = ["--config", str(plan_budget(given)), *given]
+    parsed = parse_arguments(GROUPS, given)
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)
 

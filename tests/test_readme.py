@@ -15,7 +15,7 @@ from hf_dbp import cli, pretraining
 from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.comparison import runner as comparison
 from hf_dbp.downstream import probe
-from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.downstream.segmentation import finetuning, retrieval
 from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.training.arguments import ModelArguments, PretrainingArguments
 
@@ -99,7 +99,10 @@ def parsing_alone(monkeypatch):
 
     whole = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    for module, name in ((pretraining, "run"), (finetuning, "run"), (probe, "run"), (comparison, "run_plan")):
+    for module, name in (
+        (pretraining, "run"), (pretraining, "load_images"), (finetuning, "run"), (retrieval, "run"), (probe, "run"),
+        (comparison, "run_plan"),
+    ):  # fmt: skip
         monkeypatch.setattr(module, name, stop)
 
 

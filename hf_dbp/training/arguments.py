@@ -10,6 +10,7 @@ from hf_dbp.callbacks import refuse_sharding
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.feeding import feed_fast
 from hf_dbp.errors import UserError
+from hf_dbp.training.duration import parse_duration
 from hf_dbp.training.measurement import check_country
 from hf_dbp.training.optimizers import check_optimizer
 from hf_dbp.training.processes import check_processes, use_one_gpu
@@ -169,6 +170,13 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
     max_skipped_steps: int = field(
         default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
     )
+    budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Time that the whole command may take, e.g. 2h or 30m, in place of epochs: the schedule follows "
+            "the clock. hf-dbp pretrain IMAGES --budget 2h chooses all else and writes it to budget.yaml."
+        },
+    )
     country: str | None = field(
         default=None,
         metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
@@ -177,6 +185,12 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         check_country(self.country)
         refuse_sharding(self)
+        if self.budget is not None:  # `hf_dbp.training.budget` ends, evaluates, saves and lays the schedule
+            parse_duration(self.budget)
+            if self.max_steps <= 0:  # type: ignore[has-type]
+                self.max_steps = 10**9
+            self.warmup_steps = 0
+            self.eval_strategy = self.save_strategy = "no"
         self.remove_unused_columns = False
         feed_fast(self)
         if self.eval_strategy == "no":

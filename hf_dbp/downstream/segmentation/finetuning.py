@@ -39,8 +39,10 @@ from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.arguments import RunArguments
+from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
+from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import ending_processes
 from hf_dbp.training.restoring import find_checkpoint
 from hf_dbp.training.saving import disk_errors
@@ -297,7 +299,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
     destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
     meter = training_meter(args, args.country)
+    budget = None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began())
     trainer = SegmentationTrainer(
+        callbacks=None if budget is None else [budget],  # before the clock, which stops for what it asks for
         model=model,
         args=args,
         crop_size=data_args.crop_size,
@@ -318,6 +322,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     record |= trainer.cost.costs(args) | {"energy": {**trainer.cost.energy}}
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
+    if budget is not None:
+        record["budget"] = budget.record()
     if args.should_save:
         folder = Path(args.output_dir)
         trainer.save_state()

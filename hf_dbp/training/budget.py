@@ -1,0 +1,139 @@
+"""A budget of time in place of epochs: training ends, with everything that comes after it, when the time is up.
+
+The learning rate follows the clock. With p the share of the training time that has passed, in [0, 1],
+
+    lr(p) = peak * p / w                                 for p < w, the warm-up, 5 %
+    lr(p) = peak * (1 + cos(pi * (p - w) / (1 - w))) / 2    after it
+
+so that a machine that slows down or is shared changes the number of steps, never the shape of the schedule or its end.
+The training time is the budget less start-up, which is over when it begins, and less an ending that is measured at the
+first checkpoint: an evaluation, two saves and the pictures. Checkpoints are saved ten times, at even times, and two of
+them evaluated, so that evaluations cost little.
+
+A run that is resumed goes on with what was left of the budget at its checkpoint. With several processes the clock of
+the first is everyone's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hf_dbp.errors import UserError
+
+__all__ = ["BudgetCallback", "schedule"]
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 0.05
+SAVES, EVALUATED = 10, (3, 6)  # tenths of the training time
+GUESSED_ENDING = 0.05  # share of the budget, until the ending is measured
+FIRST = 60.0  # seconds, or a tenth of the budget: then the ending is measured and the number of steps foretold
+
+
+def schedule(progress: float) -> float:
+    """lr(p) / peak."""
+    if progress < WARM_UP:
+        return max(progress, 0.0) / WARM_UP
+    return (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP)))) / 2
+
+
+class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Lays the schedule over the budget, saves and evaluates rarely, and ends training in time.
+
+    Args:
+        seconds: the budget.
+        began: when the command began, by `time.monotonic`.
+
+    Attributes:
+        spent: seconds of the budget that earlier runs, up to the checkpoint, had used.
+        first_step: seconds of the budget at the first step.
+        ending: seconds that are kept for what comes after training.
+    """
+
+    def __init__(self, seconds: float, began: float) -> None:
+        self.seconds, self.began = seconds, began
+        self.spent, self.ending, self.done = 0.0, GUESSED_ENDING * seconds, 0
+        self.first_step: float | None = None
+        self.evaluation, self.saving, self._marked, self._now = 0.0, 0.0, 0.0, 0.0
+
+    def elapsed(self) -> float:
+        """Seconds of the budget that are used."""
+        return self.spent + time.monotonic() - self.began
+
+    def progress(self) -> float:
+        """p, the share of the training time that had passed at the last step."""
+        begin = self.first_step or 0.0
+        return min(1.0, (self._now - begin) / max(self.seconds - self.ending - begin, 1e-9))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the budget."""
+        kept = {"spent": self.elapsed(), "first_step": self.first_step, "ending": self.ending, "done": self.done}
+        return {"args": {"seconds": self.seconds, "began": 0.0}, "attributes": kept}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        scheduler = kwargs["lr_scheduler"]
+        if not isinstance(scheduler, LambdaLR):
+            raise UserError(f"--budget lays its own schedule: leave out --lr_scheduler_type {args.lr_scheduler_type}")
+        scheduler.lr_lambdas = [lambda _: schedule(self.progress())] * len(scheduler.base_lrs)
+        kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        if kept:
+            before = kept["attributes"]
+            self.spent, self.ending, self.done = before["spent"], before["ending"], before["done"]
+            self.first_step = before["first_step"]
+            logger.warning("%.0f s of the budget of %.0f s are left", self.seconds - self.elapsed(), self.seconds)
+        self._now = self.elapsed()
+        if self.first_step is None:
+            self.first_step = self._now
+        for group in kwargs["optimizer"].param_groups:
+            group["lr"] = group["initial_lr"] * schedule(self.progress())
+        scheduler._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]  # what is logged
+        if self._now + self.ending >= self.seconds:
+            raise UserError(
+                f"the budget of {self.seconds:.0f} s is used up before the first step ({self._now:.0f} s to start, "
+                f"{self.ending:.0f} s kept for the end): give a larger --budget"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = torch.tensor(self.elapsed(), dtype=torch.float64, device=args.device)
+        if args.world_size > 1:
+            torch.distributed.broadcast(now, src=0)
+        step, self._now = float(now) - self._now, float(now)
+        if self._now + self.ending + step >= self.seconds:
+            control.should_training_stop = True
+            return
+        tenth = int(self.progress() * SAVES)
+        early = (
+            self.done == 0 and not self.saving and self._now - (self.first_step or 0.0) > min(FIRST, 0.1 * self.seconds)
+        )
+        if tenth > self.done or early:
+            self.done, control.should_save = max(tenth, self.done), True
+            control.should_evaluate = args.do_eval and (early or tenth in EVALUATED)
+            self._marked = time.monotonic()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluation, self._marked = time.monotonic() - self._marked, time.monotonic()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.saving:
+            left = (self.seconds - self.ending - self._now) / max(self._now - (self.first_step or 0.0), 1e-9)
+            logger.warning(
+                "%d steps so far; about %.0f will fit the budget", state.global_step, state.global_step * (1 + left)
+            )
+        self.saving = time.monotonic() - self._marked
+        # an evaluation, the pictures and the interpolation that cost about as much again, the last model; and a little
+        self.ending = 2 * self.evaluation + 2 * self.saving + 0.01 * self.seconds
+        self._marked = time.monotonic()
+        self._now = self.elapsed()  # what evaluating and saving took is no step's time
+
+    def record(self) -> dict[str, float]:
+        """What became of the budget, for the run's record."""
+        return {"seconds": self.seconds, "used_at_the_end_of_training": round(self.elapsed(), 2),
+                "kept_for_the_end": round(self.ending, 2)}  # fmt: skip

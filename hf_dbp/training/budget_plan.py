@@ -1,0 +1,217 @@
+"""What `hf-dbp pretrain IMAGES --budget 2h` chooses, and why: a recipe that is written before anything is trained.
+
+`budget.yaml` in the output folder holds every choice with its reason beside it. The command repeated uses the file that
+is there, so it can be edited; ``hf-dbp pretrain --config budget.yaml`` gives it to another run.
+
+How a model is chosen: a ladder of models, each dearer than the one before, from a mini ViT on views of 64 pixels to
+ViT-Base on 224. Three steps of the first are timed on this machine; the others cost in proportion to their
+multiplications. The highest rung is taken at which the budget holds `VIEWS` views and `PASSES` passes over the images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig
+from hf_dbp.data.decoding import UnreadableImageError
+from hf_dbp.data.images import BUILT_IN, ImageList
+from hf_dbp.errors import UserError
+from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
+from hf_dbp.recipes import read_yaml
+from hf_dbp.training.duration import parse_duration
+
+__all__ = ["Choice", "choose", "images_first", "measured_rate", "write_plan"]
+
+VIEWS, PASSES = 60_000, 10
+SURVEYED = 32  # images, at even steps
+BATCH = 32
+TRAINED = 0.85  # of the budget, for the forecast: the rest is start-up, evaluation, ending
+
+
+class Rung(NamedTuple):
+    """A named size on square views of so many pixels, in patches of so many."""
+
+    size: str
+    view: int
+    patch: int
+
+
+LADDER = (Rung("mini", 64, 8), Rung("mini", 96, 8), Rung("tiny", 128, 8), Rung("small", 224, 16), Rung("base", 224, 16))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A flag, its value and why."""
+
+    flag: str
+    value: Any
+    reason: str
+
+
+def images_first(arguments: Sequence[str]) -> list[str]:
+    """``IMAGES --flag ...`` as ``--train_dir IMAGES --flag ...``; wire_bonding and Hub ids are data sets."""
+    given = list(arguments)
+    if not given or given[0].startswith("-"):
+        return given
+    first = given.pop(0)
+    named = first == BUILT_IN or (not Path(first).exists() and first.count("/") == 1 and first[0] not in "./~")
+    return ["--dataset_name" if named else "--train_dir", first, *given]
+
+
+def cost(rung: Rung, mask_ratio: float) -> float:
+    """Multiplications of one view, in proportion: tokens times weights, of the encoder for the visible ones alone."""
+    size, tokens = SIZES[rung.size], (rung.view // rung.patch) ** 2
+    encoder = 12 * size["num_hidden_layers"] * size["hidden_size"] ** 2
+    decoder = 12 * size["decoder_num_hidden_layers"] * size["decoder_hidden_size"] ** 2
+    return tokens * ((1 - mask_ratio) * encoder + decoder)
+
+
+def measured_rate(channels: int, mask_ratio: float) -> float:
+    """Views per second of the lowest rung in training, on this machine, now: the median of three steps."""
+    rung = LADDER[0]
+    config = DBPViTMAEConfig(
+        **SIZES[rung.size], image_size=rung.view, patch_size=rung.patch, num_channels=channels, mask_ratio=mask_ratio
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = DBPViTMAEForPreTraining(config).to(device)
+    pixels = torch.rand(BATCH, channels, rung.view, rung.view, device=device)
+    seconds = []
+    for _ in range(4):
+        began = time.monotonic()
+        model(pixels).loss.backward()
+        seconds.append(time.monotonic() - began)
+    return BATCH / float(np.median(seconds[1:]))
+
+
+def survey(images: ImageList) -> tuple[int, int, str]:
+    """Median short side in pixels, channels and pixel type of the readable ones among images at even steps."""
+    kinds = []
+    for index in np.linspace(0, len(images) - 1, min(SURVEYED, len(images))).astype(int):
+        try:
+            image = images[int(index)]
+        except UnreadableImageError:
+            continue
+        kinds.append((min(image.shape[:2]), image.shape[2], image.dtype.name))
+    if not kinds:
+        raise UserError(
+            f"none of {min(SURVEYED, len(images))} images at even steps can be read; look with hf-dbp inspect"
+        )
+    return int(np.median([kind[0] for kind in kinds])), kinds[0][1], kinds[0][2]
+
+
+def choose(images: ImageList, seconds: float, rate: float | None = None) -> list[Choice]:
+    """Every flag that the budget decides, with its reason.
+
+    Args:
+        images: the training images.
+        seconds: the budget.
+        rate: views per second of the lowest rung; measured if None.
+    """
+    short, channels, dtype = survey(images)
+    photographs = channels == 3 and dtype == "uint8"
+    mask_ratio = 0.75 if photographs else 0.4
+    rate = measured_rate(channels, mask_ratio) if rate is None else rate
+    wanted, rungs = (
+        max(VIEWS, PASSES * len(images)),
+        [rung for rung in LADDER if rung.view <= max(short, LADDER[0].view)],
+    )
+    views = {rung: TRAINED * seconds * rate * cost(LADDER[0], mask_ratio) / cost(rung, mask_ratio) for rung in rungs}
+    rung = max([r for r in rungs if views[r] >= wanted] or rungs[:1], key=rungs.index)
+    batch = max(1, min(BATCH, len(images)))
+    width = SIZES[rung.size]["hidden_size"]
+    native = not photographs and short >= 2 * rung.view
+    forecast = (
+        f"the dearest of {len(rungs)} with enough views: about {views[rung]:.0f} fit, {wanted} are wanted; the "
+        f"cheapest makes {rate:.0f} a second here and now"
+    )
+    return [
+        Choice("num_channels", channels, f"found: {channels} channels of {dtype}, median short side {short} pixels"),
+        Choice("model_size", rung.size, forecast),
+        Choice("image_size", rung.view, "the views of that model"),
+        Choice("patch_size", rung.patch, "the patches of that model"),
+        Choice(
+            "native_tiles", native, "tiles at native resolution keep fine detail" if native else "whole scenes count"
+        ),
+        Choice("mask_ratio", mask_ratio, "He et al. 2022" if photographs else "the paper's, for inspection images"),
+        *fixed(width, batch),
+    ]
+
+
+def fixed(width: int, batch: int) -> list[Choice]:
+    """The choices that do not depend on the images but for the width of the model and the batch."""
+    workers = 1 if (os.cpu_count() or 1) > 1 else 0
+    rate = float(f"{4e-3 * (128 / width) ** 0.5:.3g}")
+    clock = "the budget lays warm-up and cosine over the clock in its place"
+    return [
+        Choice("method", "dbp", "decorrelated backpropagation"),
+        Choice(
+            "update_interval", 5, "learns as well as every step, at a fifth of the cost: docs/results/fast_settings"
+        ),
+        Choice("eta", 5e-3, "as the demo's recipe"),
+        Choice("optimizer", "muon", "saves about half of AdamW's time: docs/results/methods"),
+        Choice(
+            "learning_rate", rate, f"4e-3 x sqrt(128 / width {width}): the demo's at 128, the root is a rule of thumb"
+        ),
+        Choice("weight_decay", 0.05, "He et al. 2022"),
+        Choice("lr_scheduler_type", "constant", clock),
+        Choice("warmup_steps", 0, clock),
+        Choice("max_steps", 10**9, "time ends the run, not a number of steps"),
+        Choice("per_device_train_batch_size", batch, "in a short time many steps count more than large ones"),
+        Choice("per_device_eval_batch_size", 64, "memory"),
+        Choice("max_eval_samples", 256, "evaluations stay short"),
+        Choice("eval_strategy", "no", "the budget evaluates: early, at 30 and 60 %, and at the end"),
+        Choice("save_strategy", "no", "the budget saves ten times"),
+        Choice("save_total_limit", 1, "a resume needs the last checkpoint alone"),
+        Choice("logging_steps", 50, "a line now and then"),
+        Choice("disable_tqdm", True, "nobody knows the number of steps beforehand"),
+        Choice("dataloader_num_workers", workers, f"{os.cpu_count()} cores"),
+        Choice("dataloader_persistent_workers", workers > 0, "workers outlive an epoch"),
+        Choice("do_train", True, "the command"),
+        Choice("do_eval", True, "the loss of held-out images is the figure to compare"),
+        Choice("report_to", "none", "run.json has it all"),
+    ]
+
+
+def write_plan(
+    path: Path, budget: str, data: dict[str, Any], choices: Sequence[Choice], given: Collection[str]
+) -> None:
+    """Write the recipe, unless there is one of that budget and data: then that one is used as it is.
+
+    Args:
+        path: `budget.yaml`.
+        budget: as the user wrote it.
+        data: the flags that name the images.
+        choices: from `choose`.
+        given: flags that the user gave: theirs count, so they are left out here.
+
+    Raises:
+        UserError: there is a plan of another budget or other images.
+    """
+    head = {"budget": budget, **{name: value for name, value in data.items() if value not in (None, [], "")}}
+    if path.is_file():
+        known = read_yaml(path)
+        same = parse_duration(str(known.get("budget"))) == parse_duration(budget)
+        if not same or any(
+            str(known.get(name)) != str(head[name]) for name in ("train_dir", "dataset_name") if name in head
+        ):
+            raise UserError(
+                f"{path} is the plan of another run (budget {known.get('budget')}, images "
+                f"{known.get('train_dir') or known.get('dataset_name')}): repeat its command, or give another folder"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["# What the budget chose, and why. Edit what you like, then repeat the command; or --config this file."]
+    lines += [f"{name}: {json.dumps(value)}" for name, value in head.items()]
+    for choice in choices:
+        if choice.flag not in given:
+            lines.append(f"{choice.flag}: {json.dumps(choice.value)}  # {choice.reason}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
