@@ -38,6 +38,7 @@ __all__ = ["inspect_folder", "main"]
 T = TypeVar("T")
 OUTLYING = 0.01  # less of the range for 99.8 % of the values is a sign of outliers
 THIN = 2  # from this ratio of the sides on, an image made smaller to the view has lost most of its short side
+STEPS = 1000  # of fine-tuning, at least
 VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
 
 
@@ -187,6 +188,7 @@ def describe_masks(
         "long_edge": choose_scale([kind for kind in kinds.values() if not kind.error], survey.smallest, found),
         "per_device_train_batch_size": max(2, min(16, labelled // 2)),
     }
+    found.finetuning |= choose_length(max(1, labelled // found.finetuning["per_device_train_batch_size"]), found)
     return masks
 
 
@@ -212,6 +214,19 @@ def choose_scale(readable: Sequence[ImageKind], smallest: float | None, found: F
     if smallest is not None and smallest < stride:
         found.lines.append(f"           {objects} are less than a cell of the feature maps, {stride:g} pixels")
     return 0
+
+
+def choose_length(epoch_steps: int, found: Findings) -> dict[str, Any]:
+    """Flags for few labelled images, of which the recipe's epochs are too few steps to learn from; says so."""
+    epochs = int(read_yaml(recipe_path("industrial_upernet.yaml"))["num_train_epochs"])
+    if epochs * epoch_steps >= STEPS:
+        return {}
+    found.lines.append(
+        f"length     {-(-STEPS // epoch_steps)} epochs (num_train_epochs), {STEPS} steps: the recipe's {epochs} of "
+        f"so few images are {epochs * epoch_steps} steps"
+    )
+    steps = {"eval_strategy": "steps", "eval_steps": STEPS // 20, "save_strategy": "steps", "save_steps": STEPS // 20}
+    return {"num_train_epochs": -(-STEPS // epoch_steps), **steps}
 
 
 def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:

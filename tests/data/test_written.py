@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageOps
+from reading_table import PAGE, with_table
 from test_readers import png_by_hand
 from written import Layout, drawn, layouts, write_tiff
 
@@ -258,3 +259,8 @@ def test_sixteen_bit_grey_with_alpha_keeps_its_depth():
     found = decode({"bytes": png_by_hand(grey), "path": None}, 1, "a")
     assert found.dtype == np.uint16
     np.testing.assert_array_equal(found[..., 0], grey[..., 0])
+
+
+def test_the_table_in_the_docs_is_what_happens():
+    page = PAGE.read_text(encoding="utf-8")
+    assert with_table(page) == page, "write it anew: python tests/data/reading_table.py"
