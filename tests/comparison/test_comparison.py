@@ -16,7 +16,7 @@ from test_pretraining import main as pretrain
 
 from hf_dbp import cli
 from hf_dbp.comparison import runner as comparison
-from hf_dbp.comparison.plans import best_settings, collect_runs, plan_of, read_plan
+from hf_dbp.comparison.plans import Probe, best_settings, collect_runs, plan_of, read_plan
 from hf_dbp.comparison.report.analysis import analyse
 from hf_dbp.comparison.runner import Runner, main, random_evaluations, run_plan
 from hf_dbp.recipes import plan_names
@@ -58,6 +58,15 @@ if arguments["--seed"] == "1" and arguments["--from_scratch"] == "False":
 score = 0.1 if arguments["--from_scratch"] == "True" else 0.5
 evaluation = {"mean_iou": score, "seed": int(arguments["--seed"])}
 (pathlib.Path(arguments["--output_dir"]) / "eval.json").write_text(json.dumps(evaluation))
+"""
+
+# Stands in for the probe.
+FAKE_PROBE = """
+import json, pathlib, sys
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+if "max_steps=80" in arguments["--output_file"] and "seed1" in arguments["--output_file"]:
+    raise SystemExit("out of memory")
+pathlib.Path(arguments["--output_file"]).write_text(json.dumps({"probed": arguments["--model_name_or_path"]}))
 """
 
 
@@ -145,6 +154,31 @@ def test_every_run_runs_once_and_failures_stop_nothing(plan, launcher, tmp_path,
     (tmp_path / "calls").unlink()
     run_plan(read_plan(plan, ["--use_cpu", "true"]), tmp_path / "out", launcher=launcher)
     assert calls(tmp_path) == [f"muon/{best}/seed1"]
+
+
+def test_baselines_run_at_other_lengths_and_encoders_are_probed(plan, launcher, tmp_path, monkeypatch):
+    with Path(plan).open("a") as file:
+        file.write("probe: {flags: {train_dir: tiles}}\nlengths: {adamw: [60, 80]}\n")
+    monkeypatch.setattr(comparison, "PROBE", FAKE_PROBE)
+    monkeypatch.setattr(comparison, "fused", lambda run: run / "vit")
+    made = read_plan(plan, ["--use_cpu", "true"])
+    runs = run_plan(made, tmp_path / "out", jobs=2, launcher=launcher)
+    lengths = [(run.planned.variant, run.planned.length, run.planned.seed) for run in runs if run.planned.length]
+    assert lengths == [("adamw", steps, seed) for steps in (60, 80) for seed in (0, 1)]
+    folder = tmp_path / "out" / "runs" / "adamw" / "max_steps=60" / "weight_decay=0.1" / "seed0"
+    assert json.loads((folder / "probe" / "probe.json").read_text()) == {"probed": str(folder / "vit")}
+    # of every finished run at its variant's best setting, of any length; what fails is noted
+    probed = {run.planned.name for run in runs if run.probe is not None}
+    best = {run.planned.name for run in runs if run.record and dict(run.planned.searched)["weight_decay"] == "0.1"}
+    (failed,) = best - probed
+    assert (len(probed), failed) == (6, "adamw, 80 steps, weight_decay 0.1, seed 1")
+    assert [run.notes for run in runs if run.planned.name == failed] == [
+        ["its encoder was not probed: exit status 1: out of memory"]
+    ]
+    # once more, with a probe of other images: what is there stays, and is not taken for it
+    made.probe = Probe(("--train_dir", "others"))
+    with pytest.raises(ValueError, match="holds a run with other flags"):
+        run_plan(made, tmp_path / "out", launcher=launcher)
 
 
 def test_a_run_that_was_interrupted_is_started_again(plan, launcher, tmp_path):
