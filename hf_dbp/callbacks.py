@@ -15,7 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import has_length
 from transformers.utils import strtobool
 
@@ -226,8 +234,8 @@ class DecorrelationCallback(ReportingCallback):
                 f"{args.n_gpu} SCRIPT, or show it one with CUDA_VISIBLE_DEVICES=0"
             )
         refuse_sharding(args)
-        if not self.restorable and isinstance(model, DBPViTMAEModel | DBPViTMAEForPreTraining):
-            refuse_restoring(args)
+        if not self.restorable:
+            refuse_restoring(args, model, resumed=state.global_step > 0)
         self.switches.close()
         if args.torch_compile:  # else every checkpointed block breaks the graph: gathering rows is a side effect
             switch = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
@@ -309,16 +317,37 @@ def refuse_sharding(args: TrainingArguments) -> None:
         )
 
 
-def refuse_restoring(args: TrainingArguments) -> None:
-    """ValueError if a stock Trainer is to go back to a checkpoint of our models: it finds no ``model.safetensors``."""
-    if args.load_best_model_at_end or args.resume_from_checkpoint:
-        raise UserError(
+def refuse_restoring(args: TrainingArguments, model: nn.Module, *, resumed: bool) -> None:
+    """ValueError if a stock Trainer is to go back to a checkpoint of which it would lose tensors.
+
+    Of our models it finds no ``model.safetensors``. Of some of transformers' it saves tensors under older names and
+    restores by the present ones, with no more than a warning; that is so for plain models too.
+    """
+    if isinstance(model, DBPViTMAEModel | DBPViTMAEForPreTraining):
+        reason = (
             "transformers.Trainer restores no checkpoint of this model (model.unfused.safetensors, so named that no "
-            "stock class takes W for W R): train with hf_dbp.ResumingTrainer, a Trainer with the same arguments, for "
+            "stock class takes W for W R)"
+        )
+    elif isinstance(model, PreTrainedModel) and (renamed := renamed_by_saving(model)):
+        reason = (
+            f"transformers.Trainer saves {renamed} tensors of {type(model).__name__} under other names than it "
+            "restores them by, and would lose them"
+        )
+    else:
+        return
+    if args.load_best_model_at_end or args.resume_from_checkpoint or resumed:
+        raise UserError(
+            f"{reason}: train with hf_dbp.ResumingTrainer, a Trainer with the same arguments, for "
             "load_best_model_at_end and resume_from_checkpoint"
         )
     if args.save_strategy != "no":
         logger.warning("transformers.Trainer cannot resume the checkpoints it saves here; hf_dbp.ResumingTrainer can")
+
+
+def renamed_by_saving(model: PreTrainedModel) -> int:
+    """How many tensors ``save_pretrained`` writes under other names than the model has."""
+    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    return len(state.keys() - revert_weight_conversion(model, dict(state)).keys())
 
 
 def steps_between_logs(args: TrainingArguments, state: TrainerState, loader: Any) -> int | None:

@@ -198,7 +198,7 @@ def prepare_data(
     if len(mean) != num_channels:
         raise UserError(f"the image processor has statistics of {len(mean)} channels, the images have {num_channels}")
     views: dict[str, Any] = {"size": size, "patch_size": config.patch_size, "mean": mean, "std": std, "seed": seed}
-    views["native"] = model_args.native_tiles
+    views |= {"native": model_args.native_tiles, "flip": model_args.flip}
     return MaskedImages(train_images, **views), MaskedImages(eval_images, **views), num_channels
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import datasets
 
 from hf_dbp.data.left_out import LeftOut
+from hf_dbp.data.sound import SOUND_FILES
 from hf_dbp.errors import UserError
 
 __all__ = [
@@ -48,7 +49,7 @@ __all__ = [
     "shard_splits",
 ]
 
-IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".npy"}
+IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".npy", *SOUND_FILES}
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
 #: files that hold no images, and that nobody expects to be read
 PLAIN_FILES = {

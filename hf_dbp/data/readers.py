@@ -4,6 +4,7 @@
             the first series of full size. WhiteIsZero is inverted at every unsigned depth; 2 and 4 bits become 8.
             Palettes and YCbCr other than JPEG are read by Pillow; 8-bit CMYK becomes RGB.
     .npy    (H, W), (H, W, C) or (C, H, W).
+    WAV, FLAC    log-mel spectrograms of one channel; see `hf_dbp.data.sound`.
     PNG     16-bit colour by OpenCV: Pillow keeps 8 bits of it.
 
 The kind is told by a file's first bytes, not by its name. Uncompressed TIFF and ``.npy`` files come as memory maps: of
@@ -27,6 +28,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from hf_dbp.data.sound import is_sound, log_mel
 from hf_dbp.errors import UserError
 
 __all__ = ["read_picture"]
@@ -60,11 +62,13 @@ def read_picture(file: str | bytes) -> Image.Image | Array:
 def parsed(file: str | bytes) -> Image.Image | Array:
     """As `read_picture`; errors as they come."""
     if isinstance(file, bytes):
-        head = file[:6]
+        head = file[:12]
     else:
         with Path(file).open("rb") as opened:
-            head = opened.read(6)
-    if head == NPY:
+            head = opened.read(12)
+    if is_sound(head):
+        return log_mel(file)
+    if head[:6] == NPY:
         return channels_last(npy_values(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r"))
     if head[:4] in TIFF:
         return read_tiff(file)

@@ -127,6 +127,12 @@ class ModelArguments:
             "Default: random parts, from a fifth to all of an image, made smaller to --image_size."
         },
     )
+    flip: float = field(
+        default=0.5,
+        metadata={
+            "help": "Chance that a training view is flipped left to right; 0 where the two differ, as in spectrograms."
+        },
+    )
     augment_on_device: bool | None = field(
         default=None,
         metadata={
@@ -149,6 +155,8 @@ class ModelArguments:
             raise UserError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
         if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
             raise UserError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
+        if not 0.0 <= self.flip <= 1.0:
+            raise UserError(f"--flip is a chance in [0, 1], got {self.flip}")
         if self.image_size is not None and len(self.image_size) > 2:
             raise UserError(f"--image_size takes one number or height and width, got {self.image_size}")
 

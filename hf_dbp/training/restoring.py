@@ -61,7 +61,8 @@ SHAPING = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
     "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "data_seed",
     "bf16", "fp16", "eta", "eta_schedule", "eta_stop", "kappa", "update_interval", "sample_fraction", "row_floor",
-    "row_cap", "bound_eta", "mask_ratio", "norm_pix_loss", "native_tiles", "image_statistics", "image_processor_name",
+    "row_cap", "bound_eta", "mask_ratio", "norm_pix_loss", "native_tiles", "flip", "image_statistics",
+    "image_processor_name",
 )  # fmt: skip
 
 
@@ -145,8 +146,11 @@ def restore_weights(model: nn.Module, folder: str) -> None:
     """
     if not isinstance(model, DBPViTMAEForPreTraining | DBPViTMAEModel):
         tensors = {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
-        if shapes(tensors) == shapes(model.state_dict()):
-            model.load_state_dict(tensors)
+        state = model.state_dict()
+        memory = {tensor.data_ptr() for name, tensor in state.items() if name in tensors}
+        tied = {name for name, tensor in state.items() if name not in tensors and tensor.data_ptr() in memory}
+        if shapes(tensors) == shapes({name: tensor for name, tensor in state.items() if name not in tied}):
+            model.load_state_dict(tensors, strict=not tied)
             return
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"checkpoint {folder} does not have the tensors of the model, {type(model).__name__}")
