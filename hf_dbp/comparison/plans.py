@@ -3,6 +3,8 @@
 A plan is a YAML file, of the package's or the user's own:
 
     title: Four methods on photographs
+    script: examples/my_script.py           # optional: in place of hf-dbp pretrain; takes --seed and --output_dir, and
+                                            # writes a run record (`hf_dbp.training.recording`)
     recipe: demo.yaml                       # optional: flags that all runs share ...
     flags: {max_steps: 600, image_size: 32} # ... and more of them
     axes:                                   # what is compared; the variants are the product of the axes
@@ -61,7 +63,7 @@ __all__ = [
 
 FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
 FINETUNING_FLAGS = (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments)
-KEYS = ("title", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation", "probe", "lengths")
+KEYS = ("title", "script", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation", "probe", "lengths")
 SEGMENTATION_KEYS = ("recipe", "flags", "random")
 PROBE_FILE = "probe.json"  # what a probe leaves
 OWN = ("seed", "output_dir", "config")  # set per run by the tool
@@ -180,6 +182,7 @@ class Plan:
     probe: Probe | None = None
     lengths: dict[str, list[int]] = field(default_factory=dict)
     own_search: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # flag -> variant -> values
+    script: str | None = None
 
     def run(
         self, variant: str, searched: tuple[tuple[str, str], ...], seed: int, length: int | None = None
@@ -217,7 +220,16 @@ class Plan:
         return [self.run(variant, best[variant], seed) for seed in self.seeds[1:] for variant in best]
 
     def check(self) -> None:
-        """Parse the flags of every run. ValueError for one that a run would refuse, or for want of data."""
+        """Parse the flags of every run. ValueError for one that a run would refuse, or for want of data.
+
+        Those of another script are for the script to parse.
+        """
+        if self.script is not None:
+            if not Path(self.script).is_file():
+                raise UserError(f"the plan's script {self.script} is no file; paths count from the working directory")
+            if self.segmentation is not None or self.probe is not None:
+                raise UserError("segmentation and probe follow hf-dbp pretrain alone; a plan with a script has neither")
+            return
         for planned in self.search_runs():
             _, data_args, *_ = parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
             ImageSource(**asdict(data_args))
@@ -254,7 +266,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     axes = check_axes(content["axes"], name)
     mappings = ("search", "flags", "against", "segmentation", "probe", "lengths")
     parts = {key: mapping(content, key, name) for key in mappings}
-    for key in ("title", "recipe"):
+    for key in ("title", "recipe", "script"):
         if not isinstance(content.get(key, ""), str):
             raise UserError(f"plan {name}: {key} is {content[key]!r:.80}; expected text")
     variants = {}
@@ -281,6 +293,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
         probe=read_probe(parts["probe"], name),
         lengths=check_lengths(parts["lengths"], list(against), name),
         own_search=own_search,
+        script=content.get("script"),
     )
 
 

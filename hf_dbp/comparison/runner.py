@@ -61,9 +61,13 @@ class Runner:
         total: number of runs that the bar counts to.
         jobs: runs at a time.
         launcher: command in place of ``python``, such as ``accelerate launch --multi_gpu``.
+        script: what is run in place of the package's pre-training.
     """
 
-    def __init__(self, folder: Path, total: int, jobs: int = 1, launcher: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, total: int, jobs: int = 1, launcher: str | None = None, script: str | None = None
+    ) -> None:
+        self.program = ["-m", "hf_dbp.pretraining"] if script is None else [script]
         self.folder, self.jobs = folder, jobs
         self.shown = -1.0
         self.launcher = shlex.split(launcher) if launcher else [sys.executable]
@@ -113,8 +117,8 @@ class Runner:
         folder = self.path(planned)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FLAGS_FILE, without_secrets(planned.arguments))
-        command = [*self.launcher, "-m", "hf_dbp.pretraining", *planned.arguments]
-        command += ["--output_dir", str(folder), "--disable_tqdm", "true"]
+        command = [*self.launcher, *self.program, *planned.arguments, "--output_dir", str(folder)]
+        command += ["--disable_tqdm", "true"] if self.program[0] == "-m" else []
         with (folder / "log.txt").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
@@ -183,7 +187,7 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
             check_flags(file.parent, plan.probe.arguments)
     searched, lengths = plan.search_runs(), sum(map(len, plan.lengths.values()))
     total = len(searched) + len(plan.variants) * (len(plan.seeds) - 1) + lengths * len(plan.seeds)
-    runner = Runner(folder, total, jobs, launcher)
+    runner = Runner(folder, total, jobs, launcher, plan.script)
     runs = runner.run(searched)
     best = best_settings(runs)
     runs += runner.run(plan.seed_runs(best))

@@ -74,4 +74,4 @@ def log_mel(file: str | bytes) -> NDArray[np.float32]:
         wave, window, WINDOW, HOP, FFT, power=2.0, mel_filters=mel, log_mel="dB", min_value=10 ** (FLOOR / 10)
     )
     top = max(float(power.max()), FLOOR + RANGE)
-    return np.clip((power - top) / RANGE + 1, 0.0, 1.0).astype(np.float32)[..., None]
+    return np.asarray(np.clip((power - top) / RANGE + 1, 0.0, 1.0), np.float32)[..., None]

@@ -9,6 +9,7 @@ optimizer, so the two are presented, scheduled and checkpointed as one.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -24,6 +25,7 @@ __all__ = ["HiddenWithAdamW", "check_optimizer", "checked_schedule", "decay_grou
 
 BUILT_IN = ("adamw", "muon")
 MOMENTUM = 0.95  # Muon's
+BLOCKS = re.compile(r"(layers?|blocks?|\bh)\.\d+\.")  # as transformers' models name the list of their blocks
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
@@ -31,7 +33,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
     return {
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.ndim == 2 and "layers." in name
+        if parameter.requires_grad and parameter.ndim == 2 and BLOCKS.search(name)
     }
 
 
