@@ -23,7 +23,8 @@ from hf_dbp.errors import UserError
 __all__ = ["BANDS", "SOUND_FILES", "is_sound", "log_mel"]
 
 SOUND_FILES = {".wav", ".flac"}
-RATE, WINDOW, HOP, FFT, BANDS = 16_000, 400, 160, 1024, 128
+BANDS = 128
+RATE, WINDOW, HOP, FFT = 16_000, 400, 160, 1024
 RANGE, FLOOR = 80.0, -100.0  # dB; the power that counts as none
 
 
