@@ -74,7 +74,7 @@ def masked(batch: list[torch.Tensor], generator: torch.Generator | None = None) 
 def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser((ScriptArguments, DecorrelationArguments, TrainingArguments))
     script, decorrelation, args = parser.parse_args_into_dataclasses(arguments or sys.argv[1:])
-    args.remove_unused_columns, args.label_names = False, ["labels"]
+    args.remove_unused_columns, args.label_names, args.prediction_loss_only = False, ["labels"], True
     documents = texts(script.train_dir)
     held_out, seen = documents[::10], [text for i, text in enumerate(documents) if i % 10]
     tokenizer = learn_tokenizer(seen, script.vocabulary)
@@ -87,7 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     sizes = {"hidden_size": script.hidden_size, "num_hidden_layers": script.num_layers}
     sizes |= {"num_attention_heads": script.hidden_size // 32, "intermediate_size": 4 * script.hidden_size}
-    model = BertForMaskedLM(BertConfig(tokenizer.get_vocab_size(), max_position_embeddings=script.length, **sizes))
+    model = BertForMaskedLM(
+        BertConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=script.length, **sizes)
+    )
     record = RunRecord("pretraining", script.method, script.optimizer, args.seed)
     record.arguments = arguments_record(script, decorrelation, args)
     record.data = {"source": script.train_dir or "pydoc topics", "train": len(train), "validation": len(validation)}
