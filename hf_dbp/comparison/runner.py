@@ -139,8 +139,10 @@ class Runner:
         record = RunRecord.read(file)
         if not record.rows:
             return 0.0
-        steps, epochs = record.arguments["max_steps"], record.arguments["num_train_epochs"]
+        steps, epochs = (record.arguments.get(name) or 0 for name in ("max_steps", "num_train_epochs"))
         last = record.rows[-1]
+        if steps <= 0 and not epochs:
+            return 0.0  # another script need not say
         return float(min(last["step"] / steps if steps > 0 else last["epoch"] / epochs, 1.0))
 
     def show(self, partly: float, done: int, running: list[PlannedRun]) -> None:

@@ -104,12 +104,10 @@ def circumstances(analysis: Figures, jobs: int) -> list[str]:
     """Data, length, machine, energy and code in sentences."""
     where = analysis["setting"]
     hardware, data, energy, arguments = (where[key] for key in ("hardware", "data", "energy", "arguments"))
-    size = " x ".join(map(str, data.get("size", [])))
     devices = plural(hardware["gpus"], "GPU") if "gpus" in hardware else plural(hardware["cores"], "core")
     lines = [
-        f"Data: {data.get('source')}, {data.get('train_images')} training and {data.get('validation_images')} "
-        f"validation images, {size} pixels, {data.get('channels')} channels.",
-        f"Length: {length(arguments)}, {arguments['per_device_train_batch_size']} images per process and step.",
+        data_line(data),
+        f"Length: {length(arguments, 'images' if 'train_images' in data else 'samples')}.",
         f"Machine: {hardware.get('gpu') or hardware['processor']}, {devices}; processes per run: "
         f"{hardware.get('processes', 1)}; runs at a time: {jobs}.",
     ]
@@ -126,9 +124,24 @@ def circumstances(analysis: Figures, jobs: int) -> list[str]:
     return [*lines, f"Code: commit {where['commit'] or 'unknown'}; {packages}."]
 
 
-def length(arguments: Figures) -> str:
-    steps = arguments["max_steps"]
-    return f"{steps} steps" if steps and steps > 0 else f"{number(float(arguments['num_train_epochs']))} epochs"
+def data_line(data: Figures) -> str:
+    """What the runs' data were; of another script's record whatever it says."""
+    if "train_images" not in data:
+        return "Data: " + (", ".join(f"{name} {value}" for name, value in data.items()) or "not recorded") + "."
+    size = " x ".join(map(str, data.get("size", [])))
+    return (
+        f"Data: {data.get('source')}, {data['train_images']} training and {data.get('validation_images')} validation "
+        f"images, {size} pixels, {data.get('channels')} channels."
+    )
+
+
+def length(arguments: Figures, unit: str) -> str:
+    """Steps or epochs, and the batch; of another script's record what it says."""
+    steps, epochs = arguments["max_steps"], arguments["num_train_epochs"]
+    if not epochs and not steps:
+        return "not recorded"
+    told = f"{steps} steps" if steps and steps > 0 else f"{number(float(epochs))} epochs"
+    return f"{told}, {arguments['per_device_train_batch_size']} {unit} per process and step"
 
 
 def search_table(analysis: Figures) -> list[Block]:
