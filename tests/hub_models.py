@@ -31,6 +31,7 @@ class Repository:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=lambda: [hashlib.sha1(b"first").hexdigest()])
+    branches: set[str] = field(default_factory=lambda: {"main"})
 
 
 class ModelHub(LoopbackServer):
@@ -166,8 +167,23 @@ class ModelHubHandler(BaseHTTPRequestHandler):
         self.hub.large[repo_id, oid] = content
         self.answer(200)
 
-    def commit(self, repo_id: str, _: str) -> None:
-        if (repository := self.repository(repo_id, write=True)) is None:
+    def branch(self, repo_id: str, name: str) -> None:
+        if (repository := self.repository(repo_id, write=True)) is not None:
+            self.body()
+            there = name in repository.branches
+            repository.branches.add(name)
+            self.answer(409 if there else 201, {"error": "Reference already exists"} if there else {})
+
+    def known(self, repository: Repository, revision: str | None) -> bool:
+        """Whether the repository has this branch or commit; answers if not."""
+        if revision is None or revision in repository.branches or revision in repository.commits:
+            return True
+        self.body()
+        self.answer(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
+        return False
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        if (repository := self.repository(repo_id, write=True)) is None or not self.known(repository, revision):
             return
         if self.cut_off("commit", repo_id):
             return
@@ -194,8 +210,8 @@ class ModelHubHandler(BaseHTTPRequestHandler):
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
             self.answer(200, content, ETag=etag, X_Repo_Commit=commit, Accept_Ranges="bytes")
 
-    def information(self, repo_id: str, _: str | None = None) -> None:
-        if (repository := self.repository(repo_id)) is not None:
+    def information(self, repo_id: str, revision: str | None = None) -> None:
+        if (repository := self.repository(repo_id)) is not None and self.known(repository, revision):
             siblings = [{"rfilename": path} for path in repository.files]
             self.answer(200, {"id": repo_id, "sha": repository.commits[-1], "siblings": siblings, "tags": []})
 
@@ -214,6 +230,7 @@ ROUTES = [
     (("POST",), "/api/repos/create", ModelHubHandler.create),
     (("POST",), "/api/validate-yaml", ModelHubHandler.validate),
     (("POST",), f"/api/models/{NAME}/preupload/(.+)", ModelHubHandler.preupload),
+    (("POST",), f"/api/models/{NAME}/branch/(.+)", ModelHubHandler.branch),
     (("POST",), f"/api/models/{NAME}/commit/(.+)", ModelHubHandler.commit),
     (("POST",), f"/{NAME}.git/info/lfs/objects/batch", ModelHubHandler.large_files),
     (("PUT",), rf"/large/{NAME}/(\w+)", ModelHubHandler.large_file),

@@ -173,7 +173,7 @@ def stored(value: Any) -> Any:
 
 def joined(files: list[str]) -> NDArray[np.generic]:
     """Files of one channel each as one array (H, W, C)."""
-    channels = [to_array(read_picture(file), 1) for file in files]
+    channels = [to_array(read_picture(file, channel=True), 1) for file in files]
     kinds = [f"{c.shape[0]} x {c.shape[1]} pixels of {c.dtype} in {f}" for c, f in zip(channels, files, strict=True)]
     if len({(channel.shape, channel.dtype) for channel in channels}) > 1:
         raise UserError(f"the channels do not fit together: {', '.join(kinds)}")

@@ -38,28 +38,29 @@ LARGEST = 2**29  # values that a compressed TIFF may unpack to; Pillow and OpenC
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def read_picture(file: str | bytes) -> Image.Image | Array:
+def read_picture(file: str | bytes, channel: bool = False) -> Image.Image | Array:
     """A picture file: a Pillow image of what Pillow reads and of 8-bit grey and RGB, else an array (H, W, C).
 
     Values are as they are stored: indices of a palette, any integer or float type.
 
     Args:
         file: path, or the content of a file.
+        channel: the file is one of several that make an image; of an OME-TIFF of several files it is read alone.
 
     Raises:
-        ValueError: a damaged file, one too large for memory, an array that is no image, or a compression that nothing
-            here reads.
+        ValueError: a damaged file, one too large for memory, an array that is no image, a compression that nothing
+            here reads, or one of the files of an OME-TIFF where a whole image is wanted.
         OSError: the file cannot be read, or Pillow finds it damaged.
     """
     try:
-        return parsed(file)
+        return parsed(file, channel)
     except (OSError, ValueError):
         raise
     except Exception as error:  # on damaged files the libraries stumble anywhere: TypeError, ZeroDivisionError ...
         raise UserError(f"damaged ({type(error).__name__}: {error})") from error
 
 
-def parsed(file: str | bytes) -> Image.Image | Array:
+def parsed(file: str | bytes, channel: bool = False) -> Image.Image | Array:
     """As `read_picture`; errors as they come."""
     if isinstance(file, bytes):
         head = file[:12]
@@ -71,7 +72,7 @@ def parsed(file: str | bytes) -> Image.Image | Array:
     if head[:6] == NPY:
         return channels_last(npy_values(file) if isinstance(file, bytes) else np.load(file, mmap_mode="r"))
     if head[:4] in TIFF:
-        return read_tiff(file)
+        return read_tiff(file, channel)
     return read_with_pillow(file)
 
 
@@ -96,8 +97,10 @@ def read_with_pillow(file: str | bytes) -> Image.Image | Array:
         return ImageOps.exif_transpose(picture)
 
 
-def read_tiff(file: str | bytes) -> Image.Image | Array:
-    with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file) as tiff:
+def read_tiff(file: str | bytes, channel: bool = False) -> Image.Image | Array:
+    flags = {"is_ome": False} if channel else {}  # or tifffile would read the other files of the set, too
+    with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file, **flags) as tiff:
+        refuse_parts(tiff)
         if not tiff.series:
             raise UserError("the TIFF holds no image")
         full = (n for n, series in enumerate(tiff.series) if not series.keyframe.is_reduced)
@@ -109,7 +112,7 @@ def read_tiff(file: str | bytes) -> Image.Image | Array:
             return read_with_pillow(file)
         if colours in ("CIELAB", "ICCLAB", "ITULAB", "LOGL", "LOGLUV") or (colours == "SEPARATED" and not cmyk(page)):
             raise UserError(f"its colours are {colours} of {page.bitspersample} bits; write it as RGB or grey")
-        array = upright(channels_last(tiff_values(file, series, number), series.axes), page)
+        array = upright(channels_last(tiff_values(file, series, number, not channel), series.axes), page)
         if colours == "MINISWHITE" and array.dtype.kind in "bu":
             array = ~array if array.dtype == np.bool_ else array.dtype.type(2**page.bitspersample - 1) - array
         if array.dtype == np.uint8 and page.bitspersample < 8:
@@ -132,14 +135,26 @@ def cmyk(page: Any) -> bool:
     return bool(page.samplesperpixel == 4 and page.bitspersample == 8 and page.tags.valueof(332, 1) == 1)
 
 
-def tiff_values(file: str | bytes, series: Any, number: int) -> Array:
+def refuse_parts(tiff: tifffile.TiffFile) -> None:
+    """UserError for one of the files of an OME-TIFF, each of which would be read as the whole image."""
+    description = (tiff.ome_metadata or "") if tiff.is_ome else ""
+    names = sorted(set(re.findall(r'FileName="([^"]+)"', description)))
+    if len(names) > 1 or "<BinaryOnly" in description:
+        others = f"of {len(names)} files, {names[0]}, {names[1]} ..." if len(names) > 1 else "of several files"
+        raise UserError(
+            f"it is a part of an OME-TIFF {others}: join the channels of each image by --channel_files, a name pattern "
+            "for each, such as '*_ch0.ome.tif' '*_ch1.ome.tif'"
+        )
+
+
+def tiff_values(file: str | bytes, series: Any, number: int, mapped: bool = True) -> Array:
     """The values of a series of pages, of the shape and type that they state; a memory map where they lie unpacked.
 
     Raises:
         ValueError: too large, a compression that nothing here reads, or the codec gave something else than stated.
     """
     page = series.keyframe
-    if series.dataoffset is not None and page.is_memmappable and isinstance(file, str):
+    if mapped and series.dataoffset is not None and page.is_memmappable and isinstance(file, str):
         return np.asanyarray(tifffile.memmap(file, series=number, mode="r"))
     if series.size > LARGEST:
         raise UserError(

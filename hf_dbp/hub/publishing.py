@@ -44,7 +44,7 @@ class Destination:
         repo_id: ``user/name``, or ``name`` for the user's own.
         private: whether it is private if it has to be made; None for the account's default.
         token: with the right to write; None for that of `hf auth login` or HF_TOKEN.
-        revision: branch to push to.
+        revision: branch to push to, or a pull request such as ``refs/pr/1``.
     """
 
     repo_id: str
@@ -53,7 +53,7 @@ class Destination:
     revision: str | None = None
 
     def opened(self) -> Destination:
-        """The same repository, made if there was none, with its full name.
+        """The same repository with its full name; it and the branch are made if they were not there.
 
         Raises:
             ValueError: no token, no right to write, a bad name, or no connection.
@@ -61,7 +61,12 @@ class Destination:
         if self.token is None and get_token() is None:
             raise UserError(f"no Hub token, which pushing to {self.repo_id} needs: {LOGIN}")
         with explained(self.repo_id):
-            url = HfApi(token=self.token).create_repo(self.repo_id, private=self.private, exist_ok=True)
+            api = HfApi(token=self.token)
+            url = api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+            if self.revision is not None and self.revision.startswith("refs/"):  # a pull request: not ours to make
+                api.model_info(url.repo_id, revision=self.revision)
+            elif self.revision not in (None, "main"):
+                api.create_branch(url.repo_id, branch=self.revision, exist_ok=True)
         return dataclasses.replace(self, repo_id=url.repo_id)
 
     @property

@@ -2,6 +2,7 @@
 
 import io
 import struct
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -258,6 +259,40 @@ def test_channels_that_do_not_fit_together_are_refused(tmp_path):
     value = {"bytes": None, "path": str(tmp_path / "a.png"), "more": [str(tmp_path / "b.png")]}
     with pytest.raises(UnreadableImageError, match=r"8 x 8 pixels of uint8 in .*a\.png, 8 x 9 pixels of uint16 in"):
         decode(value, None, "a")
+
+
+def ome_set(folder, planes):
+    """An OME-TIFF of a file per channel, as microscopes write them: the description of all stands in each file."""
+    names = [f"a_ch{channel}.ome.tif" for channel in range(len(planes))]
+    blocks = "".join(
+        f'<TiffData FirstC="{c}" FirstZ="0" FirstT="0" IFD="0" PlaneCount="1">'
+        f'<UUID FileName="{name}">urn:uuid:{c:08d}-0000-0000-0000-000000000000</UUID></TiffData>'
+        for c, name in enumerate(names)
+    )
+    height, width = planes[0].shape
+    channels = "".join(f'<Channel ID="Channel:0:{c}" SamplesPerPixel="1"/>' for c in range(len(planes)))
+    for c, (name, plane) in enumerate(zip(names, planes, strict=True)):
+        description = (
+            '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="urn:uuid:{c:08d}-0000-0000-0000-000000000000"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+            f'DimensionOrder="XYCZT" Type="uint16" SizeX="{width}" SizeY="{height}" SizeC="{len(planes)}" SizeZ="1" '
+            f'SizeT="1">{channels}{blocks}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(folder / name, plane, description=description, metadata=None)
+    return names
+
+
+def test_an_ome_tiff_of_a_file_per_channel(tmp_path):
+    """A file of it is no image of its own, nor all of them; joined by --channel_files they are one image."""
+    planes = pixels(np.uint16, 2, 24, 40)
+    first, second = (str(tmp_path / name) for name in ome_set(tmp_path, planes))
+    for value in ({"bytes": None, "path": first}, {"bytes": Path(second).read_bytes(), "path": None}):
+        with pytest.raises(
+            UnreadableImageError, match=r"part of an OME-TIFF of 2 files, a_ch0\.ome\.tif.*--channel_files"
+        ):
+            decode(value, None, "a")
+    joined = decode({"bytes": None, "path": first, "more": [second]}, None, "a")
+    np.testing.assert_array_equal(joined, np.moveaxis(planes, 0, 2))
 
 
 def test_a_table_follows_its_files(tmp_path):
