@@ -57,13 +57,20 @@ class Choice:
     reason: str
 
 
-def images_first(arguments: Sequence[str]) -> list[str]:
-    """``IMAGES --flag ...`` as ``--train_dir IMAGES --flag ...``; wire_bonding and Hub ids are data sets."""
+def images_first(arguments: Sequence[str], second: str | None = None) -> list[str]:
+    """``IMAGES --flag ...`` as ``--train_dir IMAGES --flag ...``; wire_bonding and Hub ids are data sets.
+
+    Args:
+        arguments: of the command line.
+        second: flag of what may stand after the images, ``--train_mask_dir``.
+    """
     given = list(arguments)
     if not given or given[0].startswith("-"):
         return given
     first = given.pop(0)
     named = first == BUILT_IN or (not Path(first).exists() and first.count("/") == 1 and first[0] not in "./~")
+    if second is not None and given and not given[0].startswith("-"):
+        given = [second, *given]
     return ["--dataset_name" if named else "--train_dir", first, *given]
 
 

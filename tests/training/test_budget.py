@@ -123,6 +123,12 @@ def test_images_may_come_first(arguments, expected):
     assert images_first(arguments) == expected
 
 
+def test_masks_may_come_second():
+    flags = ["--train_dir", "./images", "--train_mask_dir", "masks", "--x"]
+    assert images_first(["./images", "masks", "--x"], "--train_mask_dir") == flags
+    assert images_first(["wire_bonding", "--x"], "--train_mask_dir") == ["--dataset_name", "wire_bonding", "--x"]
+
+
 class Clock:
     """A clock that every look moves on."""
 

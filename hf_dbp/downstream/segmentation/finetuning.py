@@ -6,6 +6,7 @@ The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.arguments import RunArguments
 from hf_dbp.training.budget import BudgetCallback
+from hf_dbp.training.budget_plan import images_first
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.duration import command_began, parse_duration
@@ -344,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), arguments)
+    given = images_first(sys.argv[1:] if arguments is None else arguments, "--train_mask_dir")
+    parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), given)
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)

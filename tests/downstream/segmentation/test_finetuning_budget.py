@@ -9,10 +9,10 @@ from hf_dbp.downstream.segmentation import finetuning
 from hf_dbp.training import budget
 
 FLAGS = [
-    *("--dataset_name", "wire_bonding", "--built_in_size", "48", "--max_train_samples", "8", "--max_eval_samples", "3"),
+    *("wire_bonding", "--built_in_size", "48", "--max_train_samples", "8", "--max_eval_samples", "3"),
     *("--crop_size", "32", "--long_edge", "40", "--head_size", "8", "--auxiliary_head_size", "8"),
     *("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--learning_rate", "1e-3"),
-    *("--do_train", "--do_eval", "--use_cpu", "--report_to", "none", "--disable_tqdm", "1", "--logging_steps", "1"),
+    *("--use_cpu", "--report_to", "none", "--disable_tqdm", "1", "--logging_steps", "1"),
 ]
 
 
