@@ -77,7 +77,8 @@ def processor_scaling(
 ) -> dict[str, Any]:
     """The fields of a stock image processor that make of stored values what training does.
 
-    It computes (value * rescale_factor - image_mean) / image_std, so the mean takes up ``low``.
+    It computes (value * rescale_factor - image_mean) / image_std, so the mean takes up ``low``. Pictures of grey,
+    palette, RGBA or CMYK become RGB where a model takes RGB of 8 bits, as on reading; transparent pixels become white.
 
     Args:
         dtype: type of the images.
@@ -91,4 +92,6 @@ def processor_scaling(
         "image_mean": [m + low * factor for m in mean],
         "image_std": list(std),
     }
+    if dtype == np.uint8 and len(mean) == 3:
+        scaling["do_convert_rgb"] = True
     return scaling | ({"value_range": list(value_range)} if dtype.kind == "f" else {})

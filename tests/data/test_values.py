@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from PIL import Image
 from transformers import AutoImageProcessor
 
 from hf_dbp.data.augmentation import image_rng
@@ -162,3 +163,16 @@ def test_stock_processors_take_up_the_low_end_in_their_mean():
     assert processor_scaling(np.dtype(np.uint16), UNIT, [0.25], [0.5]) == {
         "do_rescale": True, "rescale_factor": 1 / 65535, "image_mean": [0.25], "image_std": [0.5]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "RGB"])
+def test_the_processor_takes_any_picture_as_reading_does(mode, tmp_path):
+    picture = Image.fromarray(pictures(3)[0]).convert(mode)
+    picture.save(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    (file,) = tmp_path.iterdir()
+    rgb = [{"image": {"bytes": None, "path": str(file)}, "m": pictures(3)[0, ..., 0]}]
+    images = LabelledImages(rgb, ("image", "m"), num_labels=256, ignore_index=999, num_channels=3)
+    data = WholeImages(images, None, [0.4] * 3, [0.2] * 3)
+    with Image.open(file) as opened:
+        found = image_processor(data)(opened)["pixel_values"][0]
+    assert_allclose(found, data[0][0].numpy(), atol=1e-5)
