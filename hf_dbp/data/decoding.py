@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from hf_dbp.data.readers import read_picture
+from hf_dbp.data.readers import orientation, read_picture
 from hf_dbp.data.values import pixel_values
 from hf_dbp.errors import UserError
 
@@ -36,6 +37,7 @@ __all__ = [
     "to_array",
     "too_many",
     "unchecked",
+    "unturned_masks",
 ]
 
 logger = logging.getLogger(__name__)
@@ -155,6 +157,32 @@ def check_kind(image_HWC: NDArray[Any], kind: str, name: str) -> None:
             f"{name}: its values are {image_HWC.dtype}, those of the first image {others}, which have another range; "
             "convert the images to one type"
         )
+
+
+def unturned_masks(pairs: Iterable[tuple[Any, Any]]) -> str:
+    """A warning of images that their EXIF data turn and whose masks have none; empty if there are no such.
+
+    On reading the image is turned and the mask is as it is, which only a turn by 90 degrees of an oblong would show.
+
+    Args:
+        pairs: the stored values of images and masks.
+    """
+    turned = [image for image, mask in pairs if turn(image) != 1 and turn(mask) == 1]
+    if not turned:
+        return ""
+    return (
+        f"{len(turned)} images are turned upright by their EXIF data, e.g. {turned[0]['path'] or 'one unnamed'}, "
+        "their masks have none and are taken as upright: if they were drawn on the unturned pixels, remove the "
+        "orientation from the images"
+    )
+
+
+def turn(value: Any) -> int:
+    """The orientation of a stored value, see `hf_dbp.data.readers.orientation`."""
+    if not isinstance(value, dict):
+        return 1
+    given = value["bytes"] is not None or value["path"] is None
+    return orientation(bytes(value["bytes"] or b"") if given else str(value["path"]))
 
 
 def stored(value: Any) -> Any:

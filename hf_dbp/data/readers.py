@@ -26,12 +26,12 @@ import cv2
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from hf_dbp.data.sound import is_sound, log_mel
 from hf_dbp.errors import UserError
 
-__all__ = ["read_picture"]
+__all__ = ["orientation", "read_picture"]
 
 Array = NDArray[Any]
 LARGEST = 2**29  # values that a compressed TIFF may unpack to; Pillow and OpenCV have limits of their own
@@ -74,6 +74,15 @@ def parsed(file: str | bytes, channel: bool = False) -> Image.Image | Array:
     if head[:4] in TIFF:
         return read_tiff(file, channel)
     return read_with_pillow(file)
+
+
+def orientation(file: str | bytes) -> int:
+    """How the EXIF data in a picture's header, or a TIFF's tag, say that it is to be turned; 1 is upright."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
+            return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # what cannot be opened, or is no picture of Pillow's, is met where it is decoded
+        return 1
 
 
 def npy_values(content: bytes) -> Array:

@@ -39,7 +39,10 @@ def pixel_values(array: NDArray[Any]) -> NDArray[Any]:
         raise UserError(f"an array of {array.dtype} and shape {array.shape} is no image")
     if array.dtype in (np.uint8, np.uint16, np.float32):
         return array
-    return array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array.astype(np.float32)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and the image unreadable
+        return array.astype(np.float32)
 
 
 def unit_scale(dtype: np.dtype[Any], value_range: ValueRange) -> tuple[float, float]:

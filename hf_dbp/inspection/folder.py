@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hf_dbp.data.decoding import unturned_masks
 from hf_dbp.data.folders import Samples, open_pictures
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.masks import BINARY, IGNORE, Palette, check_kinds, grey_code
@@ -30,7 +31,7 @@ from hf_dbp.data.subset import split_rows
 from hf_dbp.errors import UserError, command
 from hf_dbp.inspection.contact_sheet import write_contact_sheet
 from hf_dbp.inspection.mask_survey import MaskSurvey, survey_masks, write_palette, written_here
-from hf_dbp.inspection.survey import ImageKind, duplicates, survey_images
+from hf_dbp.inspection.survey import ImageKind, duplicates, file_value, survey_images
 from hf_dbp.recipes import read_yaml, recipe_path
 
 __all__ = ["inspect_folder", "main"]
@@ -170,6 +171,9 @@ def describe_masks(
             f"{len(survey.errors)} masks cannot be read and will be left out of fine-tuning with their images, e.g. "
             f"{next(iter(survey.errors.values()))}; repair them or move them away"
         )
+    values = ((file_value(images), file_value(files)) for images, files in pooled(pairs).values())
+    if warning := unturned_masks(values):
+        found.problems.append(warning)
     other = [name for name, size in survey.sizes.items() if not kinds[name].error and kinds[name].size != tuple(size)]
     if other:
         (height, width), of = survey.sizes[other[0]], kinds[other[0]].size

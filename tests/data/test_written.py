@@ -47,6 +47,7 @@ def gdal(path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 def test_every_tiff_of_the_table(tmp_path):
     for kind in TABLE:
         check_tiff(tmp_path / "a.tif", drawn(RNG, kind.depth, 37, 43, kind.channels), kind)

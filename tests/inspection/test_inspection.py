@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
@@ -284,3 +285,18 @@ def test_the_range_of_the_values_and_what_is_done_with_it(capsys):
     out = report(capsys)
     assert "values of float32 reach from -9999 to" in out and "outliers, or marks of missing data" in out
     assert "images/1.npy: 1 of its values (0.078%) are NaN or infinite" in out
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_photographs_turned_by_exif_whose_masks_are_not(capsys, caplog, orientation):
+    """Half a turn, or a square's quarter, would misalign silently; the same words in training."""
+    write(size=(40, 40))
+    for number in range(6):
+        Path(f"images/{number}.tif").unlink()
+        exif = Image.Exif()
+        exif[0x0112] = orientation if number < 2 else 1
+        Image.fromarray(RNG.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(f"images/{number}.jpg", exif=exif)
+    message = "2 images are turned upright by their EXIF data, e.g. images/0.jpg, their masks have none"
+    assert message in report(capsys, "--masks", "masks")
+    labelled(train_val_split=0.2, seed=3)
+    assert "turned upright by their EXIF data" in caplog.text

@@ -22,7 +22,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_dbp.data.augmentation import image_rng
-from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, UnreadableImages, check_kind, decode, stored
+from hf_dbp.data.decoding import (
+    DECODING_ERRORS,
+    UnreadableImageError,
+    UnreadableImages,
+    check_kind,
+    decode,
+    stored,
+    unturned_masks,
+)
 from hf_dbp.data.images import BUILT_IN, ImageList, find_column, read_splits, shared_keys
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.masks import MaskKind, Palette, check_kinds, index_mask, mask_kind
@@ -275,6 +283,8 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
         look = functools.partial(_ids_in, images, ids)  # in the threads, so that no mask waits to be counted
         progress = tqdm(in_threads(look, range(len(images))), "Masks", len(images), leave=False)
         found.append(np.sum(list(progress), axis=0))
+        if warning := unturned_masks(tuple(images.samples[i][c] for c in images.columns) for i in range(len(images))):
+            logger.warning("%s: %s", images.name, warning)
     for warning in check_kinds(train.kinds | validation.kinds, None if train.palette is None else train.palette.source):
         logger.warning("%s: %s", train.name, warning)
     missing = [[name for k, name in names.items() if not masks_K[k]] for masks_K in found]
