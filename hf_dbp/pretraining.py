@@ -392,7 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments)
-    if "--budget" in given and "--config" not in given:
+    named = {part.partition("=")[0] for part in given}
+    if "--budget" in named and "--config" not in named:
         given = ["--config", str(plan_budget(given)), *given]
     parsed = parse_arguments(GROUPS, given)
     with disk_errors(parsed[-1].output_dir), ending_processes():

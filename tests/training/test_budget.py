@@ -159,13 +159,14 @@ def clock(monkeypatch):
 
 
 def pretrain(folder):
-    main(["pretrain", "wire_bonding", "--built_in_size", "32", "--max_train_samples", "16", "--budget", "40s",
+    main(["pretrain", "wire_bonding", "--built_in_size", "32", "--max_train_samples", "16", "--budget=40s",
           "--output_dir", str(folder), *TINY])  # fmt: skip
 
 
 def test_a_run_ends_in_time_along_the_schedule(tmp_path, clock):
     pretrain(tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert yaml.safe_load((tmp_path / "run" / "budget.yaml").read_text())["budget"] == "40s"
     used = record["results"]["budget"]
     assert used["seconds"] == 40
     assert 0.95 * 40 <= clock.now <= 1.02 * 40
