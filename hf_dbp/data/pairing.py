@@ -61,6 +61,7 @@ def pair_folders(
     left_out = folder.left_out
     images, masks = folder.pictures(channel_files, mask_suffix), mask_folder.pictures()
     if together:
+        left_out.forget(MASKS)
         masks = {
             split: {name: files for name, files in named.items() if is_mask(name, mask_suffix, images[split])}
             for split, named in masks.items()
@@ -68,7 +69,6 @@ def pair_folders(
     else:
         left_out.merge(mask_folder.left_out, "masks: ")
         separate(image_dir, images, mask_dir, masks)
-    left_out.forget(MASKS)
     pairs = pair_splits(image_dir, images, mask_dir, masks, mask_suffix, left_out)
     images, pairs = pick_splits(images, image_dir, left_out), pick_splits(pairs, image_dir, LeftOut())
     for split, found in pairs.items():

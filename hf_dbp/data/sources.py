@@ -237,7 +237,11 @@ def hub_parts(source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
         if kind == "imagefolder":
             names = [file for file in names if classify(file, left_out) == "picture"]
         found[str(split)] = Part(kind, names)
-    return pick_splits(found, source.name, left_out, counted=lambda part: len(part.content)), left_out
+    kept = pick_splits(found, source.name, LeftOut())
+    for split, part in found.items():
+        if part not in kept.values():  # images are not counted without reading the files
+            left_out.add(f"files of a split that is neither trained nor validated on ({split})", part.content)
+    return kept, left_out
 
 
 def streamed_column(part: Part, source: ImageSource) -> str:

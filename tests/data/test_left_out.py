@@ -336,6 +336,16 @@ def test_masks_beside_their_images_are_not_trained_on(tmp_path, caplog):
         pair_folders(str(tmp_path), str(tmp_path))
 
 
+def test_masks_that_lie_with_the_images_of_another_folder_are_counted(tmp_path):
+    for name in ("images/a.png", "images/a_mask.png", "images/b.png", "masks/a_mask.png", "masks/b_mask.png"):
+        put(tmp_path / name, png())
+    pairing = pair_folders(str(tmp_path / "images"), str(tmp_path / "masks"), "_mask")
+    assert list(pairing.pairs["train"]) == ["a", "b"]
+    assert pairing.left_out.record()["reasons"] == {
+        "masks, by their --mask_suffix": {"count": 1, "examples": [str(tmp_path / "images" / "a_mask.png")]}
+    }
+
+
 def test_the_record_comes_back(tmp_path):
     from hf_dbp.data.left_out import LeftOut
 
