@@ -5,7 +5,7 @@ from loopback import hub_environment
 
 
 def test_a_branch_is_made_and_a_pull_request_must_be_there(tmp_path):
-    (tmp_path / "README.md").write_text("# A model")
+    (tmp_path / "config.json").write_text("{}")
     names = ["dev", "dev", "main", "refs/pr/9"]
     commands = [("hub.revision_user", [tmp_path, "me/vit", name], TOKEN) for name in names]
     with ModelHub() as hub:
