@@ -395,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
     named = {part.partition("=")[0] for part in given}
     if "--budget" in named and "--config" not in named:
         given = ["--config", str(plan_budget(given)), *given]
-    parsed = parse_arguments(GROUPS, given)
+    parsed = parse_arguments(GROUPS, given, "Pre-train a ViT by masked autoencoding. See docs/flags.md too.")
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)
 

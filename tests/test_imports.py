@@ -24,6 +24,16 @@ def test_the_front_door_is_light(statement: str) -> None:
     assert loaded_after(statement) == set()
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_front_door_answers_in_half_a_second_of_work(arguments: list[str]) -> None:
+    statement = f"from hf_dbp.cli import main; main({arguments})"
+    assert loaded_after(statement) == set()
+    code = f"import resource; {statement}; used = resource.getrusage(resource.RUSAGE_SELF); "
+    code += "print(used.ru_utime + used.ru_stime)"
+    seconds = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert float(seconds[-1]) < 0.5
+
+
 @pytest.mark.parametrize("module", ["functional", "layers", "conversion", "update"])
 def test_the_core_loads_torch_alone(module: str) -> None:
     assert loaded_after(f"import hf_dbp.{module}") == {"torch"}

@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse flags and recipe, and probe. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    (args,) = parse_arguments((ProbeArguments,), arguments)
+    (args,) = parse_arguments((ProbeArguments,), arguments, "Accuracy of kNN and a linear probe on a frozen ViT.")
     record = run(args)
     for name in ("knn", "linear", "commonest_class"):
         low, high = record[name]["interval_95"]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 from hf_dbp.errors import UserError
+from hf_dbp.flags import FlagParser
 
 __all__ = [
     "flag_arguments",
@@ -122,14 +122,14 @@ def typed(value: Any) -> Any:
 
 
 def parse_arguments(
-    dataclasses: Sequence[type], arguments: Sequence[str] | None = None, **parser: Any
+    dataclasses: Sequence[type], arguments: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[Any, ...]:
     """Parse flags into dataclasses, with ``--config RECIPE`` under the user's own flags.
 
     Args:
-        dataclasses: argument dataclasses, as for `transformers.HfArgumentParser`.
+        dataclasses: argument dataclasses, as for `hf_dbp.flags.FlagParser`.
         arguments: command-line arguments (default: those of the process).
-        parser: further arguments of the parser, such as ``description``.
+        description: what the command does, for its help text.
 
     Returns:
         One instance per dataclass.
@@ -147,8 +147,7 @@ def parse_arguments(
             raise UserError(f"--config needs a recipe: a YAML file or one of {', '.join(recipe_names())}")
         recipes += recipe_arguments(own[at + 1])
         del own[at : at + 2]
-    description = parser.pop("description", None)
-    hf_parser = HfArgumentParser(tuple(dataclasses), description=description, allow_abbrev=False, **parser)
+    hf_parser = FlagParser(dataclasses, description)
     hf_parser.add_argument("--config", help=f"recipe under the flags given: a YAML file or {', '.join(recipe_names())}")
     *parsed, unknown = hf_parser.parse_args_into_dataclasses(
         [*recipes, *own], return_remaining_strings=True, look_for_args_file=False

@@ -347,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments, "--train_mask_dir")
-    parsed = parse_arguments((ModelArguments, DataArguments, FinetuningArguments), given)
+    groups = (ModelArguments, DataArguments, FinetuningArguments)
+    parsed = parse_arguments(groups, given, "Fine-tune UperNet from a ViT on labelled images.")
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)

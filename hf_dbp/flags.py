@@ -1,0 +1,97 @@
+"""Flags are fields of dataclasses: the parser that reads them, and a help text that shows our own first.
+
+A class of arguments is a group of flags; the first sentence of its docstring is the group's title. ``--help`` shows the
+fields that classes of this package declare, and the most used ones of transformers' `TrainingArguments`;
+``--help-all`` shows its other flags too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from transformers import HfArgumentParser
+
+__all__ = ["COMMON", "FlagParser", "own_flags", "title_of"]
+
+#: flags of TrainingArguments that nearly every run sets
+COMMON = (
+    "do_train", "do_eval", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "eval_strategy",
+    "eval_steps", "logging_steps", "save_total_limit", "dataloader_num_workers", "seed", "bf16", "fp16", "use_cpu",
+    "gradient_checkpointing", "torch_compile", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
+    "log_level",
+)  # fmt: skip
+
+
+def own_flags(group: type) -> list[str]:
+    """The fields of a class of arguments that this package declares, in their order."""
+    ours = {
+        name for kind in group.__mro__ if kind.__module__.startswith("hf_dbp") for name in vars(kind)["__annotations__"]
+    }
+    return [name for name in group.__dataclass_fields__ if name in ours]  # type: ignore[attr-defined]
+
+
+def title_of(group: type) -> str:
+    """What a group of flags is called: the first sentence of its docstring."""
+    return str(group.__doc__).partition(".\n")[0].splitlines()[0].rstrip(".")
+
+
+class ShowAll(argparse.Action):
+    """``--help-all``: the whole help, and the end."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, FlagParser)
+        parser.shows_all = True
+        parser.print_help()
+        parser.exit()
+
+
+class FlagParser(HfArgumentParser):  # type: ignore[misc]
+    """transformers' parser of dataclasses, with a help text in groups.
+
+    Args:
+        groups: the classes of arguments.
+        description: what the command does.
+    """
+
+    def __init__(self, groups: Sequence[type], description: str | None = None) -> None:
+        self.groups, self.shows_all = groups, False
+        super().__init__(
+            tuple(groups), description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter
+        )
+        for action in self._actions:
+            if action.dest != "help":  # --image-size is read as --image_size is, and not shown
+                action.option_strings = action.option_strings[:1]
+            if action.default not in (None, "", argparse.SUPPRESS) and "efault" not in str(action.help):
+                action.help = f"{action.help or ''} (default: %(default)s)"
+        text = "also show the other flags of transformers' TrainingArguments"
+        self.add_argument("--help-all", action=ShowAll, nargs=0, help=text)
+
+    def sections(self) -> Iterator[tuple[str, list[argparse.Action]]]:
+        """Title and flags of each group: ours, the most used of transformers', all others."""
+        waiting: dict[str, list[argparse.Action]] = {}
+        for action in self._actions:  # a switch that is on by default has --no_NAME too
+            waiting.setdefault(action.dest, []).append(action)
+
+        def taken(names: Iterable[str]) -> list[argparse.Action]:
+            return [action for name in names for action in waiting.pop(name, ())]
+
+        yield "General", taken(["config", "help", "help_all"])
+        for group in self.groups:
+            yield title_of(group), taken(own_flags(group))
+        if common := taken(COMMON):
+            yield "Most used flags of transformers' TrainingArguments (the others: --help-all)", common
+        if waiting and self.shows_all:
+            yield "Other flags of transformers' TrainingArguments", taken(list(waiting))
+
+    def format_help(self) -> str:
+        formatter = self.formatter_class(prog=self.prog)
+        formatter.add_usage("%(prog)s [--config RECIPE] [FLAGS]", [], [])
+        formatter.add_text(self.description)
+        for title, actions in self.sections():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return str(formatter.format_help())

@@ -1,0 +1,56 @@
+"""docs/flags.md, made of what the flags say about themselves: python tests/flags_page.py > docs/flags.md"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from hf_dbp.callbacks import DecorrelationArguments
+from hf_dbp.downstream.probe import ProbeArguments
+from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.flags import FlagParser
+from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
+
+COMMANDS: dict[str, tuple[type, ...]] = {
+    "hf-dbp pretrain": (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments),
+    "hf-dbp finetune": (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments),
+    "hf-dbp probe": (ProbeArguments,),
+}
+HEAD = """# Flags
+
+Every command takes the flags below, and those that train take all of transformers' `TrainingArguments` too
+(`--help-all` lists them). `--config RECIPE` puts a YAML file of flags, your own or one of the package, under those that
+you type. This page is made of what `--help` says.
+"""
+
+
+def default(action: argparse.Action) -> str:
+    """The default of a flag; empty where there is none or the help text names it."""
+    if action.required:
+        return "required"
+    return "" if action.default in (None, "") or "efault" in told(action) else f"`{action.default}`"
+
+
+def told(action: argparse.Action) -> str:
+    return str(action.help).replace(" (default: %(default)s)", "").replace("%%", "%").replace("|", "\\|")
+
+
+def rows(actions: Sequence[argparse.Action]) -> list[str]:
+    lines = ["| flag | meaning | default |", "| --- | --- | --- |"]
+    for action in actions:
+        choices = f": {', '.join(f'`{one}`' for one in action.choices)}" if action.choices else ""
+        lines.append(f"| `{action.option_strings[0]}`{choices} | {told(action)} | {default(action)} |")
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for command, groups in COMMANDS.items():
+        parts.append(f"## {command}\n")
+        sections: list[tuple[str, list[Any]]] = list(FlagParser(groups).sections())[1:]
+        parts += [f"### {title}\n\n" + "\n".join(rows(actions)) + "\n" for title, actions in sections if actions]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
