@@ -50,6 +50,8 @@ USED = {
     "_C": "torch",
     "_dynamo": "torch",
     "_exit": "os",
+    "_fingerprint": "datasets.Dataset",
+    "_indices": "datasets.Dataset",
     "_foreach_add_": "torch",
     "_foreach_copy_": "torch",
     "_foreach_norm": "torch",
