@@ -41,6 +41,7 @@ from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.tables import encoded_column
 from hf_dbp.data.values import UNIT
 from hf_dbp.data.wire_bonding import WireBonding
+from hf_dbp.downstream.segmentation.rare import RareCrops, a_pixel
 from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.errors import UserError
@@ -200,7 +201,7 @@ def path_of(value: Any) -> str:
 
 
 class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Augmented crops: pixel_values (C, S, S) float32 and labels (S, S) int64, indexed by (epoch, index)."""
+    """Augmented crops, some for a rare class: pixel_values (C, S, S) and labels (S, S), indexed by (epoch, index)."""
 
     def __init__(
         self,
@@ -210,17 +211,22 @@ class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        rare: RareCrops | None = None,
     ) -> None:
-        self.images, self.augmentation, self.seed = images, augmentation, seed
+        self.images, self.augmentation, self.seed, self.rare = images, augmentation, seed, rare
         self.mean_C, self.std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: tuple[int, int]) -> dict[str, Tensor]:
-        image_HWC, mask_HW = self.images.readable(index[1])
         rng = image_rng(self.seed, *index)
-        crop_HWC, labels_HW = self.augmentation(image_HWC, mask_HW, self.mean_C, rng, self.images.value_range)
+        number, chosen = (index[1], None) if self.rare is None else self.rare.draw(index[1], rng)
+        image_HWC, mask_HW = self.images.readable(number)
+        inside = None if chosen is None else a_pixel(mask_HW, chosen, rng)
+        crop_HWC, labels_HW = self.augmentation(
+            image_HWC, mask_HW, self.mean_C, rng, self.images.value_range, inside=inside
+        )
         labels = torch.from_numpy(np.ascontiguousarray(labels_HW))
         return {"pixel_values": normalized(crop_HWC, self.mean_C, self.std_C), "labels": labels}
 
@@ -316,12 +322,9 @@ def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool
 
 
 def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
-    train, validation = source.max_train_samples or 200, source.max_eval_samples or 50
-    size, seed = source.built_in_size, source.seed
-    return {
-        "train": WireBonding(train, size=size, seed=seed, first=0),
-        "validation": WireBonding(validation, size=size, seed=seed, first=10_000_000),
-    }
+    counts = {"train": (source.max_train_samples or 200, 0), "validation": (source.max_eval_samples or 50, 10_000_000)}
+    how = {"size": source.built_in_size, "seed": source.seed}
+    return {split: WireBonding(count, first=first, **how) for split, (count, first) in counts.items()}
 
 
 def _encoded(data: datasets.Dataset, columns: tuple[str, str]) -> datasets.Dataset:

@@ -1,27 +1,42 @@
 """What an evaluation of a UperNet found: the scores of each class, the content of `eval.json`, and lines to print."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from hf_dbp.data.feeding import unreadable_images
 from hf_dbp.downstream.segmentation.data import SegmentationSource
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.records import hardware, source_commit, versions
 
-__all__ = ["evaluation_record", "per_class", "summary"]
+__all__ = ["class_scores", "evaluation_record", "per_class", "summary"]
 
 
 def per_class(trainer: SegmentationTrainer) -> dict[str, dict[str, float | int | None]]:
-    """IoU, accuracy and pixels of each class in the last evaluation, by name."""
-    assert trainer.scores is not None
-    names, pixels_K = trainer.model.config.id2label, trainer.confusion_KK.sum(axis=1)
+    """The scores of each class in the last evaluation, by name; see `class_scores`."""
+    return class_scores(trainer.confusion_KK, trainer.model.config.id2label)
+
+
+def class_scores(
+    confusion_KK: npt.NDArray[np.int64], names: Mapping[int, str]
+) -> dict[str, dict[str, float | int | None]]:
+    """IoU, accuracy, precision, recall, Dice and pixels of each class, by name; None where a denominator is 0.
+
+    With h the pixels of the class found, t its true and p its predicted pixels: precision h / p, recall (accuracy, too)
+    h / t, Dice 2 h / (t + p), IoU h / (t + p - h).
+    """
+    hits_K, true_K, predicted_K = np.diag(confusion_KK), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     return {
         names[k]: {
-            "iou": _number(trainer.scores["per_category_iou"][k]),
-            "accuracy": _number(trainer.scores["per_category_accuracy"][k]),
-            "pixels": int(pixels_K[k]),
+            "iou": _share(hits_K[k], true_K[k] + predicted_K[k] - hits_K[k]),
+            "accuracy": _share(hits_K[k], true_K[k]),
+            "precision": _share(hits_K[k], predicted_K[k]),
+            "recall": _share(hits_K[k], true_K[k]),
+            "dice": _share(2 * hits_K[k], true_K[k] + predicted_K[k]),
+            "pixels": int(true_K[k]),
         }
         for k in range(len(names))
     }
@@ -47,6 +62,7 @@ def evaluation_record(
         "loss": metrics["eval_loss"],
         "majority_class_mean_iou": float(pixels_K.max() / pixels_K.sum() / np.count_nonzero(pixels_K)),
         "per_class": per_class(trainer),
+        "confusion": {"rows": "true", "columns": "predicted", "pixels": trainer.confusion_KK.tolist()},
         "data": {
             "source": source.name,
             "train_images": len(trainer.train_dataset),
@@ -65,8 +81,8 @@ def evaluation_record(
     }
 
 
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _share(part: np.int64, whole: np.int64) -> float | None:
+    return float(part / whole) if whole else None
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:
@@ -74,9 +90,10 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     rows = [f"\nUperNet on {record['data']['source']}: {folder}"]
     rows.append(f"  mean IoU {record['mean_iou']:.4f} (commonest class everywhere: "
                 f"{record['majority_class_mean_iou']:.4f}), loss {record['loss']:.4f}")  # fmt: skip
+    rows.append(f"    {'':<20} {'IoU':>8}{'Dice':>8}{'prec.':>8}{'recall':>8}")
     for name, scores in record["per_class"].items():
-        iou = "absent" if scores["iou"] is None else f"{scores['iou']:.4f}"
-        rows.append(f"    {name:<20} IoU {iou}")
+        figures = (scores[key] for key in ("iou", "dice", "precision", "recall"))
+        rows.append(f"    {name:<20} " + "".join("     -  " if f is None else f"{f:8.4f}" for f in figures))
     rows.append(
         f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
     )

@@ -25,10 +25,12 @@ from transformers import (
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.data.values import processor_scaling
+from hf_dbp.downstream.segmentation.balance import balanced
 from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.figures import plot_predictions
 from hf_dbp.downstream.segmentation.inference import WholeImages
+from hf_dbp.downstream.segmentation.losses import LOSSES, WEIGHTS
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet, load_vit
@@ -169,8 +171,29 @@ class FinetuningArguments(RunArguments):
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
     )
+    loss: str = field(
+        default="ce", metadata={"help": "Cross-entropy, or with soft Dice added: for small objects.", "choices": LOSSES}
+    )
+    class_weights: str = field(
+        default="none",
+        metadata={
+            "help": "Weights of the classes in the cross-entropy: by one over their share of the pixels, or its root.",
+            "choices": list(WEIGHTS),
+        },
+    )
+    rare_crops: float = field(
+        default=0.0, metadata={"help": "Share of the training crops that are drawn around a pixel of a rare class."}
+    )
+    rare_classes: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the rare classes (default: those below a quarter of an even share of the pixels)."},
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.rare_crops <= 1:
+            raise UserError(f"--rare_crops is a share between 0 and 1, got {self.rare_crops}")
+        if self.rare_classes and not self.rare_crops:
+            raise UserError("--rare_classes belongs to --rare_crops, the share of the crops; give both")
         self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
         super().__post_init__()
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
@@ -299,6 +322,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     mean, std = pixel_statistics(model_args, train_images, eval_images)
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
+    how = {name: getattr(args, name) for name in ("loss", "class_weights", "rare_crops", "rare_classes")}
+    criterion, rare = balanced(model, train_images, **how)
     destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
     meter = training_meter(args, args.country)
     budget = None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began())
@@ -308,11 +333,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
         args=args,
         crop_size=data_args.crop_size,
         layer_decay=args.layer_decay,
+        criterion=criterion,
         arguments=arguments,
         meter=meter,
         energy=meter.description if meter is not None else None,
         max_skipped_steps=args.max_skipped_steps,
-        train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed),
+        train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed, rare=rare),
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data),
     )

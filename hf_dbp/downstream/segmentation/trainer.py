@@ -13,7 +13,7 @@ It adds what the stock Trainer gets wrong or lacks here:
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,10 @@ FIXED = (
     "train_fraction", "max_train_samples", "max_eval_samples", "train_val_split", "subset_seed", "num_channels",
     "built_in_size", "crop_size", "seed", "optim", "layer_decay",
 )  # fmt: skip
-SHAPING_TOO = ("long_edge", "per_device_train_batch_size", "gradient_accumulation_steps")
+SHAPING_TOO = (
+    "long_edge", "per_device_train_batch_size", "gradient_accumulation_steps", "loss", "class_weights", "rare_crops",
+    "rare_classes",
+)  # fmt: skip
 
 
 class SegmentationTrainer(ResumingTrainer):
@@ -54,6 +57,7 @@ class SegmentationTrainer(ResumingTrainer):
     Args:
         crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
         layer_decay: as in `parameter_groups`.
+        criterion: loss in training of logits and labels, a mean over the labelled pixels; default: UperNet's own.
         arguments: what the run was given, by name, to be kept in its checkpoints and compared on resume.
         meter: measures this node's energy; None in all but one process of a node.
         energy: the meter's description, with the carbon intensity; empty where there is no meter.
@@ -72,11 +76,13 @@ class SegmentationTrainer(ResumingTrainer):
         *,
         crop_size: int,
         layer_decay: float = 1.0,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         arguments: Mapping[str, Any] | None = None,
         meter: Meter | None = None,
         energy: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.criterion = criterion
         self.crop_size, self.layer_decay, self.arguments = crop_size, layer_decay, arguments or {}
         self.resumed_with: dict[str, Any] = {}
         self.paid: dict[str, float] = {}  # `costs` at the last checkpoint
@@ -186,9 +192,14 @@ class SegmentationTrainer(ResumingTrainer):
         all_void = labelled == 0  # one pixel stands in, so that the loss is finite; it weighs nothing
         labels_BSS = labels_BSS.clone()
         labels_BSS[0, 0, 0] = torch.where(all_void, 0, labels_BSS[0, 0, 0])
-        outputs = model(**{**inputs, "labels": labels_BSS})
+        if self.criterion is None or not self.is_in_train:
+            outputs = model(**{**inputs, "labels": labels_BSS})
+            loss = outputs.loss
+        else:
+            outputs = model(pixel_values=inputs["pixel_values"])
+            loss = self.criterion(outputs.logits, labels_BSS)
         parts = self.current_gradient_accumulation_steps * self.args.world_size if self.is_in_train else 1
-        loss = outputs.loss * (labelled * parts / num_items_in_batch.clamp(min=1))
+        loss = loss * (labelled * parts / num_items_in_batch.clamp(min=1))
         return (loss, outputs) if return_outputs else loss
 
     # ---- evaluation ----

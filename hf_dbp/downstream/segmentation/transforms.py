@@ -2,8 +2,8 @@
 
 1. Scale the long edge to `long_edge` times a factor drawn in [0.5, 2.0] (image bicubic and antialiased, mask nearest);
    without `long_edge`, scale the native resolution by that factor.
-2. Crop to `crop_size` at random; where the scaled image is smaller, pad right and below (image by the channel mean,
-   mask by `ignore_index`).
+2. Crop to `crop_size` at random, or at random around a pixel that must be inside (`rare`); where the scaled image is
+   smaller, pad right and below (image by the channel mean, mask by `ignore_index`).
 3. Flip horizontally half of the time.
 4. Brightness and contrast +-25 %; for three channels (taken as RGB) hue +-15 degrees, saturation and value +-25 %.
    Other channel counts have no hue: all their channels get the same brightness and contrast factor. This acts on values
@@ -17,6 +17,7 @@ Shapes: H, W source height and width; C channels; S crop size.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import cv2
@@ -37,6 +38,14 @@ def long_edge_size(height: int, width: int, long_edge: int | None, factor: float
     """Return (height, width) after scaling the long edge to `long_edge * factor` pixels, or all by `factor` if None."""
     scale = factor * (long_edge / max(height, width) if long_edge else 1.0)
     return max(1, int(height * scale)), max(1, int(width * scale))  # rounded down, as transformers' processors do
+
+
+def _starts(side: int, crop: int, inside: float | None = None) -> tuple[int, int]:
+    """The first and the last start of a crop on a side of the scaled image; with a point that it must hold."""
+    last = max(side - crop, 0)
+    if inside is None:
+        return 0, last
+    return min(max(0, math.floor(inside) - crop + 1), last), min(math.floor(inside), last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Augmentation:
         mean_C: FloatImage,
         rng: np.random.Generator,
         value_range: ValueRange = UNIT,
+        inside: tuple[int, int] | None = None,
     ) -> tuple[FloatImage, npt.NDArray[np.int64]]:
         """Return an S x S x C image, [0, 1] being the range of its values, and its S x S mask.
 
@@ -70,11 +80,18 @@ class Augmentation:
             mean_C: fill of padded pixels, in [0, 1].
             rng: the source of all randomness.
             value_range: of the data set, for float images, see `hf_dbp.data.values`.
+            inside: row and column of a pixel that the crop must hold; None for any crop.
         """
         crop = self.crop_size
         height, width = mask_HW.shape
         scaled = long_edge_size(height, width, self.long_edge, rng.uniform(*self.scale))
-        top, left = (rng.integers(max(side - crop, 0) + 1) for side in scaled)
+        ranges = [_starts(side, crop) for side in scaled]
+        if inside is not None:
+            ranges = [
+                _starts(side, crop, (at + 0.5) * side / whole)
+                for side, at, whole in zip(scaled, inside, mask_HW.shape, strict=True)
+            ]
+        top, left = (rng.integers(first, last + 1) for first, last in ranges)
         view = (min(scaled[0], crop), min(scaled[1], crop))
         box = (
             left * width / scaled[1],

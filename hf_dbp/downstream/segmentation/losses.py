@@ -1,0 +1,100 @@
+"""Losses of fine-tuning for classes that hold few pixels: class weights on the cross-entropy, and soft Dice beside it.
+
+With p_NK the softmax of N labelled pixels over K classes, y_N their classes and w_K the weights:
+
+    cross-entropy = 1/N sum_n -w[y_n] log p[n, y_n]
+    Dice          = 1 - mean over the classes k of the batch of  2 sum_n p[n, k] [y_n = k] / (sum_n p[n, k] + N_k)
+    loss          = cross-entropy (+ Dice), and auxiliary_loss_weight times the same of UperNet's auxiliary head
+
+Cross-entropy weighs classes by their pixels; Dice weighs the classes of a batch alike, however few pixels they hold.
+Weights come from the shares s_K of the training pixels, w_k ~ s_k^(-1/2) or s_k^(-1), with sum_k s_k w_k = 1, so that
+the size of the gradient, and with it the learning rate, keeps its meaning. Without weights and Dice this is the stock
+loss.
+
+Shapes: B images; K classes; H, W height and width of a crop; N labelled pixels of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import UperNetForSemanticSegmentation
+
+from hf_dbp.errors import UserError
+
+__all__ = ["LOSSES", "WEIGHTS", "UperNetLoss", "class_weights", "soft_dice"]
+
+LOSSES = ("ce", "ce+dice")
+WEIGHTS = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}  # name: power of a class's share of the pixels
+
+
+def class_weights(pixels_K: NDArray[np.int64], kind: str) -> list[float] | None:
+    """Weights of the classes from their pixels in the training masks (1 for one without any); None for ``none``.
+
+    Raises:
+        UserError: no pixel is labelled.
+    """
+    if kind == "none":
+        return None
+    if not pixels_K.any():
+        raise UserError(f"--class_weights {kind}: no pixel of the training masks is labelled")
+    share_K = pixels_K / pixels_K.sum()
+    weight_K = np.where(share_K > 0, share_K, 1.0) ** -WEIGHTS[kind]
+    return [float(weight) for weight in np.where(share_K > 0, weight_K / (share_K * weight_K).sum(), 1.0)]
+
+
+def soft_dice(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Tensor:
+    """1 - the mean soft Dice coefficient of the classes that the labels hold, pooled over the batch."""
+    labelled_N = labels_BHW.ne(ignore_index).flatten()
+    classes = logits_BKHW.shape[1]
+    p_NK = logits_BKHW.float().softmax(dim=1).movedim(1, -1).reshape(-1, classes)[labelled_N]
+    y_NK = nn.functional.one_hot(labels_BHW.flatten()[labelled_N], classes).to(p_NK.dtype)
+    there_K = y_NK.sum(dim=0)
+    dice_K = 2 * (p_NK * y_NK).sum(dim=0) / (p_NK.sum(dim=0) + there_K).clamp(min=1e-12)
+    return 1 - dice_K[there_K > 0].mean()
+
+
+@dataclasses.dataclass
+class UperNetLoss:
+    """The loss of both heads of a UperNet. The model is called without labels and shows its auxiliary logits to a hook.
+
+    Args:
+        model: the UperNet, unwrapped.
+        dice: whether soft Dice is added.
+        weights: of the classes; None for none.
+    """
+
+    model: UperNetForSemanticSegmentation
+    dice: bool = False
+    weights: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        self.auxiliary_logits: Tensor | None = None
+        if self.model.auxiliary_head is not None:
+            self.model.auxiliary_head.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+        self.auxiliary_logits = logits
+
+    def __call__(self, logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
+        """The loss of the forward pass just taken, a mean over the labelled pixels; at least one must be labelled."""
+        loss = self.of(logits_BKHW, labels_BHW)
+        if self.auxiliary_logits is not None:
+            auxiliary = nn.functional.interpolate(self.auxiliary_logits, labels_BHW.shape[1:], mode="bilinear")
+            loss = loss + self.model.config.auxiliary_loss_weight * self.of(auxiliary, labels_BHW)
+            self.auxiliary_logits = None
+        return loss
+
+    def of(self, logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
+        """The loss of one head."""
+        ignore_index = self.model.config.loss_ignore_index
+        weight_K = None if self.weights is None else logits_BKHW.new_tensor(self.weights, dtype=torch.float32)
+        total = nn.functional.cross_entropy(
+            logits_BKHW.float(), labels_BHW, weight_K, ignore_index=ignore_index, reduction="sum"
+        )
+        loss = total / labels_BHW.ne(ignore_index).sum()
+        return loss + soft_dice(logits_BKHW, labels_BHW, ignore_index) if self.dice else loss

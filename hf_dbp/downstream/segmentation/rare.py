@@ -1,0 +1,84 @@
+"""Rare classes: which they are, and training crops of which a stated share holds one.
+
+A class is rare if it holds less than a quarter of an even share of the labelled training pixels, 1 / (4 K).
+With the chance ``share`` a training crop is drawn for a rare class, after nnU-Net's rule of a third: one of the rare
+classes at random, one of the images that hold it, one of its pixels there, and a crop at random among those with that
+pixel inside. All other crops are drawn as always and hold a rare class as often as chance has it. (nnU-Net keeps the
+image and draws among its classes; a class that one image in fifty holds would then stay rare.) Where a crop is made
+smaller, an object of a pixel or two may vanish from it.
+
+Every draw comes from the generator given, a function of (seed, epoch, index).
+
+Shapes: M images; K classes; H, W height and width of a mask.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_dbp.errors import UserError
+
+__all__ = ["RareCrops", "a_pixel", "rare_classes"]
+
+
+def rare_classes(pixels_K: NDArray[np.int64], names: Mapping[int, str], wanted: Sequence[str] | None) -> list[int]:
+    """The ids of the classes named, or else of those below a quarter of an even share, without those that never occur.
+
+    Raises:
+        UserError: an unknown name, a class that no mask holds, or none that is rare.
+    """
+    if wanted:
+        ids = {name: k for k, name in names.items()}
+        unknown = [name for name in wanted if name not in ids]
+        if unknown:
+            raise UserError(f"--rare_classes {unknown[0]}: there is no such class; the classes are {', '.join(ids)}")
+        absent = [name for name in wanted if not pixels_K[ids[name]]]
+        if absent:
+            raise UserError(f"--rare_classes {absent[0]}: no training mask holds it; leave it out or label it")
+        return sorted(ids[name] for name in set(wanted))
+    found = [k for k in range(len(pixels_K)) if 0 < pixels_K[k] < pixels_K.sum() / (4 * len(pixels_K))]
+    if not found:
+        raise UserError(
+            f"--rare_crops: every class holds a quarter of an even share of the pixels ({1 / (4 * len(pixels_K)):.2%}) "
+            "or more; leave it out, or name the classes by --rare_classes"
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RareCrops:
+    """Which crops are drawn for a rare class.
+
+    Args:
+        counts_MK: pixels of each class in each training mask.
+        classes: ids of the rare classes, each in some mask.
+        share: of the crops, in (0, 1].
+    """
+
+    counts_MK: NDArray[np.int64]
+    classes: Sequence[int]
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(f"--rare_crops is a share above 0 and at most 1, got {self.share}")
+
+    def draw(self, index: int, rng: np.random.Generator) -> tuple[int, int | None]:
+        """The image and the rare class that a crop is drawn for; ``index`` and None for a crop as always."""
+        if rng.random() >= self.share:
+            return index, None
+        chosen = int(rng.choice(self.classes))
+        return int(rng.choice(np.flatnonzero(self.counts_MK[:, chosen]))), chosen
+
+
+def a_pixel(mask_HW: NDArray[np.int32], chosen: int, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Row and column of one of the class's pixels; None if the mask holds none."""
+    found = np.flatnonzero(mask_HW == chosen)
+    if not found.size:
+        return None
+    row, column = divmod(int(rng.choice(found)), mask_HW.shape[1])
+    return row, column
