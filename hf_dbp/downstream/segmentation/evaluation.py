@@ -1,5 +1,7 @@
 """What an evaluation of a UperNet found: the scores of each class, the content of `eval.json`, and lines to print."""
 
+import dataclasses
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy.typing as npt
 
 from hf_dbp.data.feeding import unreadable_images
 from hf_dbp.downstream.segmentation.data import SegmentationSource
+from hf_dbp.downstream.segmentation.detection import detection
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.records import hardware, source_commit, versions
 
@@ -63,6 +66,8 @@ def evaluation_record(
         "majority_class_mean_iou": float(pixels_K.max() / pixels_K.sum() / np.count_nonzero(pixels_K)),
         "per_class": per_class(trainer),
         "confusion": {"rows": "true", "columns": "predicted", "pixels": trainer.confusion_KK.tolist()},
+        "detection": detection(trainer.images, trainer.args.detection_recall),
+        "images": [dataclasses.asdict(image) for image in trainer.images],
         "data": {
             "source": source.name,
             "train_images": len(trainer.train_dataset),
@@ -94,9 +99,15 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     for name, scores in record["per_class"].items():
         figures = (scores[key] for key in ("iou", "dice", "precision", "recall"))
         rows.append(f"    {name:<20} " + "".join("     -  " if f is None else f"{f:8.4f}" for f in figures))
+    if (found := record["detection"]) is not None:
+        rows.append(
+            f"  is there any? ROC AUC {found['roc_auc']:.4f}; a score of {found['threshold']:.4f} or more finds "
+            f"{found['recall']:.1%} of the images with any, with {found['false_alarms']:.1%} false alarms"
+        )
     rows.append(
         f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
     )
     curves = "curves.png, " if record["evaluations"] else ""
     rows.append(f"  model (best), image processor, card, eval.json, {curves}predictions.png are in that folder")
+    rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")
     return "\n".join(rows)

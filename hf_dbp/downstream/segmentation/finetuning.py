@@ -27,6 +27,7 @@ from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.data.values import processor_scaling
 from hf_dbp.downstream.segmentation.balance import balanced
 from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.downstream.segmentation.evaluated import EVALUATED, Evaluated, autocast_of
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.figures import plot_predictions
 from hf_dbp.downstream.segmentation.inference import WholeImages
@@ -189,7 +190,13 @@ class FinetuningArguments(RunArguments):
         metadata={"help": "Names of the rare classes (default: those below a quarter of an even share of the pixels)."},
     )
 
+    detection_recall: float = field(
+        default=0.95, metadata={"help": "Recall that the image-level threshold is chosen for: is there any defect?"}
+    )
+
     def __post_init__(self) -> None:
+        if not 0 < self.detection_recall <= 1:
+            raise UserError(f"--detection_recall is a share above 0 and at most 1, got {self.detection_recall}")
         if not 0 <= self.rare_crops <= 1:
             raise UserError(f"--rare_crops is a share between 0 and 1, got {self.rare_crops}")
         if self.rare_classes and not self.rare_crops:
@@ -323,6 +330,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     augmentation = Augmentation(data_args.crop_size, data_args.scaled_long_edge, data_args.ignore_index)
     eval_data = WholeImages(eval_images, data_args.scaled_long_edge, mean, std)
     how = {name: getattr(args, name) for name in ("loss", "class_weights", "rare_crops", "rare_classes")}
+    evaluated = Evaluated(
+        data_args.crop_size, data_args.scaled_long_edge, args.per_device_eval_batch_size, autocast_of(args)
+    )
+    setattr(model.config, EVALUATED, evaluated.record())
     criterion, rare = balanced(model, train_images, **how)
     destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
     meter = training_meter(args, args.country)

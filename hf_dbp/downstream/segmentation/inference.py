@@ -1,31 +1,81 @@
-"""Whole images through a model that was trained on crops, to class ids at the labels' resolution.
+"""Whole images through a model that was trained on crops, to class ids at the images' resolution, in bounded memory.
 
 1. Scale the image as training does at factor 1: its long edge to `long_edge` pixels (or leave it at native resolution).
 2. Where it is smaller than the crop, pad right and below by the channel mean (0 after normalising), as training does;
-   where it is larger, slide a crop-sized window with at least a third of overlap. Every forward sees a full crop.
-3. Average the windows' logits, cut off the padding, resize to the label's height and width (bilinear), take the argmax.
+   where it is larger, slide a crop-sized window with at least a third of overlap. Every forward sees full crops.
+3. Average the windows' logits, cut off the padding, resize to the image's height and width (bilinear), take the argmax.
 
-Shapes: C channels; K classes; h, w scaled height and width; H, W the label's; S crop size.
+Evaluation and prediction run this same code, and give the same bits on the same machine whatever else they do: windows
+of one image after the other fill batches of a fixed size (the last one is filled up with zeros), a window's logits do
+not depend on what else is in its batch, and on a CPU each forward runs in one thread, as many side by side as PyTorch
+may use. So neither the number of images, nor a resume, nor the machine's cores move a logit.
+
+Logits come as bands, from top to bottom, so that memory does not grow with an image's height: of an image w wide after
+scaling, K S w + K n W numbers are held for a crop of S pixels and bands of n rows, n W K <= 2^24 (or one row).
+
+Shapes: C channels; K classes; h, w scaled height and width; H, W the image's; S crop size; B windows of a batch.
 """
 
+from __future__ import annotations
+
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hf_dbp.data.augmentation import resized
+from hf_dbp.data.augmentation import resized, unit_range
 from hf_dbp.data.decoding import UnreadableImageError
-from hf_dbp.data.values import in_unit_range
 from hf_dbp.downstream.segmentation.data import LabelledImages, normalized
 from hf_dbp.downstream.segmentation.mean_iou import confusion_matrix
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 
-__all__ = ["WholeImages", "count_pixels", "predict_labels", "whole_image_logits", "window_origins"]
+__all__ = [
+    "Band",
+    "Counts",
+    "ImageCounts",
+    "Preparation",
+    "View",
+    "WholeImages",
+    "WholeView",
+    "count_pixels",
+    "logit_bands",
+    "predict_labels",
+    "whole_image_logits",
+    "window_origins",
+]
+
+BATCH = 8  # windows of a forward where nothing else is said
+BAND = 2**24  # logits of a band at the image's resolution
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """From an image to what the model sees: scaled to `long_edge` (None: native) and normalised."""
+
+    long_edge: int | None
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def pixels(self, image_HWC: npt.NDArray[Any]) -> Tensor:
+        """(H, W, C) stored values -> (C, h, w)."""
+        height, width = image_HWC.shape[:2]
+        view = long_edge_size(height, width, self.long_edge)
+        scaled = image_HWC if view == (height, width) else resized(image_HWC, view, (0, 0, width, height))
+        return self.normalized(scaled, image_HWC.dtype)
+
+    def normalized(self, scaled_HWC: npt.NDArray[Any], dtype: np.dtype[Any]) -> Tensor:
+        """Scaled values of an image of ``dtype`` -> (C, h, w)."""
+        pixels = scaled_HWC.astype(np.float32) * np.float32(unit_range(dtype))
+        return normalized(pixels, np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +86,11 @@ class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]] 
     long_edge: int | None
     mean: Sequence[float]
     std: Sequence[float]
+
+    @property
+    def preparation(self) -> Preparation:
+        """What is done with an image."""
+        return Preparation(self.long_edge, self.mean, self.std)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -48,58 +103,272 @@ class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]] 
         return self.pixels(image_HWC), label_HW
 
     def pixels(self, image_HWC: npt.NDArray[Any]) -> Tensor:
-        height, width = image_HWC.shape[:2]
-        view = long_edge_size(height, width, self.long_edge)
-        scaled_HWC = image_HWC if view == (height, width) else resized(image_HWC, view, (0, 0, width, height))
-        pixels = in_unit_range(scaled_HWC, image_HWC.dtype, self.images.value_range)
-        return normalized(pixels, np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32))
+        """(H, W, C) stored values -> (C, h, w)."""
+        return self.preparation.pixels(image_HWC)
 
 
-def whole_image_logits(model: nn.Module, pixels: Sequence[Tensor], crop_size: int, batch_size: int) -> list[Tensor]:
-    """Return logits (K, h, w), float32, of each image (C, h, w); windows of all images share batches."""
-    padded = [
-        nn.functional.pad(image, (0, max(0, crop_size - image.shape[2]), 0, max(0, crop_size - image.shape[1])))
-        for image in pixels
-    ]
-    windows = [
-        (number, top, left)
-        for number, image in enumerate(padded)
-        for top in window_origins(image.shape[1], crop_size)
-        for left in window_origins(image.shape[2], crop_size)
-    ]
-    sums: list[Tensor] = []
-    counts = [torch.zeros(image.shape[1:], device=image.device) for image in padded]
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        crops = [padded[n][:, top : top + crop_size, left : left + crop_size] for n, top, left in batch]
-        logits_BKSS = model(pixel_values=torch.stack(crops)).logits.float()
-        sums = sums or [logits_BKSS.new_zeros(logits_BKSS.shape[1], *image.shape[1:]) for image in padded]
-        for (n, top, left), logits in zip(batch, logits_BKSS, strict=True):
-            sums[n][:, top : top + crop_size, left : left + crop_size] += logits
-            counts[n][top : top + crop_size, left : left + crop_size] += 1
-    averages = [total / count for total, count in zip(sums, counts, strict=True)]
-    return [logits[:, : image.shape[1], : image.shape[2]] for logits, image in zip(averages, pixels, strict=True)]
+# ---- windows, batches, bands ----
+
+
+class View(Protocol):
+    """A scaled image: its size (h, w), the size (H, W) that logits are wanted at, and crops of it."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def target(self) -> tuple[int, int]: ...
+
+    def crop(self, top: int, left: int, side: int) -> Tensor:
+        """(C, side, side), padded with 0 where the image ends."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeView:
+    """A view that lies in memory: pixels (C, h, w)."""
+
+    pixels: Tensor
+    target: tuple[int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+    def crop(self, top: int, left: int, side: int) -> Tensor:
+        part = self.pixels[:, top : top + side, left : left + side]
+        return nn.functional.pad(part, (0, side - part.shape[2], 0, side - part.shape[1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Logits (K, n, W) of rows ``top`` to ``top + n`` of view ``number``; ``last`` of that view or not."""
+
+    number: int
+    view: View
+    top: int
+    logits_KnW: Tensor
+    last: bool
 
 
 def window_origins(length: int, crop_size: int) -> list[int]:
-    """Where windows begin along a side of ``length`` pixels, at least a crop: even steps, at least a third shared."""
+    """Where windows begin along a side of ``length`` pixels: even steps, at least a third shared."""
+    length = max(length, crop_size)
     steps = math.ceil((length - crop_size) / (crop_size * 2 / 3))
     return [round(step * (length - crop_size) / max(steps, 1)) for step in range(steps + 1)]
 
 
-@torch.no_grad()
+Window = tuple[int, View, int, int]  # number of the view, the view, top, left
+
+
+def _windows(views: Iterable[View], crop_size: int) -> Iterator[Window]:
+    for number, view in enumerate(views):
+        for top in window_origins(view.size[0], crop_size):
+            for left in window_origins(view.size[1], crop_size):
+                yield number, view, top, left
+
+
+def _forwards(
+    model: nn.Module, windows: Iterator[Window], crop_size: int, batch_size: int
+) -> Iterator[tuple[Window, Tensor]]:
+    """Each window with its logits (K, S, S), float32, in order; on a CPU a forward per thread runs ahead."""
+    device = next(model.parameters()).device
+    mixed = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)  # of this thread alone
+
+    def forward(batch: Sequence[Window]) -> Tensor:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        crops = [view.crop(top, left, crop_size) for _, view, top, left in batch]
+        filling = [torch.zeros_like(crops[0])] * (batch_size - len(batch))
+        pixels_BCSS = torch.stack([*crops, *filling]).to(device, non_blocking=True)
+        with torch.no_grad(), torch.autocast(device.type, mixed[1], enabled=mixed[0]):
+            logits: Tensor = model(pixel_values=pixels_BCSS).logits[: len(batch)].float()
+        if logits.shape[2:] != (crop_size, crop_size):  # of models that leave that to their user
+            logits = _at_size(logits, crop_size, crop_size)
+        return logits
+
+    batches = iter(lambda: list(islice(windows, batch_size)), [])
+    if device.type != "cpu":
+        for batch in batches:
+            yield from zip(batch, forward(batch), strict=True)
+        return
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool, _restored_threads(threads):
+        waiting: deque[tuple[list[Window], Future[Tensor]]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(forward, batch)))
+            if len(waiting) > threads:
+                done, logits = waiting.popleft()
+                yield from zip(done, logits.result(), strict=True)
+        for done, logits in waiting:
+            yield from zip(done, logits.result(), strict=True)
+
+
+@contextlib.contextmanager
+def _restored_threads(threads: int) -> Iterator[None]:
+    """What the threads of this process set for themselves is the default of later ones, too."""
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int) -> Iterator[Band]:
+    """Averaged logits at the views' own resolution, a band for each row of windows."""
+    sums = torch.zeros(0)
+    for (number, view, top, left), logits_KSS in _forwards(model, _windows(views, crop_size), crop_size, batch_size):
+        height, width = view.size
+        tops, lefts = window_origins(height, crop_size), window_origins(width, crop_size)
+        if top == left == 0:
+            sums = logits_KSS.new_zeros(logits_KSS.shape[0], crop_size, max(width, crop_size))
+        sums[:, :, left : left + crop_size] += logits_KSS
+        if left != lefts[-1]:
+            continue
+        last = top == tops[-1]
+        end = max(height, crop_size) if last else tops[tops.index(top) + 1]
+        rows = _covered(tops, crop_size, top, end).to(sums.device)
+        columns = _covered(lefts, crop_size, 0, sums.shape[2]).to(sums.device)
+        average = sums[:, : end - top] / (rows[:, None] * columns)
+        yield Band(number, view, top, average[:, : height - top, :width], last)
+        kept = sums[:, end - top :].clone()
+        sums = torch.zeros_like(sums)
+        sums[:, : kept.shape[1]] = kept
+
+
+def _covered(origins: Sequence[int], crop_size: int, first: int, end: int) -> Tensor:
+    """By how many windows each place between ``first`` and ``end`` of a side is covered."""
+    places = torch.arange(first, end)
+    return sum((((places >= start) & (places < start + crop_size)).float() for start in origins), torch.zeros(1))
+
+
+def _at_size(logits_BKhw: Tensor, height: int, width: int) -> Tensor:
+    if logits_BKhw.shape[2:] == (height, width):
+        return logits_BKhw
+    return nn.functional.interpolate(logits_BKhw, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def logit_bands(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int = BATCH) -> Iterator[Band]:
+    """Logits at the resolution of each view's target, from top to bottom, one view after the other.
+
+    Args:
+        model: in eval mode; takes crops of ``crop_size`` alone.
+        views: opened as they are needed.
+        crop_size: side of the windows.
+        batch_size: windows of a forward.
+    """
+    held: list[Tensor] = []
+    above = 0
+    for band in _averages(model, views, crop_size, batch_size):
+        height, width = band.view.target
+        piece = max(1, BAND // (band.logits_KnW.shape[0] * width))
+        if band.view.size == band.view.target:
+            for start in range(0, band.logits_KnW.shape[1], piece):
+                part = band.logits_KnW[:, start : start + piece]
+                end = band.last and start + piece >= band.logits_KnW.shape[1]
+                yield Band(band.number, band.view, band.top + start, part, end)
+            continue
+        held = [band.logits_KnW] if band.top == 0 else [*held, band.logits_KnW]
+        if band.last and height <= piece:
+            logits = _at_size(torch.cat(held, dim=1)[None], height, width)[0]
+            yield Band(band.number, band.view, 0, logits, True)
+        if height > piece:
+            above = 0 if band.top == 0 else above
+            held, above = yield from _stretched(band, torch.cat(held, dim=1), above, piece)
+
+
+def _stretched(band: Band, held_Knw: Tensor, above: int, piece: int) -> Generator[Band, None, tuple[list[Tensor], int]]:
+    """The rows of the target that the logits held reach; returns those to hold, and how many rows lie above them.
+
+    ``interpolate`` by rows: output row y lies at (y + 1/2) h / H - 1/2 of the source, at its first or last row outside.
+    """
+    (h, _), (height, width) = band.view.size, band.view.target
+    places = ((np.arange(height) + 0.5) * h / height - 0.5).clip(0, h - 1)
+    lower = np.floor(places).astype(int)
+    upper = np.minimum(lower + 1, h - 1)
+    rows, seen = np.arange(height), band.top + band.logits_KnW.shape[1]
+    begun = 0 if band.top == 0 else int(np.searchsorted(upper, band.top))
+    ready = rows[begun : int(np.searchsorted(upper, seen))]
+    for start in range(0, len(ready), piece):
+        y = ready[start : start + piece]
+        share = torch.from_numpy(places[y] - lower[y]).to(held_Knw)[:, None]
+        mixed = held_Knw[:, lower[y] - above] * (1 - share) + held_Knw[:, upper[y] - above] * share
+        end = bool(y[-1] == height - 1)
+        yield Band(band.number, band.view, int(y[0]), _at_size(mixed[None], len(y), width)[0], end)
+    keep = int(lower[min(int(np.searchsorted(upper, seen)), height - 1)])
+    return [held_Knw[:, keep - above :]], keep
+
+
+# ---- what evaluation and pictures ask for ----
+
+
+def whole_image_logits(model: nn.Module, pixels: Sequence[Tensor], crop_size: int, batch_size: int) -> list[Tensor]:
+    """Return logits (K, h, w), float32, of each image (C, h, w)."""
+    views = [WholeView(image, (image.shape[1], image.shape[2])) for image in pixels]
+    parts: list[list[Tensor]] = [[] for _ in views]
+    for band in logit_bands(model, views, crop_size, batch_size):
+        parts[band.number].append(band.logits_KnW)
+    return [torch.cat(bands, dim=1) for bands in parts]
+
+
 def predict_labels(model: nn.Module, data: WholeImages, image_HWC: npt.NDArray[Any], crop_size: int) -> Tensor:
     """Return the class ids (H, W) of one image, as evaluation predicts them; the model must be in eval mode."""
-    pixels = data.pixels(image_HWC).to(next(model.parameters()).device)
-    logits_Khw = whole_image_logits(model, [pixels], crop_size, batch_size=1)[0]
-    return _at_size(logits_Khw, image_HWC.shape[0], image_HWC.shape[1]).argmax(0)
+    view = WholeView(data.pixels(image_HWC), (image_HWC.shape[0], image_HWC.shape[1]))
+    return torch.cat([band.logits_KnW.argmax(0) for band in logit_bands(model, [view], crop_size)])
 
 
-def _at_size(logits_Khw: Tensor, height: int, width: int) -> Tensor:
-    return nn.functional.interpolate(logits_Khw[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+@dataclasses.dataclass
+class ImageCounts:
+    """What was found on one labelled image.
+
+    Attributes:
+        hits_K, true_K, predicted_K: its labelled pixels that are right, truly and predicted to be of each class.
+        foreground: the greatest probability, over its pixels, of a class other than 0.
+    """
+
+    hits_K: npt.NDArray[np.int64]
+    true_K: npt.NDArray[np.int64]
+    predicted_K: npt.NDArray[np.int64]
+    foreground: float = 0.0
 
 
-@torch.no_grad()
+@dataclasses.dataclass
+class Counts:
+    """What was found on some labelled images.
+
+    Attributes:
+        confusion_KK: of all of them (rows: true class).
+        ignore_index: label of pixels that do not count.
+        loss_sum: cross-entropy summed over the labelled pixels.
+        images: by number.
+    """
+
+    confusion_KK: npt.NDArray[np.int64]
+    ignore_index: int
+    loss_sum: float = 0.0
+    images: dict[int, ImageCounts] = dataclasses.field(default_factory=dict)
+
+    def add(self, number: int, logits_KnW: Tensor, label_nW: npt.NDArray[np.int32]) -> None:
+        """Count the pixels of a band of image ``number``."""
+        classes = logits_KnW.shape[0]
+        target_nW = torch.from_numpy(np.ascontiguousarray(label_nW)).to(logits_KnW.device, torch.int64)
+        self.loss_sum += nn.functional.cross_entropy(
+            logits_KnW[None], target_nW[None], ignore_index=self.ignore_index, reduction="sum"
+        ).item()
+        predicted_nW = logits_KnW.argmax(0).to(torch.uint8 if classes <= 256 else torch.int32)
+        confusion_KK = confusion_matrix([predicted_nW], [label_nW], classes, self.ignore_index)
+        self.confusion_KK += confusion_KK
+        image = self.images.setdefault(number, ImageCounts(*np.zeros((3, classes), np.int64)))
+        image.hits_K += np.diag(confusion_KK)
+        image.true_K += confusion_KK.sum(axis=1)
+        image.predicted_K += confusion_KK.sum(axis=0)
+        image.foreground = max(image.foreground, foreground(logits_KnW))
+
+
+def foreground(logits_KnW: Tensor) -> float:
+    """The greatest probability, over the pixels, of a class other than 0."""
+    others_nW = torch.logsumexp(logits_KnW[1:], dim=0) - logits_KnW[0]
+    return float(torch.sigmoid(others_nW.max()))
+
+
 def count_pixels(
     model: nn.Module,
     batches: Iterable[Sequence[tuple[Tensor, npt.NDArray[np.int32]] | None]],
@@ -107,26 +376,30 @@ def count_pixels(
     num_labels: int,
     ignore_index: int,
     crop_size: int,
-) -> tuple[npt.NDArray[np.int64], float]:
-    """Predict batches of `WholeImages` items with a model in eval mode.
+    batch_size: int = BATCH,
+) -> Counts:
+    """Predict batches of `WholeImages` items with a model in eval mode, windows in batches of ``batch_size``.
 
     Returns:
-        The K x K confusion matrix, and the sum over labelled pixels of the cross-entropy at the labels' resolution.
+        What was found, for each image by its number in the batches; an item that is None is left out.
     """
-    device = next(model.parameters()).device
-    confusion_KK, loss_sum = np.zeros((num_labels, num_labels), dtype=np.int64), 0.0
-    for items in batches:
-        batch = [item for item in items if item is not None]
-        if not batch:
-            continue
-        pixels = [item[0].to(device, non_blocking=True) for item in batch]
-        all_logits = whole_image_logits(model, pixels, crop_size, batch_size=len(batch))
-        for logits_Khw, (_, label_HW) in zip(all_logits, batch, strict=True):
-            logits_KHW = _at_size(logits_Khw, label_HW.shape[0], label_HW.shape[1])
-            target_HW = torch.from_numpy(label_HW).to(device, torch.int64)
-            loss_sum += nn.functional.cross_entropy(
-                logits_KHW[None], target_HW[None], ignore_index=ignore_index, reduction="sum"
-            ).item()
-            predicted_HW = logits_KHW.argmax(0).to(torch.uint8 if num_labels <= 256 else torch.int32)
-            confusion_KK += confusion_matrix([predicted_HW], [label_HW], num_labels, ignore_index)
-    return confusion_KK, loss_sum
+    numbers: deque[int] = deque()
+    labels: dict[int, npt.NDArray[np.int32]] = {}  # of the views that are on their way
+
+    def views() -> Iterator[WholeView]:
+        number = 0
+        for items in batches:
+            for item in items:
+                if item is not None:
+                    numbers.append(number)
+                    labels[number] = item[1]
+                    yield WholeView(item[0], (item[1].shape[0], item[1].shape[1]))
+                number += 1
+
+    found = Counts(np.zeros((num_labels, num_labels), np.int64), ignore_index)
+    for band in logit_bands(model, views(), crop_size, batch_size):
+        rows = slice(band.top, band.top + band.logits_KnW.shape[1])
+        found.add(numbers[0], band.logits_KnW, labels[numbers[0]][rows])
+        if band.last:
+            del labels[numbers.popleft()]
+    return found

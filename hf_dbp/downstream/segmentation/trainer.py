@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.feeding import make_sampler, step_images
+from hf_dbp.downstream.segmentation.detection import ImageFigures, image_figures
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.downstream.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.downstream.segmentation.upernet import parameter_groups, synchronize_batch_norm
@@ -102,6 +103,7 @@ class SegmentationTrainer(ResumingTrainer):
             self.use_sampler(make_sampler(self.train_dataset.images, args))
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
+        self.images: list[ImageFigures] = []
 
     def _check_batches(self, model: UperNetForSemanticSegmentation) -> None:
         synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
@@ -228,16 +230,19 @@ class SegmentationTrainer(ResumingTrainer):
         ):  # running statistics of CPU processes differ; those of process 0 are the saved ones
             broadcast(list(model.buffers()))
         with self.compute_loss_context_manager():
-            confusion_KK, loss_sum = count_pixels(
+            counts = count_pixels(
                 model,
                 self.get_eval_dataloader(eval_dataset),
                 num_labels=model.config.num_labels,
                 ignore_index=model.config.loss_ignore_index,
                 crop_size=self.crop_size,
+                batch_size=self.args.per_device_eval_batch_size,
             )
-        confusion = torch.from_numpy(confusion_KK).to(self.args.device)
+        processes, mine = self.args.world_size, self.args.process_index
+        self.images = image_figures({mine + processes * number: image for number, image in counts.images.items()})
+        confusion = torch.from_numpy(counts.confusion_KK).to(self.args.device)
         self.confusion_KK = self.accelerator.reduce(confusion, reduction="sum").cpu().numpy()
-        loss = torch.tensor(loss_sum, dtype=torch.float64, device=self.args.device)
+        loss = torch.tensor(counts.loss_sum, dtype=torch.float64, device=self.args.device)
         loss_sum = self.accelerator.reduce(loss, reduction="sum").item()
         self.scores = scores_from_confusion(self.confusion_KK)
         metrics = {

@@ -1,0 +1,85 @@
+"""Is there any? Image-level detection by a segmentation model, and how each validation image came out.
+
+The score of an image is the greatest probability, over its pixels, that the pixel is of a class other than 0
+(background). With it as a detector of images that hold any such class:
+
+    ROC AUC    the chance that an image with a defect scores above one without, ties counting half
+    threshold  the highest score at which at least the wanted share of the images with a defect is found
+
+Both need validation images of both kinds. A threshold is chosen on the validation images and holds for images like
+them: its figures on others are to be measured there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+from scipy import stats
+
+from hf_dbp.downstream.segmentation.inference import ImageCounts
+
+__all__ = ["ImageFigures", "detection", "image_figures", "worst_images"]
+
+RECALL = 0.95  # of the threshold, where nothing else is said
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFigures:
+    """How one validation image came out.
+
+    Args:
+        index: its place in the validation list.
+        score: as in the module's docstring.
+        holds_any: whether a labelled pixel is of a class other than 0.
+        right: share of its labelled pixels that are right; None without any.
+        mean_iou: over the classes that occur in it or in its prediction; None without any.
+    """
+
+    index: int
+    score: float
+    holds_any: bool
+    right: float | None
+    mean_iou: float | None
+
+
+def image_figures(counts: Mapping[int, ImageCounts]) -> list[ImageFigures]:
+    """The figures of the images of all processes, in order."""
+    found = []
+    for index, image in counts.items():
+        union_K, total = image.true_K + image.predicted_K - image.hits_K, image.true_K.sum()
+        right = float(image.hits_K.sum() / total) if total else None
+        mean_iou = float((image.hits_K[union_K > 0] / union_K[union_K > 0]).mean()) if total else None
+        found.append(ImageFigures(index, image.foreground, bool(image.true_K[1:].any()), right, mean_iou))
+    gathered: list[ImageFigures] = gather_object(found)
+    return sorted(gathered, key=lambda image: image.index)
+
+
+def detection(images: Sequence[ImageFigures], recall: float = RECALL) -> dict[str, Any] | None:
+    """ROC AUC, and the threshold for a recall with what it does; None unless there are images of both kinds."""
+    positive = np.array([image.score for image in images if image.holds_any])
+    negative = np.array([image.score for image in images if not image.holds_any])
+    if not (positive.size and negative.size):
+        return None
+    wins = stats.mannwhitneyu(positive, negative).statistic
+    threshold = float(np.sort(positive)[::-1][int(np.ceil(recall * positive.size)) - 1])
+    found, alarms = positive >= threshold, negative >= threshold
+    return {
+        "images_with_any": positive.size,
+        "images_without": negative.size,
+        "roc_auc": float(wins / (positive.size * negative.size)),
+        "wanted_recall": recall,
+        "threshold": threshold,
+        "recall": float(found.mean()),
+        "false_alarms": float(alarms.mean()),
+        "precision": float(found.sum() / (found.sum() + alarms.sum())),
+    }
+
+
+def worst_images(images: Sequence[ImageFigures], count: int) -> list[ImageFigures]:
+    """The images with the lowest mean IoU, worst first; those without a labelled pixel are left out."""
+    labelled = [image for image in images if image.mean_iou is not None]
+    return sorted(labelled, key=lambda image: (image.mean_iou, image.index))[:count]
