@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig
     from hf_dbp.conversion import all_linears, convert_to_decorrelated, decorrelated_layers, fuse
     from hf_dbp.downstream.bridge import extract_dinov2
+    from hf_dbp.downstream.predicting import load_predictor, predict
     from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection, Decorrelation, RowSampling
     from hf_dbp.modeling_dbp_vit_mae import (
         DBPViTMAEForPreTraining,
@@ -58,7 +59,9 @@ __all__ = [
     "fuse",
     "initialize_mae_",
     "load_fused_vit",
+    "load_predictor",
     "measure_decorrelation",
+    "predict",
     "seed_sampling",
     "survey_layers",
     "update_decorrelation",
@@ -70,6 +73,7 @@ _MODULES = {
     "configuration_dbp_vit_mae": ("SIZES", "DBPViTMAEConfig"),
     "conversion": ("all_linears", "convert_to_decorrelated", "decorrelated_layers", "fuse"),
     "downstream.bridge": ("extract_dinov2",),
+    "downstream.predicting": ("load_predictor", "predict"),
     "layers": ("DecorrelatedLinear", "DecorrelatedPatchProjection", "Decorrelation", "RowSampling"),
     "modeling_dbp_vit_mae": ("DBPViTMAEForPreTraining", "DBPViTMAEModel", "extract_vit", "initialize_mae_"),
     "training.checkpoints": ("load_fused_vit",),

@@ -6,6 +6,7 @@ hf-dbp pretrain IMAGES --budget 2h  the same, with all choices made for you, in 
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
 hf-dbp retrieve ...          segmentation without training: the labels of the patches most alike
+hf-dbp predict MODEL IMAGES  masks, overlays and a table of new images
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp select TABLE --budget 40  which images to label first
@@ -36,6 +37,7 @@ COMMANDS = {
     "fuse": "hf_dbp.fusing",
     "finetune": "hf_dbp.downstream.segmentation.finetuning",
     "retrieve": "hf_dbp.downstream.segmentation.retrieval",
+    "predict": "hf_dbp.downstream.predicting",
     "probe": "hf_dbp.downstream.probe",
     "compare": "hf_dbp.comparison.runner",
     "embed": "hf_dbp.downstream.embedding",

@@ -20,18 +20,22 @@ __all__ = ["class_scores", "evaluation_record", "per_class", "summary"]
 
 def per_class(trainer: SegmentationTrainer) -> dict[str, dict[str, float | int | None]]:
     """The scores of each class in the last evaluation, by name; see `class_scores`."""
-    return class_scores(trainer.confusion_KK, trainer.model.config.id2label)
+    confusion_KK = trainer.confusion_KK
+    counts = np.diag(confusion_KK), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
+    return class_scores(*counts, trainer.model.config.id2label)
 
 
 def class_scores(
-    confusion_KK: npt.NDArray[np.int64], names: Mapping[int, str]
+    hits_K: npt.NDArray[np.int64],
+    true_K: npt.NDArray[np.int64],
+    predicted_K: npt.NDArray[np.int64],
+    names: Mapping[int, str],
 ) -> dict[str, dict[str, float | int | None]]:
     """IoU, accuracy, precision, recall, Dice and pixels of each class, by name; None where a denominator is 0.
 
     With h the pixels of the class found, t its true and p its predicted pixels: precision h / p, recall (accuracy, too)
     h / t, Dice 2 h / (t + p), IoU h / (t + p - h).
     """
-    hits_K, true_K, predicted_K = np.diag(confusion_KK), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     return {
         names[k]: {
             "iou": _share(hits_K[k], true_K[k] + predicted_K[k] - hits_K[k]),

@@ -13,7 +13,7 @@ from transformers import UperNetForSemanticSegmentation
 from hf_dbp.data.values import ValueRange, in_unit_range
 from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels
 
-__all__ = ["class_colours", "plot_predictions"]
+__all__ = ["class_colours", "displayed", "plot_predictions"]
 
 VOID = (0.0, 0.0, 0.0)
 LEGEND_LIMIT = 30
@@ -33,7 +33,7 @@ def _painted(ids_HW: npt.NDArray[Any], colours_K3: npt.NDArray[np.float64]) -> n
     return np.where(known[..., None], colours_K3[np.where(known, ids_HW, 0)], VOID)
 
 
-def _displayed(image_HWC: npt.NDArray[Any], value_range: ValueRange) -> npt.NDArray[Any]:
+def displayed(image_HWC: npt.NDArray[Any], value_range: ValueRange) -> npt.NDArray[Any]:
     """The image in [0, 1]: RGB as it is, of any other number of channels the first, in grey."""
     pixels = np.clip(in_unit_range(image_HWC, image_HWC.dtype, value_range), 0, 1)
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels[..., :1], 3, axis=2)
@@ -67,7 +67,7 @@ def plot_predictions(
         predicted_HW = predict_labels(model, data, image_HWC, crop_size).cpu().numpy()
         shown |= {*np.unique(true_HW).tolist(), *np.unique(predicted_HW).tolist()}
         pictures = (
-            _displayed(image_HWC, data.images.value_range),
+            displayed(image_HWC, data.images.value_range),
             _painted(true_HW, colours_K3),
             _painted(predicted_HW, colours_K3),
         )

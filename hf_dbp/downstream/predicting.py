@@ -1,0 +1,300 @@
+"""A trained model on a folder of images: the main of `hf-dbp predict`, and `hf_dbp.predict`, for any task.
+
+    hf-dbp predict MODEL IMAGES --output_dir OUT
+
+1. The model's config.json says its task; the task's module loads it as a `Predictor` (`TASKS`).
+2. Images are opened in threads while the model works on others; the predictor gets them as one stream, and results come
+   in their order, each written as soon as it is there: its files first, aside and then renamed, then one line in
+   `OUT/done.jsonl`. So a run that is killed leaves no half file, and the command, repeated, does the rest alone.
+3. At the end the rows of all images become one table, `OUT/predictions.csv` (or .parquet), and `OUT/predictions.json`
+   says with which model and settings, what could not be read, and the scores where masks were given.
+
+A task is added by a module with ``load(model, **settings) -> Predictor`` and an entry in `TASKS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import shlex
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import csv
+from tqdm.auto import tqdm
+
+from hf_dbp.data.decoding import UnreadableImageError
+from hf_dbp.data.folders import IMAGE_FILES, Samples, list_samples
+from hf_dbp.data.whole_files import clear_parts, whole_file
+from hf_dbp.errors import UserError, command
+from hf_dbp.hub.untrusted import read_json
+from hf_dbp.records import versions, write_json
+
+__all__ = ["Predictions", "Predictor", "load_predictor", "main", "predict"]
+
+logger = logging.getLogger(__name__)
+
+DONE, RECORD, TABLE = "done.jsonl", "predictions.json", "predictions"
+#: what an architecture's name in config.json ends in: the module that predicts with it
+TASKS = {"ForSemanticSegmentation": "hf_dbp.downstream.segmentation.predictor"}
+Row = dict[str, Any]
+
+
+class Predictor(Protocol):
+    """A loaded model with what its task does to an image.
+
+    Attributes:
+        settings: everything that shapes the results, as JSON; results of others are not mixed with these.
+    """
+
+    settings: Mapping[str, Any]
+
+    def open(self, name: str, files: Sequence[str]) -> Any:
+        """An image, ready for the model; called in threads. UnreadableImageError if it cannot be read."""
+
+    def predict(self, images: Iterable[Any]) -> Iterator[Any]:
+        """The results of opened images, in order, while they come."""
+
+    def write(self, result: Any, folder: Path) -> list[Row]:
+        """Write a result's files below ``folder``, aside and then renamed; returns its rows of the table."""
+
+    def finish(self, rows: Sequence[Row], folder: Path) -> dict[str, Any]:
+        """Once all images are done: write what is of all of them; returns what the record says of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a prediction found.
+
+    Attributes:
+        folder: where everything lies.
+        table: its file.
+        rows: its rows.
+        record: the content of `predictions.json`.
+    """
+
+    folder: Path
+    table: Path
+    rows: list[Row]
+    record: dict[str, Any]
+
+
+def load_predictor(model: str, **settings: Any) -> Predictor:
+    """The predictor of a model, a folder or a Hub id.
+
+    Args:
+        model: folder or Hub id.
+        settings: the task's own; those of segmentation are in `hf_dbp.downstream.segmentation.predictor`.
+
+    Raises:
+        UserError: no such model, or one of a task that this library does not predict.
+    """
+    found = read_json(model, "config.json")
+    if found is None:
+        raise UserError(f"{model} holds no config.json; give a folder or a Hub id of a model")
+    architectures = found[1].get("architectures") or []
+    for name, ending in ((name, ending) for name in architectures for ending in TASKS):
+        if str(name).endswith(ending):
+            predictor: Predictor = importlib.import_module(TASKS[ending]).load(model, **settings)
+            return predictor
+    raise UserError(
+        f"{found[0]} is of {', '.join(map(str, architectures)) or 'no architecture'}: predict takes models of "
+        f"{', '.join(TASKS)}; train one with `hf-dbp finetune`"
+    )
+
+
+def predict(
+    model: str | Predictor,
+    images: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    channel_files: Sequence[str] | None = None,
+    table: str = "csv",
+    **settings: Any,
+) -> Predictions:
+    """Apply a model to an image or a folder of them; what was done before in ``output_dir`` is not done again.
+
+    Args:
+        model: folder or Hub id, or what `load_predictor` gave.
+        images: a picture file, or a folder of pictures, nested as it is.
+        output_dir: where masks, overlays, table and record go.
+        channel_files: of a folder with a file per channel, a name pattern for each.
+        table: ``csv`` or ``parquet``.
+        settings: as for `load_predictor`.
+
+    Raises:
+        UserError: no such model or images, or results of another model or other settings in ``output_dir``.
+    """
+    predictor = load_predictor(model, **settings) if isinstance(model, str) else model
+    samples, folder = samples_of(os.fspath(images), channel_files), Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_parts(folder)
+    done = read_done(folder / DONE, predictor.settings)
+    left = {name: files for name, files in samples.items() if name not in done}
+    unreadable: dict[str, str] = {}
+    started = time.monotonic()
+    with (folder / DONE).open("a", encoding="utf-8") as journal:
+        if not done:
+            note(journal, {"settings": dict(predictor.settings)})
+        for name, rows in finished(predictor, left, folder, unreadable, len(samples)):
+            note(journal, {"image": name, "rows": rows})
+            done[name] = rows
+    seconds = time.monotonic() - started
+    rows = [row for name in samples if name in done for row in done[name]]
+    record = {
+        "schema": 1,
+        **predictor.settings,
+        "images": len([name for name in samples if name in done]),
+        "unreadable": {"count": len(unreadable), "images": unreadable},
+        **predictor.finish(rows, folder),
+        "seconds": round(seconds, 3),
+        "images_of_this_run": len(left) - len(unreadable),
+        "versions": versions(),
+    }
+    file = write_table(rows, folder / f"{TABLE}.{table}")
+    write_json(folder / RECORD, record)
+    return Predictions(folder, file, rows, record)
+
+
+def samples_of(images: str, channel_files: Sequence[str] | None) -> Samples:
+    """The images by name: one file, or all below a folder. UserError if there are none."""
+    path = Path(images)
+    if path.is_file() and not channel_files:
+        if path.suffix.lower() not in IMAGE_FILES:
+            raise UserError(f"{images} is no picture ({', '.join(sorted(IMAGE_FILES))})")
+        return {path.stem: (str(path),)}
+    return list_samples(images, channel_files)
+
+
+def note(journal: Any, entry: Mapping[str, Any]) -> None:
+    """Add a line that is there after a crash."""
+    journal.write(json.dumps(entry) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def read_done(file: Path, settings: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """The rows of the images that are done; a last line that a crash cut off is taken out of the file.
+
+    Raises:
+        UserError: they are of another model or other settings.
+    """
+    if not file.is_file():
+        return {}
+    whole, _, rest = file.read_bytes().rpartition(b"\n")
+    if rest:
+        os.truncate(file, len(whole) + 1 if whole else 0)
+    entries = [json.loads(line) for line in whole.splitlines()]
+    if not entries:
+        return {}
+    before, now = entries[0]["settings"], json.loads(json.dumps(dict(settings)))
+    changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    if changed:
+        name = sorted(changed)[0]
+        raise UserError(
+            f"{file.parent} holds predictions with {name} {before.get(name)!r:.80}, not {now.get(name)!r:.80}: "
+            "give another --output_dir, or remove that folder"
+        )
+    return {entry["image"]: entry["rows"] for entry in entries[1:]}
+
+
+def finished(
+    predictor: Predictor, samples: Samples, folder: Path, unreadable: dict[str, str], total: int
+) -> Iterator[tuple[str, list[Row]]]:
+    """Each image with its rows, its files written: opened and written in threads, predicted in this one."""
+    names: deque[str] = deque()
+    threads = min(4, (os.cpu_count() or 1) + 1)
+    progress = tqdm(total=total, initial=total - len(samples), desc="Images", unit="image")
+    with ThreadPoolExecutor(threads) as pool, progress:
+
+        def opened() -> Iterator[Any]:
+            waiting: deque[tuple[str, Future[Any]]] = deque()
+            queue = iter(samples.items())
+            while True:
+                while len(waiting) < threads and (sample := next(queue, None)) is not None:
+                    waiting.append((sample[0], pool.submit(predictor.open, *sample)))
+                if not waiting:
+                    return
+                name, image = waiting.popleft()
+                try:
+                    item = image.result()
+                except UnreadableImageError as error:
+                    unreadable[name] = str(error)
+                    logger.warning("left out an image that cannot be read: %s", error)
+                    progress.update()
+                    continue
+                names.append(name)
+                yield item
+
+        writing: deque[tuple[str, Future[list[Row]]]] = deque()
+        for result in predictor.predict(opened()):
+            writing.append((names.popleft(), pool.submit(predictor.write, result, folder)))
+            while writing and (writing[0][1].done() or len(writing) > threads):
+                name, rows = writing.popleft()
+                yield name, rows.result()
+                progress.update()
+        for name, rows in writing:
+            yield name, rows.result()
+            progress.update()
+
+
+def write_table(rows: Sequence[Row], file: Path) -> Path:
+    """The rows as CSV or parquet, by the name of the file."""
+    write = pq.write_table if file.suffix == ".parquet" else csv.write_csv
+    with whole_file(file) as part:
+        write(pa.Table.from_pylist(list(rows)), part)
+    return file
+
+
+def report(found: Predictions) -> str:
+    """What came out and what to do next, for the end of the command."""
+    record, where = found.record, shlex.quote(str(found.folder))
+    lines = [f"{record['images']} images, of which {record['images_of_this_run']} now, in {record['seconds']:.1f} s"]
+    if record["unreadable"]["count"]:
+        first = next(iter(record["unreadable"]["images"].values()))
+        lines.append(f"left out   {record['unreadable']['count']} that cannot be read, e.g. {first}")
+    if "mean_iou" in record:
+        lines.append(f"mean IoU   {record['mean_iou']:.4f} over the masks given")
+    lines.append(f"written    {found.table}, {RECORD} and {', '.join(record['files'])} in {where}")
+    return "\n".join([*lines, f"next       look at {where}/overlays; {record['next']}"])
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parse and predict. User mistakes end with one line on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    parser = argparse.ArgumentParser(prog="hf-dbp predict", description="Apply a trained model to new images.")
+    parser.add_argument("model", help="folder or Hub id of a segmentation model: of `hf-dbp finetune`, or a stock one")
+    parser.add_argument("images", help="a picture file, or a folder of pictures, nested as it is")
+    parser.add_argument("--output_dir", required=True, help="where masks, overlays and the table go")
+    parser.add_argument("--masks", help="true masks, named as the images: the predictions are scored, too")
+    parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
+    parser.add_argument("--palette", help="of the true masks: YAML file of class names and colours, or `binary`")
+    parser.add_argument(
+        "--ignore_index", type=int, help="id of the true masks that is not scored (default: the model's)"
+    )
+    parser.add_argument("--channel_files", nargs="+", help="a file per channel: a name pattern each, '*_ch0.tif' ...")
+    parser.add_argument("--crop_size", type=int, help="side of the windows (default: as the model was evaluated)")
+    parser.add_argument("--long_edge", type=int, help="scale images to it, 0: native (default: as it was evaluated)")
+    parser.add_argument("--batch_size", type=int, help="windows of a forward pass (default: as it was evaluated)")
+    parser.add_argument("--device", help="cpu, cuda ... (default: a GPU where there is one)")
+    parser.add_argument("--table", default="csv", choices=["csv", "parquet"], help="format of the table")
+    parser.add_argument(
+        "--export", nargs="+", default=[], choices=["coco", "labelme"], help="labels to correct by hand"
+    )
+    parser.add_argument("--no_overlays", action="store_true", help="write masks alone")
+    args = vars(parser.parse_args(arguments))
+    how = {name: args.pop(name) for name in ("model", "images", "output_dir", "channel_files", "table")}
+    found = predict(**how, **args)
+    print(report(found))
+    return found.record

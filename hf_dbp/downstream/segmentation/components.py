@@ -1,0 +1,72 @@
+"""How many connected parts each class of a mask has, counted in bands of rows, so that memory does not grow.
+
+Parts are 8-connected. In a band OpenCV labels them; those that touch a part of the band above are one with it: each
+such union takes one off the count.
+
+Shapes: K classes; H, W height and width; n rows of a band.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Components"]
+
+BAND = 2**22  # pixels
+
+
+class Components:
+    """Counts the parts of ``classes`` classes."""
+
+    def __init__(self, classes: int) -> None:
+        self.counts_K = np.zeros(classes, np.int64)
+
+    def counted(self, ids_HW: NDArray[Any], band: int = BAND) -> NDArray[np.int64]:
+        """The number of parts of each class (K).
+
+        Args:
+            ids_HW: class ids.
+            band: pixels that are labelled at a time.
+        """
+        rows = max(1, band // ids_HW.shape[1])
+        for chosen in np.flatnonzero(np.bincount(ids_HW.ravel(), minlength=len(self.counts_K))):
+            above: NDArray[Any] | None = None
+            parents: list[int] = [0]
+            for top in range(0, ids_HW.shape[0], rows):
+                count, labels = cv2.connectedComponents((ids_HW[top : top + rows] == chosen).astype(np.uint8))
+                first = len(parents)
+                parents.extend(range(first, first + count - 1))
+                labels = np.where(labels > 0, labels + first - 1, 0)
+                self.counts_K[chosen] += count - 1
+                if above is not None:
+                    self.counts_K[chosen] -= joined(above, labels[0], parents)
+                above = labels[-1]
+        return self.counts_K
+
+
+def joined(above_W: NDArray[Any], below_W: NDArray[Any], parents: list[int]) -> int:
+    """Unite the parts of two rows that touch, corners included; returns how many unions that took."""
+    width, pairs = len(above_W), []
+    for shift in (-1, 0, 1):
+        over, under = above_W[max(0, -shift) : width - max(0, shift)], below_W[max(0, shift) : width - max(0, -shift)]
+        touching = (over > 0) & (under > 0)
+        pairs.append(np.stack([over[touching], under[touching]], axis=1))
+    unions = 0
+    for one, other in np.unique(np.concatenate(pairs), axis=0).tolist():
+        roots = root(one, parents), root(other, parents)
+        if roots[0] != roots[1]:
+            parents[roots[1]] = roots[0]
+            unions += 1
+    return unions
+
+
+def root(part: int, parents: list[int]) -> int:
+    """The part that stands for all that were united with this one."""
+    while parents[part] != part:
+        parents[part] = parents[parents[part]]
+        part = parents[part]
+    return part

@@ -1,0 +1,397 @@
+"""Semantic segmentation of new images: `hf_dbp.downstream.predicting` for UperNet and any stock model of that kind.
+
+A model of `hf-dbp finetune` sees images as it was evaluated: its config.json says crop, scale and batch, its image
+processor mean and standard deviation. Predictions on the validation images give the mean IoU of `eval.json`, to all
+digits on the same machine. Of a stock model without that entry the crop is the size that its image processor resizes
+to, and images keep their native resolution.
+
+For each image, with `OUT/NAME` for its path below the folder of images:
+
+    masks/NAME.png       the class id of each pixel, 8 bits (16 for more than 256 classes); of more than 2^26 pixels a
+                         tiled TIFF
+    overlays/NAME.jpg    the image with the classes other than 0 in colour over it, at most 1600 pixels wide and high
+
+and a row of the table for each class: pixels, share, components (8-connected parts), mean confidence (the mean over the
+class's pixels of its probability), and ``score``, the greatest probability of a class other than 0 at any pixel. With
+true masks also, of the labelled pixels, how many are of the class (true), predicted to be (predicted) and both (hits).
+
+Shapes: C channels; K classes; H, W the image's height and width; n rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import tifffile
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedModel
+
+from hf_dbp.data.augmentation import resized
+from hf_dbp.data.decoding import decode, stored
+from hf_dbp.data.folders import list_samples
+from hf_dbp.data.masks import Palette, index_mask
+from hf_dbp.data.whole_files import whole_file
+from hf_dbp.data.windows import TiffRows, open_rows
+from hf_dbp.downstream.segmentation.components import Components
+from hf_dbp.downstream.segmentation.evaluated import Evaluated, read_evaluated
+from hf_dbp.downstream.segmentation.evaluation import class_scores
+from hf_dbp.downstream.segmentation.figures import class_colours, displayed
+from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, foreground, logit_bands
+from hf_dbp.downstream.segmentation.transforms import long_edge_size
+from hf_dbp.downstream.segmentation.upernet import load_upernet
+from hf_dbp.errors import UserError
+from hf_dbp.hub.untrusted import load_weights, read_config, read_json, read_statistics
+
+__all__ = ["Segmented", "Segmenter", "load"]
+
+LARGE_MASK = 2**26  # pixels
+OVERLAY = 1600  # pixels of its longer side
+CODE = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")  # of a config: never followed
+
+
+# ---- loading ----
+
+
+def load(
+    model: str,
+    *,
+    crop_size: int | None = None,
+    long_edge: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    masks: str | None = None,
+    mask_suffix: str = "",
+    palette: str | None = None,
+    ignore_index: int | None = None,
+    export: Sequence[str] = (),
+    no_overlays: bool = False,
+) -> Segmenter:
+    """The predictor of a segmentation model.
+
+    Args:
+        model: folder or Hub id.
+        crop_size, long_edge, batch_size: in place of those that it was evaluated with; ``long_edge`` 0 is native.
+        device: default: a GPU where there is one.
+        masks: folder of true masks, named as the images, to score the predictions by.
+        mask_suffix, palette, ignore_index: of the true masks, as in fine-tuning.
+        export: ``coco``, ``labelme``: formats of labels to write the predictions in, too.
+        no_overlays: write no overlays.
+
+    Raises:
+        UserError: what is wrong with model or settings.
+    """
+    content = read_config(model)
+    evaluated = read_evaluated(content, model)
+    how = evaluated or Evaluated(crop_size or stock_crop(model), long_edge or None)
+    changes: dict[str, Any] = {"crop_size": crop_size, "batch_size": batch_size}
+    how = dataclasses.replace(how, **{name: value for name, value in changes.items() if value is not None})
+    how = how if long_edge is None else dataclasses.replace(how, long_edge=long_edge or None)
+    network = load_network(model, content).eval()
+    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    channels = channels_of(content)
+    statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
+    truth = None
+    if masks is not None:
+        ignored = ignore_index if ignore_index is not None else int(content.get("loss_ignore_index", 255))
+        truth = Truth(masks, mask_suffix, None if palette is None else Palette(palette, ignored), ignored)
+    settings = {
+        "task": "segmentation", "model": model, "weights": weights_digest(network), **how.record(),
+        "masks": masks, "overlays": not no_overlays, "export": sorted(export),
+    }  # fmt: skip
+    return Segmenter(network, how, Preparation(how.long_edge, *statistics), channels, settings, truth)
+
+
+def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a folder or Hub id: a UperNet of ours, or any stock class for semantic segmentation.
+
+    Raises:
+        UserError: another kind of model, or weights that are none; see `hf_dbp.hub.untrusted`.
+    """
+    backbone = content.get("backbone_config")
+    names = {int(number): str(name) for number, name in (content.get("id2label") or {}).items()}
+    if content["model_type"] == "upernet" and isinstance(backbone, dict) and backbone.get("model_type") == "beit":
+        return load_upernet(model, names, ignore_index=int(content.get("loss_ignore_index", 255)))
+    try:
+        config = AutoConfig.for_model(**without_code(content))
+        network, missing = load_weights(AutoModelForSemanticSegmentation, model, config=config)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{model} is no model for semantic segmentation that is known: {error}") from error
+    if missing:
+        raise UserError(f"{model} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    return network
+
+
+def without_code(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without what would load code, kernels or quantisers."""
+    kept = {key: value for key, value in content.items() if key not in CODE}
+    return {key: without_code(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def channels_of(content: Mapping[str, Any]) -> int:
+    """Channels of the images that a model takes; 3 where its config does not say."""
+    backbone = content.get("backbone_config")
+    own = backbone if isinstance(backbone, dict) else content
+    return int(own.get("num_channels", content.get("num_channels", 3)))
+
+
+def stock_crop(model: str) -> int:
+    """The size that a stock model's image processor resizes to. UserError if it says none."""
+    found = read_json(model, "preprocessor_config.json")
+    size = {} if found is None else found[1].get("size")
+    sides = [size] if isinstance(size, int) else list(size.values()) if isinstance(size, dict) else []
+    if not sides or not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(f"{model} does not say at which size it was trained: give --crop_size")
+    return max(sides)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A name for the weights, from a few values of each tensor."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        values = tensor.flatten()[:: max(1, tensor.numel() // 16)].cpu()
+        digest.update(name.encode() + values.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---- images ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """True masks by the names of their images."""
+
+    folder: str
+    suffix: str
+    palette: Palette | None
+    ignore_index: int
+
+    @functools.cached_property
+    def files(self) -> dict[str, tuple[str, ...]]:
+        return {name.removesuffix(self.suffix): files for name, files in list_samples(self.folder).items()}
+
+    def mask(self, name: str, size: tuple[int, int]) -> npt.NDArray[np.int32]:
+        """The mask (H, W). UserError if there is none, or of another size."""
+        if name not in self.files:
+            raise UserError(f"{self.folder} has no mask for {name!r}; name each as its image, or leave --masks out")
+        mask = stored({"bytes": None, "path": self.files[name][0]})
+        ids = (index_mask(mask) if self.palette is None else self.palette(mask)).astype(np.int32)
+        if ids.shape != size:
+            raise UserError(f"{self.files[name][0]} has {ids.shape} pixels (height x width), its image {size}")
+        return ids
+
+
+class RowsView:
+    """A view of a large TIFF, read and scaled as far as windows need it."""
+
+    def __init__(self, rows: TiffRows, preparation: Preparation, channels: int) -> None:
+        self.rows, self.preparation, self.channels = rows, preparation, channels
+        self.target = rows.shape[0], rows.shape[1]
+        self.size = long_edge_size(*self.target, preparation.long_edge)
+
+    def crop(self, top: int, left: int, side: int) -> Tensor:
+        bottom = min(top + side, self.size[0])
+        part = self.scaled(top, bottom)[:, left : left + side]
+        pixels = self.preparation.normalized(part, self.rows.dtype)
+        return nn.functional.pad(pixels, (0, side - pixels.shape[2], 0, side - pixels.shape[1]))
+
+    def scaled(self, top: int, bottom: int) -> npt.NDArray[Any]:
+        """Rows of the scaled image; a bicubic kernel reaches twice the scale beyond."""
+        if self.size == self.target:
+            return adapted(self.rows.rows(top, bottom), self.channels)
+        scale = self.target[0] / self.size[0]
+        first = max(0, int(top * scale - 2 * max(scale, 1) - 1))
+        end = min(self.target[0], int(bottom * scale + 2 * max(scale, 1)) + 2)
+        part = adapted(self.rows.rows(first, end), self.channels)
+        box = (0.0, top * scale - first, float(self.target[1]), bottom * scale - first)
+        return resized(part, (bottom - top, self.size[1]), box)
+
+    def small(self, side: int) -> npt.NDArray[Any]:
+        """Every so many-th pixel, for an overlay."""
+        step = -(-max(self.target) // side)
+        return np.concatenate([
+            adapted(self.rows.rows(top, top + 1), self.channels)[:, ::step] for top in range(0, self.target[0], step)
+        ])  # fmt: skip
+
+
+def adapted(image_HWC: npt.NDArray[Any], channels: int) -> npt.NDArray[Any]:
+    """Grey to RGB where the model wants that."""
+    return np.repeat(image_HWC, 3, axis=2) if image_HWC.shape[2] == 1 and channels == 3 else image_HWC
+
+
+@dataclasses.dataclass
+class Opened:
+    """An image on its way: its view, what an overlay needs of it, and its true mask."""
+
+    name: str
+    view: View
+    small_HWC: npt.NDArray[Any] | None
+    truth_HW: npt.NDArray[np.int32] | None
+
+
+@dataclasses.dataclass
+class Segmented:
+    """What was predicted for an image.
+
+    Attributes:
+        ids_HW: class ids.
+        confidence_K: sums, over each class's pixels, of its probability.
+        score: the greatest probability of a class other than 0.
+        image: what was opened.
+    """
+
+    ids_HW: npt.NDArray[Any]
+    confidence_K: npt.NDArray[np.float64]
+    score: float
+    image: Opened
+
+    def add(self, top: int, logits_KnW: Tensor) -> None:
+        """Take in the logits of some rows."""
+        classes, rows, _ = logits_KnW.shape
+        best_nW, ids_nW = logits_KnW.max(dim=0)
+        chance_nW = (logits_KnW - best_nW).exp_().sum(dim=0).reciprocal_()
+        ids = ids_nW.flatten().cpu()
+        self.ids_HW[top : top + rows] = ids_nW.cpu().numpy()
+        self.confidence_K += torch.bincount(ids, chance_nW.flatten().double().cpu(), minlength=classes).numpy()
+        self.score = max(self.score, foreground(logits_KnW))
+
+
+# ---- prediction ----
+
+
+class Segmenter:
+    """A `Predictor` of class ids.
+
+    Args:
+        model: in eval mode, where it is to run.
+        how: crop, scale, batch and autocast.
+        preparation: from an image to what the model sees.
+        channels: of the images.
+        settings: for the journal.
+        truth: true masks to score by.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, how: Evaluated, preparation: Preparation, channels: int,
+        settings: Mapping[str, Any], truth: Truth | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.how, self.preparation, self.channels = model, how, preparation, channels
+        self.settings, self.truth = settings, truth
+        self.names: dict[int, str] = {int(k): str(name) for k, name in model.config.id2label.items()}
+        self.dtype = np.uint8 if len(self.names) <= 256 else np.uint16
+
+    def open(self, name: str, files: Sequence[str]) -> Opened:
+        rows = open_rows(files[0]) if len(files) == 1 else None
+        if rows is not None and (rows.shape[2] == self.channels or (rows.shape[2], self.channels) == (1, 3)):
+            large = RowsView(rows, self.preparation, self.channels)
+            small = large.small(OVERLAY) if self.settings["overlays"] else None
+            return Opened(name, large, small, self.true(name, large.target))
+        image = decode({"bytes": None, "path": files[0], "more": list(files[1:])}, self.channels, files[0])
+        size = image.shape[0], image.shape[1]
+        view = WholeView(self.preparation.pixels(image), size)
+        step = -(-max(size) // OVERLAY)
+        small = image[::step, ::step] if self.settings["overlays"] else None
+        return Opened(name, view, small, self.true(name, size))
+
+    def true(self, name: str, size: tuple[int, int]) -> npt.NDArray[np.int32] | None:
+        return None if self.truth is None else self.truth.mask(name, size)
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Opened]) -> Iterator[Segmented]:
+        """Class ids of opened images."""
+        waiting: list[Opened] = []
+
+        def views() -> Iterator[View]:
+            for image in images:
+                waiting.append(image)
+                yield image.view
+
+        device, autocast = next(self.model.parameters()).device.type, self.how.autocast
+        kind = getattr(torch, autocast or "bfloat16")
+        found: Segmented | None = None
+        with torch.autocast(device, kind, enabled=autocast is not None):
+            for band in logit_bands(self.model, views(), self.how.crop_size, self.how.batch_size):
+                if found is None:
+                    ids_HW = np.zeros(band.view.target, self.dtype)
+                    found = Segmented(ids_HW, np.zeros(len(self.names)), 0.0, waiting.pop(0))
+                found.add(band.top, band.logits_KnW)
+                if band.last:
+                    yield found
+                    found = None
+
+    def write(self, result: Segmented, folder: Path) -> list[dict[str, Any]]:
+        """Mask, overlay and rows of one image."""
+        name, ids_HW = result.image.name, result.ids_HW
+        write_mask(folder / "masks" / name, ids_HW)
+        if result.image.small_HWC is not None:
+            write_overlay(folder / "overlays" / name, result.image.small_HWC, ids_HW, len(self.names))
+        parts_K = Components(len(self.names)).counted(ids_HW)
+        pixels_K = np.bincount(ids_HW.ravel(), minlength=len(self.names))
+        rows = []
+        for k, label in self.names.items():
+            row = {
+                "image": name, "class_id": k, "class": label, "pixels": int(pixels_K[k]),
+                "share": float(pixels_K[k] / ids_HW.size), "components": int(parts_K[k]),
+                "mean_confidence": float(result.confidence_K[k] / pixels_K[k]) if pixels_K[k] else None,
+                "score": result.score,
+            }  # fmt: skip
+            rows.append(row | self.scored(k, result))
+        if isinstance(result.image.view, RowsView):
+            result.image.view.rows.close()
+        return rows
+
+    def scored(self, k: int, result: Segmented) -> dict[str, int]:
+        """Of the labelled pixels: truly of class k, predicted to be, and both."""
+        if self.truth is None or result.image.truth_HW is None:
+            return {}
+        labelled = result.image.truth_HW != self.truth.ignore_index
+        true, predicted = (result.image.truth_HW == k) & labelled, (result.ids_HW == k) & labelled
+        return {"true": int(true.sum()), "predicted": int(predicted.sum()), "hits": int((true & predicted).sum())}
+
+    def finish(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+        """The scores, if there are true masks."""
+        files = ["masks", *(["overlays"] if self.settings["overlays"] else [])]
+        record: dict[str, Any] = {"files": files, "classes": self.names}
+        record["next"] = "then correct masks, add them to the training set and `hf-dbp finetune` again"
+        if self.truth is None:
+            return record
+        true_K, predicted_K, hits_K = (
+            np.array([sum(row[key] for row in rows if row["class_id"] == k) for k in self.names], np.int64)
+            for key in ("true", "predicted", "hits")
+        )
+        per_class = class_scores(hits_K, true_K, predicted_K, self.names)
+        ious = [row["iou"] for row in per_class.values() if row["iou"] is not None]
+        return record | {"mean_iou": float(np.mean(ious)) if ious else None, "per_class": per_class}
+
+
+def write_mask(stem: Path, ids_HW: npt.NDArray[Any]) -> None:
+    """The ids as PNG; of very many pixels as tiled TIFF, which can be read in parts."""
+    large = ids_HW.size > LARGE_MASK
+    file = stem.with_name(stem.name + (".tif" if large else ".png"))
+    with whole_file(file) as part:
+        if large:
+            how = {"tile": (512, 512), "compression": "zlib", "photometric": "minisblack", "maxworkers": 1}
+            tifffile.imwrite(part, ids_HW, **how)
+        else:
+            Image.fromarray(ids_HW).save(part, "PNG", compress_level=4)
+
+
+def write_overlay(stem: Path, small_HWC: npt.NDArray[Any], ids_HW: npt.NDArray[Any], classes: int) -> None:
+    """The image in grey or colour with the classes other than 0 over it."""
+    step = -(-max(ids_HW.shape) // OVERLAY)
+    ids = ids_HW[::step, ::step]
+    picture, colours = displayed(small_HWC), class_colours(classes)[ids]
+    mixed = np.where((ids > 0)[..., None], 0.45 * picture + 0.55 * colours, picture)
+    done, encoded = cv2.imencode(".jpg", (mixed[..., ::-1] * 255).astype(np.uint8))
+    assert done
+    with whole_file(stem.with_name(f"{stem.name}.jpg")) as part:
+        part.write_bytes(encoded.tobytes())
