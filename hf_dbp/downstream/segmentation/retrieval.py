@@ -272,9 +272,7 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
     )
     built = time.monotonic() - began
     batches = ([eval_data[index]] for index in range(len(eval_data)))
-    found = count_pixels(
-        model, batches, num_labels=len(names), ignore_index=source.ignore_index, crop_size=crop
-    )
+    found = count_pixels(model, batches, num_labels=len(names), ignore_index=source.ignore_index, crop_size=crop)
     confusion_KK, loss_sum = found.confusion_KK, found.loss_sum
     record = {
         **figures(confusion_KK, names), "loss": loss_sum / confusion_KK.sum(),
