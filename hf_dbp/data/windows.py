@@ -2,7 +2,8 @@
 
 `open_rows` gives a reader of one image whose rows are decoded as they are asked for, from top to bottom; strips and
 tiles that the next rows need, too, are kept. It declines (None) what is better read whole: other files, images of less
-than `LARGE` values, palettes, several pages or series, planes, and other meanings of the values than black is zero.
+than `LARGE` values, other than 8 or 16 unsigned bits, palettes, several pages or series, planes, turned images, and
+other meanings of the values than black is zero.
 
 Shapes: H, W height and width; C channels; n rows.
 """
@@ -97,5 +98,6 @@ def plain(page: Any, least: int) -> bool:
     """Whether rows of the page mean what the reader of whole images makes of it."""
     planes = page.planarconfig != 1 and page.samplesperpixel > 1
     alpha = any(kind in (1, 2) for kind in page.extrasamples)
-    known = page.photometric in PLAIN and page.dtype is not None and page.bitspersample in (8, 16, 32)
-    return bool(known and not planes and not alpha and page.imagedepth == 1 and page.size >= least)
+    known = page.photometric in PLAIN and page.dtype in (np.uint8, np.uint16) and page.bitspersample in (8, 16)
+    upright = page.tags.valueof(274, 1) == 1
+    return bool(known and upright and not planes and not alpha and page.imagedepth == 1 and page.size >= least)

@@ -36,8 +36,7 @@ from hf_dbp.data.images import ImageList, channel_statistics, share_value_range
 from hf_dbp.data.values import ValueRange
 from hf_dbp.downstream import onnx_run
 from hf_dbp.downstream.features import CentralSquares, add_data_flags, image_source, open_images
-from hf_dbp.downstream.segmentation.data import LabelledImages
-from hf_dbp.downstream.segmentation.inference import WholeImages, whole_image_logits
+from hf_dbp.downstream.segmentation.inference import Preparation, whole_image_logits
 from hf_dbp.downstream.segmentation.upernet import load_upernet, load_vit
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
@@ -181,9 +180,7 @@ def export_segmenter(
     upernet = load_upernet(source, names, ignore_index=-100 if 255 in names else 255, **hub).eval()
     side = crop_size or max(sides(upernet.config.backbone_config.image_size))
     edge = side if long_edge is None else long_edge or None
-    none = LabelledImages([], ("image", "annotation"), num_labels=len(names), ignore_index=-1)
-    none.value_range = value_range
-    data = WholeImages(none, edge, mean, std)  # its `pixels` alone is asked for
+    data = Preparation(edge, mean, std, value_range)
     pixels = [data.pixels(image) for image in images]
     padded = [
         nn.functional.pad(one, (0, max(0, side - one.shape[2]), 0, max(0, side - one.shape[1]))) for one in pixels

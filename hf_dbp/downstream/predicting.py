@@ -34,7 +34,8 @@ from pyarrow import csv
 from tqdm.auto import tqdm
 
 from hf_dbp.data.decoding import UnreadableImageError
-from hf_dbp.data.folders import IMAGE_FILES, Samples, list_samples
+from hf_dbp.data.folders import IMAGE_FILES, Samples, open_pictures
+from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.whole_files import clear_parts, whole_file
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_json
@@ -136,7 +137,8 @@ def predict(
         UserError: no such model or images, or results of another model or other settings in ``output_dir``.
     """
     predictor = load_predictor(model, **settings) if isinstance(model, str) else model
-    samples, folder = samples_of(os.fspath(images), channel_files), Path(output_dir)
+    (samples, left_out), folder = samples_of(os.fspath(images), channel_files), Path(output_dir)
+    left_out.warn(os.fspath(images))
     folder.mkdir(parents=True, exist_ok=True)
     clear_parts(folder)
     done = read_done(folder / DONE, predictor.settings)
@@ -156,6 +158,7 @@ def predict(
         **predictor.settings,
         "images": len([name for name in samples if name in done]),
         "unreadable": {"count": len(unreadable), "images": unreadable},
+        "left_out": left_out.record(),
         **predictor.finish(rows, folder),
         "seconds": round(seconds, 3),
         "images_of_this_run": len(left) - len(unreadable),
@@ -166,14 +169,15 @@ def predict(
     return Predictions(folder, file, rows, record)
 
 
-def samples_of(images: str, channel_files: Sequence[str] | None) -> Samples:
-    """The images by name: one file, or all below a folder. UserError if there are none."""
+def samples_of(images: str, channel_files: Sequence[str] | None) -> tuple[Samples, LeftOut]:
+    """The images by name, one file or all below a folder, and what else lies there. UserError if there are none."""
     path = Path(images)
     if path.is_file() and not channel_files:
         if path.suffix.lower() not in IMAGE_FILES:
             raise UserError(f"{images} is no picture ({', '.join(sorted(IMAGE_FILES))})")
-        return {path.stem: (str(path),)}
-    return list_samples(images, channel_files)
+        return {path.stem: (str(path),)}, LeftOut()
+    folder = open_pictures(images)
+    return folder.named(path, folder.files, channel_files), folder.left_out
 
 
 def note(journal: Any, entry: Mapping[str, Any]) -> None:

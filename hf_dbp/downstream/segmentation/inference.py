@@ -32,8 +32,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hf_dbp.data.augmentation import resized, unit_range
+from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import UnreadableImageError
+from hf_dbp.data.values import UNIT, ValueRange, in_unit_range
 from hf_dbp.downstream.segmentation.data import LabelledImages, normalized
 from hf_dbp.downstream.segmentation.mean_iou import confusion_matrix
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
@@ -59,11 +60,15 @@ BAND = 2**24  # logits of a band at the image's resolution
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """From an image to what the model sees: scaled to `long_edge` (None: native) and normalised."""
+    """From an image to what the model sees: scaled to `long_edge` (None: native) and normalised.
+
+    ``value_range`` is that of float images, see `hf_dbp.data.values`.
+    """
 
     long_edge: int | None
     mean: Sequence[float]
     std: Sequence[float]
+    value_range: ValueRange = UNIT
 
     def pixels(self, image_HWC: npt.NDArray[Any]) -> Tensor:
         """(H, W, C) stored values -> (C, h, w)."""
@@ -74,7 +79,7 @@ class Preparation:
 
     def normalized(self, scaled_HWC: npt.NDArray[Any], dtype: np.dtype[Any]) -> Tensor:
         """Scaled values of an image of ``dtype`` -> (C, h, w)."""
-        pixels = scaled_HWC.astype(np.float32) * np.float32(unit_range(dtype))
+        pixels = in_unit_range(scaled_HWC, dtype, self.value_range)
         return normalized(pixels, np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32))
 
 
@@ -90,7 +95,7 @@ class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]] 
     @property
     def preparation(self) -> Preparation:
         """What is done with an image."""
-        return Preparation(self.long_edge, self.mean, self.std)
+        return Preparation(self.long_edge, self.mean, self.std, self.images.value_range)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from hf_dbp.data.augmentation import resized
-from hf_dbp.data.decoding import decode, stored
-from hf_dbp.data.folders import list_samples
+from hf_dbp.data.decoding import UnreadableImageError, decode, stored
+from hf_dbp.data.folders import open_pictures
 from hf_dbp.data.masks import Palette, index_mask
+from hf_dbp.data.values import UNIT
 from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
 from hf_dbp.downstream.segmentation.components import Components
@@ -50,7 +51,7 @@ from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeVie
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import load_weights, read_config, read_json, read_statistics
+from hf_dbp.hub.untrusted import load_weights, read_config, read_json, read_statistics, read_value_range
 
 __all__ = ["Segmented", "Segmenter", "load"]
 
@@ -108,7 +109,9 @@ def load(
         "task": "segmentation", "model": model, "weights": weights_digest(network), **how.record(),
         "masks": masks, "overlays": not no_overlays, "export": sorted(export),
     }  # fmt: skip
-    return Segmenter(network, how, Preparation(how.long_edge, *statistics), channels, settings, truth)
+    kept = read_value_range(model)
+    preparation = Preparation(how.long_edge, *statistics, kept or UNIT)
+    return Segmenter(network, how, preparation, channels, settings, truth, floats=kept is not None)
 
 
 def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel:
@@ -177,7 +180,9 @@ class Truth:
 
     @functools.cached_property
     def files(self) -> dict[str, tuple[str, ...]]:
-        return {name.removesuffix(self.suffix): files for name, files in list_samples(self.folder).items()}
+        folder = open_pictures(self.folder, "--masks")
+        named = folder.named(Path(self.folder), folder.files, None)
+        return {name.removesuffix(self.suffix): files for name, files in named.items() if name.endswith(self.suffix)}
 
     def mask(self, name: str, size: tuple[int, int]) -> npt.NDArray[np.int32]:
         """The mask (H, W). UserError if there is none, or of another size."""
@@ -278,12 +283,14 @@ class Segmenter:
         channels: of the images.
         settings: for the journal.
         truth: true masks to score by.
+        floats: whether the model was trained on float images, not on those of 8 or 16 bits.
     """
 
     def __init__(
         self, model: PreTrainedModel, how: Evaluated, preparation: Preparation, channels: int,
-        settings: Mapping[str, Any], truth: Truth | None = None,
+        settings: Mapping[str, Any], truth: Truth | None = None, *, floats: bool = False,
     ) -> None:  # fmt: skip
+        self.floats = floats
         self.model, self.how, self.preparation, self.channels = model, how, preparation, channels
         self.settings, self.truth = settings, truth
         self.names: dict[int, str] = {int(k): str(name) for k, name in model.config.id2label.items()}
@@ -291,11 +298,18 @@ class Segmenter:
 
     def open(self, name: str, files: Sequence[str]) -> Opened:
         rows = open_rows(files[0]) if len(files) == 1 else None
-        if rows is not None and (rows.shape[2] == self.channels or (rows.shape[2], self.channels) == (1, 3)):
+        if (
+            rows is not None
+            and not self.floats
+            and (rows.shape[2] == self.channels or (rows.shape[2], self.channels) == (1, 3))
+        ):
             large = RowsView(rows, self.preparation, self.channels)
             small = large.small(OVERLAY) if self.settings["overlays"] else None
             return Opened(name, large, small, self.true(name, large.target))
         image = decode({"bytes": None, "path": files[0], "more": list(files[1:])}, self.channels, files[0])
+        if (image.dtype.kind == "f") != self.floats:
+            of = "float images, this is" if self.floats else "images of 8 or 16 bits, this is"
+            raise UnreadableImageError(f"{files[0]}: the model was trained on {of} {image.dtype}; convert it")
         size = image.shape[0], image.shape[1]
         view = WholeView(self.preparation.pixels(image), size)
         step = -(-max(size) // OVERLAY)
@@ -333,7 +347,8 @@ class Segmenter:
         name, ids_HW = result.image.name, result.ids_HW
         write_mask(folder / "masks" / name, ids_HW)
         if result.image.small_HWC is not None:
-            write_overlay(folder / "overlays" / name, result.image.small_HWC, ids_HW, len(self.names))
+            picture = displayed(result.image.small_HWC, self.preparation.value_range)
+            write_overlay(folder / "overlays" / name, picture, ids_HW, len(self.names))
         parts_K = Components(len(self.names)).counted(ids_HW)
         pixels_K = np.bincount(ids_HW.ravel(), minlength=len(self.names))
         rows = []
@@ -385,11 +400,11 @@ def write_mask(stem: Path, ids_HW: npt.NDArray[Any]) -> None:
             Image.fromarray(ids_HW).save(part, "PNG", compress_level=4)
 
 
-def write_overlay(stem: Path, small_HWC: npt.NDArray[Any], ids_HW: npt.NDArray[Any], classes: int) -> None:
-    """The image in grey or colour with the classes other than 0 over it."""
+def write_overlay(stem: Path, picture: npt.NDArray[Any], ids_HW: npt.NDArray[Any], classes: int) -> None:
+    """The image, in [0, 1] and small, with the classes other than 0 over it."""
     step = -(-max(ids_HW.shape) // OVERLAY)
     ids = ids_HW[::step, ::step]
-    picture, colours = displayed(small_HWC), class_colours(classes)[ids]
+    colours = class_colours(classes)[ids]
     mixed = np.where((ids > 0)[..., None], 0.45 * picture + 0.55 * colours, picture)
     done, encoded = cv2.imencode(".jpg", (mixed[..., ::-1] * 255).astype(np.uint8))
     assert done
