@@ -136,9 +136,10 @@ def predict(
     Raises:
         UserError: no such model or images, or results of another model or other settings in ``output_dir``.
     """
-    predictor = load_predictor(model, **settings) if isinstance(model, str) else model
-    (samples, left_out), folder = samples_of(os.fspath(images), channel_files), Path(output_dir)
-    left_out.warn(os.fspath(images))
+    where = os.fspath(images)
+    predictor = load_predictor(model, images=where, **settings) if isinstance(model, str) else model
+    (samples, left_out), folder = samples_of(where, channel_files), Path(output_dir)
+    left_out.warn(where)
     folder.mkdir(parents=True, exist_ok=True)
     clear_parts(folder)
     done = read_done(folder / DONE, predictor.settings)
@@ -281,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("model", help="folder or Hub id of a segmentation model: of `hf-dbp finetune`, or a stock one")
     parser.add_argument("images", help="a picture file, or a folder of pictures, nested as it is")
     parser.add_argument("--output_dir", required=True, help="where masks, overlays and the table go")
-    parser.add_argument("--masks", help="true masks, named as the images: the predictions are scored, too")
+    parser.add_argument("--masks", help="true masks or labels of the images: the predictions are scored, too")
     parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
     parser.add_argument("--palette", help="of the true masks: YAML file of class names and colours, or `binary`")
     parser.add_argument(

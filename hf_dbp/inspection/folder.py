@@ -23,6 +23,8 @@ import numpy as np
 
 from hf_dbp.data.decoding import unturned_masks
 from hf_dbp.data.folders import Samples, open_pictures
+from hf_dbp.data.labels.formats import label_format
+from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.masks import BINARY, IGNORE, Palette, check_kinds, grey_code
 from hf_dbp.data.pairing import Pairs, UnpairedError, pair_folders
@@ -40,6 +42,7 @@ T = TypeVar("T")
 OUTLYING = 0.01  # less of the range for 99.8 % of the values is a sign of outliers
 THIN = 2  # from this ratio of the sides on, an image made smaller to the view has lost most of its short side
 STEPS = 1000  # of fine-tuning, at least
+SELDOM = 0.2  # of the masks: a rare class in fewer is sought out by crops
 VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
 
 
@@ -273,8 +276,11 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
         order, found.finetuning["palette"] = [*palette.names.values(), IGNORE], palette_file
     else:
         classes = max((value for value in survey.pixels if value != 255), default=0) + 1
-        names = {value: "255 (ignored)" if value == 255 else f"class {value}" for value in survey.pixels}
-        order, found.finetuning["num_labels"] = [f"class {k}" for k in range(classes)], classes
+        drawn = args.label_names or [f"class {k}" for k in range(classes)]  # labels bring their names
+        names = {value: "255 (ignored)" if value == 255 else drawn[value] for value in survey.pixels}
+        order = drawn
+        if not args.label_names:
+            found.finetuning["num_labels"] = classes
     balance = {
         mask: sum((Counter({names[v]: n}) for v, n in values.items()), Counter())
         for mask, values in survey.values.items()
@@ -284,7 +290,33 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
         if name in total or name != IGNORE:
             share, holders = total[name] / total.total(), sum(name in counts for counts in balance.values())
             found.lines.append(f"           {name:<20} {share:8.3%} of the pixels, in {holders} masks")
+    choose_balance(order, total, {name: sum(name in c for c in balance.values()) for name in total}, found)
     return balance
+
+
+def choose_balance(
+    order: Sequence[str], pixels: Mapping[str, int], holders: Mapping[str, int], found: Findings
+) -> None:
+    """Weights and crops for rare classes, as `hf_dbp.downstream.segmentation.rare` has them; says why."""
+    classes = [name for name in order if name != IGNORE]
+    counts = {name: pixels.get(name, 0) for name in classes}
+    share = 1 / (4 * max(1, len(classes)))
+    rare = [name for name, count in counts.items() if 0 < count < share * sum(counts.values())]
+    if not rare:
+        return
+    found.finetuning["class_weights"] = "sqrt"
+    found.lines.append(
+        f"balance    {', '.join(rare)}: less than {share:.2%} of the pixels each, a quarter of an even share, so the "
+        "loss weighs classes by one over the root of their share (class_weights: sqrt)"
+    )
+    masks = max(holders.values())
+    seldom = [name for name in rare if holders[name] < SELDOM * masks]
+    if seldom:
+        found.finetuning["rare_crops"] = 0.33
+        found.lines.append(
+            f"           {', '.join(seldom)}: in less than {SELDOM:.0%} of the masks, so a third of the crops is drawn "
+            "around rare classes (rare_crops: 0.33)"
+        )
 
 
 def check_split(balance: Mapping[str, Counter[str]], validation: Sequence[str], found: Findings) -> None:
@@ -363,6 +395,10 @@ def describe_left_out(left_out: LeftOut, found: Findings) -> None:
 def inspect_folder(args: argparse.Namespace) -> Findings:
     """Read everything, write the files, and return what to print."""
     found = Findings()
+    labels, args.label_names = args.masks, None
+    if labels is not None and is_labels(labels):
+        args.masks, args.label_names = mask_folder(labels, args.folder)
+        found.lines.append(f"labels     {label_format(Path(labels))}, drawn as masks of {', '.join(args.label_names)}")
     taken, pairs = read_folders(args, found)
     samples, masks = pooled(taken), {}
     output = Path(args.output_dir)
@@ -378,6 +414,8 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
                 "hf-dbp fuse outputs/industrial --output_dir outputs/industrial-fused"]  # fmt: skip
     if pairs is not None:
         masks = describe_masks(args, pairs, kinds, found)
+        if args.label_names:
+            found.finetuning["train_mask_dir"] = labels
         if found.finetuning:
             flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
             write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)
@@ -395,7 +433,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run. User mistakes end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", help="folder of images, nested as it is")
-    parser.add_argument("--masks", help="folder of masks, named as the images; not all images need one")
+    parser.add_argument("--masks", help="masks, named as the images, or labels (COCO, LabelMe, YOLO, CVAT)")
     parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
     parser.add_argument("--palette", help="YAML file of class names and colours, or `binary` for 0/255 masks")
     parser.add_argument(

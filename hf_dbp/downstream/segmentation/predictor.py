@@ -9,6 +9,8 @@ For each image, with `OUT/NAME` for its path below the folder of images:
 
     masks/NAME.png       the class id of each pixel, 8 bits (16 for more than 256 classes); of more than 2^26 pixels a
                          tiled TIFF
+    labelme/NAME.json    with export labelme: the parts of the classes as polygons to correct by hand
+    coco.json            with export coco: those of all images
     overlays/NAME.jpg    the image with the classes other than 0 in colour over it, at most 1600 pixels wide and high
 
 and a row of the table for each class: pixels, share, components (8-connected parts), mean confidence (the mean over the
@@ -23,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,8 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTraine
 from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import UnreadableImageError, decode, stored
 from hf_dbp.data.folders import open_pictures
+from hf_dbp.data.labels.formats import coco_annotations, labelme_content
+from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.data.values import UNIT
 from hf_dbp.data.whole_files import whole_file
@@ -56,6 +61,7 @@ from hf_dbp.hub.untrusted import load_weights, read_config, read_json, read_stat
 __all__ = ["Segmented", "Segmenter", "load"]
 
 LARGE_MASK = 2**26  # pixels
+EXPORTS = ("coco", "labelme")
 OVERLAY = 1600  # pixels of its longer side
 CODE = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")  # of a config: never followed
 
@@ -76,6 +82,7 @@ def load(
     ignore_index: int | None = None,
     export: Sequence[str] = (),
     no_overlays: bool = False,
+    images: str | None = None,
 ) -> Segmenter:
     """The predictor of a segmentation model.
 
@@ -87,6 +94,7 @@ def load(
         mask_suffix, palette, ignore_index: of the true masks, as in fine-tuning.
         export: ``coco``, ``labelme``: formats of labels to write the predictions in, too.
         no_overlays: write no overlays.
+        images: folder of the images, for ``masks`` that are labels.
 
     Raises:
         UserError: what is wrong with model or settings.
@@ -102,7 +110,12 @@ def load(
     channels = channels_of(content)
     statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
     truth = None
+    unknown = sorted(set(export) - set(EXPORTS))
+    if unknown:
+        raise UserError(f"export {unknown[0]!r}: choose of {', '.join(EXPORTS)}")
     if masks is not None:
+        if images is not None and is_labels(masks):
+            masks, _ = mask_folder(masks, images, [str(name) for name in network.config.id2label.values()])
         ignored = ignore_index if ignore_index is not None else int(content.get("loss_ignore_index", 255))
         truth = Truth(masks, mask_suffix, None if palette is None else Palette(palette, ignored), ignored)
     settings = {
@@ -238,6 +251,7 @@ class Opened:
     """An image on its way: its view, what an overlay needs of it, and its true mask."""
 
     name: str
+    file: str
     view: View
     small_HWC: npt.NDArray[Any] | None
     truth_HW: npt.NDArray[np.int32] | None
@@ -305,7 +319,7 @@ class Segmenter:
         ):
             large = RowsView(rows, self.preparation, self.channels)
             small = large.small(OVERLAY) if self.settings["overlays"] else None
-            return Opened(name, large, small, self.true(name, large.target))
+            return Opened(name, files[0], large, small, self.true(name, large.target))
         image = decode({"bytes": None, "path": files[0], "more": list(files[1:])}, self.channels, files[0])
         if (image.dtype.kind == "f") != self.floats:
             of = "float images, this is" if self.floats else "images of 8 or 16 bits, this is"
@@ -314,7 +328,7 @@ class Segmenter:
         view = WholeView(self.preparation.pixels(image), size)
         step = -(-max(size) // OVERLAY)
         small = image[::step, ::step] if self.settings["overlays"] else None
-        return Opened(name, view, small, self.true(name, size))
+        return Opened(name, files[0], view, small, self.true(name, size))
 
     def true(self, name: str, size: tuple[int, int]) -> npt.NDArray[np.int32] | None:
         return None if self.truth is None else self.truth.mask(name, size)
@@ -349,12 +363,16 @@ class Segmenter:
         if result.image.small_HWC is not None:
             picture = displayed(result.image.small_HWC, self.preparation.value_range)
             write_overlay(folder / "overlays" / name, picture, ids_HW, len(self.names))
+        if "labelme" in self.settings["export"]:
+            content = labelme_content(ids_HW, self.names, f"{Path(name).name}{Path(result.image.file).suffix}")
+            write_json_whole(folder / "labelme" / f"{name}.json", content)
         parts_K = Components(len(self.names)).counted(ids_HW)
         pixels_K = np.bincount(ids_HW.ravel(), minlength=len(self.names))
         rows = []
         for k, label in self.names.items():
             row = {
-                "image": name, "class_id": k, "class": label, "pixels": int(pixels_K[k]),
+                "image": name, "file": f"{name}{Path(result.image.file).suffix}", "class_id": k, "class": label,
+                "pixels": int(pixels_K[k]),
                 "share": float(pixels_K[k] / ids_HW.size), "components": int(parts_K[k]),
                 "mean_confidence": float(result.confidence_K[k] / pixels_K[k]) if pixels_K[k] else None,
                 "score": result.score,
@@ -376,6 +394,10 @@ class Segmenter:
         """The scores, if there are true masks."""
         files = ["masks", *(["overlays"] if self.settings["overlays"] else [])]
         record: dict[str, Any] = {"files": files, "classes": self.names}
+        exported = list(self.settings["export"])
+        if "coco" in exported:
+            write_json_whole(folder / "coco.json", coco_content(rows, folder, self.names))
+        files += ["coco.json" if kind == "coco" else kind for kind in exported]
         record["next"] = "then correct masks, add them to the training set and `hf-dbp finetune` again"
         if self.truth is None:
             return record
@@ -386,6 +408,28 @@ class Segmenter:
         per_class = class_scores(hits_K, true_K, predicted_K, self.names)
         ious = [row["iou"] for row in per_class.values() if row["iou"] is not None]
         return record | {"mean_iou": float(np.mean(ious)) if ious else None, "per_class": per_class}
+
+
+def write_json_whole(file: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file, whole or not there."""
+    with whole_file(file) as part:
+        part.write_text(json.dumps(content), encoding="utf-8")
+
+
+def coco_content(rows: Sequence[Mapping[str, Any]], folder: Path, names: Mapping[int, str]) -> dict[str, Any]:
+    """The masks in a folder of predictions as one COCO file; class 0 is no category."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    files = {row["image"]: row["file"] for row in rows}
+    for number, (name, file) in enumerate(files.items()):
+        stem = folder / "masks" / name
+        mask = next(place for ending in (".png", ".tif") if (place := stem.with_name(stem.name + ending)).is_file())
+        ids_HW = index_mask(stored({"bytes": None, "path": str(mask)}))
+        height, width = ids_HW.shape
+        images.append({"id": number, "file_name": file, "height": height, "width": width})
+        annotations += coco_annotations(ids_HW, number, len(annotations) + 1)
+    categories = [{"id": k, "name": name, "supercategory": ""} for k, name in names.items() if k]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def write_mask(stem: Path, ids_HW: npt.NDArray[Any]) -> None:

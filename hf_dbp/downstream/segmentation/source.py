@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from hf_dbp.data.images import BUILT_IN, ImageSource
+from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import Palette
 from hf_dbp.data.wire_bonding import CLASS_NAMES
 from hf_dbp.errors import UserError
@@ -17,7 +18,8 @@ class SegmentationSource(ImageSource):
     """Which labelled images to load; the flags of `ImageSource` and these.
 
     Args:
-        train_mask_dir: folder of masks for the images of `train_dir`, paired as `hf_dbp.data.masks.pair_folders` does.
+        train_mask_dir: folder of masks for the images of `train_dir`, paired as `hf_dbp.data.masks.pair_folders` does;
+            or labels as `hf_dbp.data.labels.formats` reads them, which are drawn into such a folder, with their names.
         validation_mask_dir: the same for `validation_dir`.
         palette: palette file of colour masks, or ``binary`` for masks of 0 and 255; see `hf_dbp.data.masks`.
         annotation_column_name: column of the masks; default the first of annotation, mask, label, segmentation.
@@ -37,6 +39,7 @@ class SegmentationSource(ImageSource):
     id2label: str | None = None
     ignore_index: int = 255
     reduce_labels: bool = False
+    label_names: list[str] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +47,17 @@ class SegmentationSource(ImageSource):
             raise UserError("--train_mask_dir belongs to --train_dir, which names the images; give both")
         if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
             raise UserError("--validation_dir and --validation_mask_dir belong together; give both or neither")
+        self._draw_labels()
+
+    def _draw_labels(self) -> None:
+        """Take the masks that labels mean in place of the labels; those of validation by the same names."""
+        if self.train_mask_dir is not None and is_labels(self.train_mask_dir):
+            folder, self.label_names = mask_folder(self.train_mask_dir, str(self.train_dir), None, self.cache_dir)
+            self.train_mask_dir = folder
+        if self.validation_mask_dir is not None and is_labels(self.validation_mask_dir):
+            names = list(self.class_names().values())
+            folder, _ = mask_folder(self.validation_mask_dir, str(self.validation_dir), names, self.cache_dir)
+            self.validation_mask_dir = folder
 
     def class_names(self) -> dict[int, str]:
         """Return class names by the ids that are learned; "class 7" where no name is known.
@@ -67,6 +81,8 @@ class SegmentationSource(ImageSource):
             )
         if self.dataset_name == BUILT_IN:
             return self._moved(dict(enumerate(CLASS_NAMES)))
+        if self.label_names is not None:
+            return self._moved(dict(enumerate(self.label_names)))
         if self.num_labels is None:
             raise UserError(
                 "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"

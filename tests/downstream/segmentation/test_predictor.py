@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 import hf_dbp
+from hf_dbp.data.labels.formats import coco_annotations
 from hf_dbp.data.windows import open_rows
 from hf_dbp.data.wire_bonding import render
 from hf_dbp.downstream import predicting
@@ -170,6 +171,52 @@ def test_damaged_images_are_left_out_and_named(segmenter, wafers, tmp_path):
     assert found.record["images"] == 1 and list(found.record["unreadable"]["images"]) == ["b"]
     assert (tmp_path / "out/masks/lot/a.png").is_file()
     assert "left out   1 that cannot be read" in predicting.report(found)
+
+
+def test_exported_labels_are_the_masks_again(segmenter, wafers, tmp_path):
+    """What is exported for correction scores 1 against itself, read as labels; so the way there and back is exact."""
+    model, images = str(segmenter["padded"][0]), wafers / "images/validation"
+    found = hf_dbp.predict(model, images, tmp_path / "out", export=["coco", "labelme"])
+    assert {row["class"] for row in found.rows if row["pixels"]} > {"class 0"}
+    for labels in ("coco.json", "labelme"):
+        again = hf_dbp.predict(model, images, tmp_path / labels, masks=str(tmp_path / "out" / labels))
+        assert again.record["mean_iou"] == 1.0
+        assert sum(row["true"] for row in again.rows) == sum(row["pixels"] for row in found.rows)
+    names = [entry["file_name"] for entry in json.loads((tmp_path / "out/coco.json").read_text())["images"]]
+    assert names == [f"{index:03}.tif" for index in range(5)]
+    with pytest.raises(UserError, match="export 'voc': choose of coco, labelme"):
+        load(model, export=["voc"])
+
+
+def test_labels_are_trained_on_as_their_masks_are(segmenter, wafers, tmp_path):
+    """COCO in place of masks: the same pixels, so the same run; the names come along."""
+    for split in ("train", "validation"):
+        files = sorted((wafers / "masks" / split).iterdir())
+        content = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 5)],
+        }
+        for number, file in enumerate(files):
+            with Image.open(file) as picture:
+                ids = np.asarray(picture)
+            size = {"height": ids.shape[0], "width": ids.shape[1]}
+            content["images"].append({"id": number, "file_name": f"{file.stem}.tif", **size})
+            content["annotations"] += coco_annotations(ids, number, len(content["annotations"]) + 1)
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    flags = []
+    for split in ("train", "validation"):
+        flags += [
+            f"--{split}_dir",
+            str(wafers / "images" / split),
+            f"--{split}_mask_dir",
+            str(tmp_path / f"{split}.json"),
+        ]
+    model = ["--model_size", "mini", "--patch_size", "16", "--crop_size", "32", "--long_edge", "0"]
+    record = finetune([*flags, *model, *TRAINING, "--output_dir", str(tmp_path / "out")])
+    expected = segmenter["native"][1]
+    assert record["per_class"]["background"] == expected["per_class"]["class 0"]
+    assert record["mean_iou"] == expected["mean_iou"]
 
 
 def test_a_stock_model_of_logits_at_a_quarter(tmp_path):

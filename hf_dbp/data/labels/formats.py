@@ -1,0 +1,252 @@
+"""Readers and writers of label files.
+
+    coco       one JSON file: images, annotations (polygons, or runs plain or packed), categories
+    labelme    a folder of JSON files, one an image: polygon, rectangle, circle and mask shapes
+    yolo       a folder of text files, one an image: class and polygon a line, shares of width and height; the names of
+               the classes in data.yaml (``names``) or classes.txt there or in the folder above
+    cvat       one XML file of "CVAT for images": polygon, box and mask shapes by z_order
+
+Class 0 is background (a class that is called so, `_background_` or class 0 is it), the others follow in the order of
+the file, of LabelMe by the alphabet. An image that is listed, or has its own file, and holds no shape is background.
+
+Shapes: H, W height and width; V vertices, (x, y) each.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hf_dbp.data.labels.shapes import Labelled, Shape, from_runs, parts, to_runs
+from hf_dbp.errors import UserError
+from hf_dbp.recipes import safe_yaml
+
+__all__ = ["BACKGROUND", "READERS", "coco_annotations", "label_format", "labelme_content", "read_labels", "unpacked"]
+
+BACKGROUND = ("background", "_background_")
+Found = tuple[list[Labelled], list[str]]  # the images, and the names of the classes without background
+
+
+def label_format(source: Path) -> str | None:
+    """``coco``, ``cvat``, ``labelme`` or ``yolo``; None for what is no source of labels, such as a folder of masks."""
+    if source.is_file():
+        return {".json": "coco", ".xml": "cvat"}.get(source.suffix.lower())
+    kinds = {file.suffix.lower() for file in source.rglob("*") if file.is_file()} if source.is_dir() else set()
+    if kinds & {".png", ".tif", ".tiff", ".bmp", ".npy", ".gif", ".jpg", ".jpeg", ".webp"}:
+        return None
+    return "labelme" if ".json" in kinds else "yolo" if ".txt" in kinds else None
+
+
+def read_labels(source: str, image_size: Callable[[str], tuple[int, int]]) -> Found:
+    """The labelled images of a file or folder, and the names of the classes without background.
+
+    Args:
+        source: as in the module's docstring.
+        image_size: (height, width) of the image of a name, for formats that do not say it.
+
+    Raises:
+        UserError: no such labels, or one that cannot be read, named.
+    """
+    kind = label_format(Path(source))
+    if kind is None:
+        raise UserError(f"{source} holds no labels: give a COCO or CVAT file, or a folder of LabelMe or YOLO files")
+    try:
+        return READERS[kind](Path(source), image_size)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ElementTree.ParseError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source} is no file of {kind} labels: {type(error).__name__}: {error}") from error
+
+
+def points(values: Sequence[float]) -> NDArray[np.float64]:
+    """x0, y0, x1, y1 ... as (V, 2)."""
+    return np.asarray(values, np.float64).reshape(-1, 2)
+
+
+# ---- COCO ----
+
+
+def read_coco(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    names = {entry["id"]: str(entry["name"]) for entry in sorted(content["categories"], key=lambda entry: entry["id"])}
+    shapes: dict[Any, list[Shape]] = {entry["id"]: [] for entry in content["images"]}
+    sizes = {entry["id"]: (int(entry["height"]), int(entry["width"])) for entry in content["images"]}
+    for entry in content.get("annotations", ()):
+        drawn, image = entry.get("segmentation"), entry["image_id"]
+        if isinstance(drawn, dict):
+            counts = drawn["counts"]
+            runs = unpacked(counts) if isinstance(counts, str) else counts
+            shape = Shape(names[entry["category_id"]], pixels=from_runs(runs, (drawn["size"][0], drawn["size"][1])))
+        elif drawn:
+            shape = Shape(names[entry["category_id"]], [points(ring) for ring in drawn])
+        else:
+            raise UserError(f"{file}: annotation {entry.get('id')} is a box without a segmentation; draw its outline")
+        shapes[image].append(shape)
+    images = [Labelled(str(entry["file_name"]), sizes[entry["id"]], shapes[entry["id"]]) for entry in content["images"]]
+    return images, [name for name in names.values() if name not in BACKGROUND]
+
+
+def unpacked(text: str) -> list[int]:
+    """The run lengths in COCO's packed text: five bits a character, the least first; from the fourth on, differences
+    to the run before the last."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
+
+
+def coco_annotations(ids_HW: NDArray[Any], image_id: int, first: int) -> list[dict[str, Any]]:
+    """The annotations of a mask: a polygon for each part without holes, runs for the others."""
+    found: list[dict[str, Any]] = []
+    for part in parts(ids_HW):
+        if part.class_id == 0:
+            continue
+        rows, columns = np.flatnonzero(part.pixels.any(axis=1)), np.flatnonzero(part.pixels.any(axis=0))
+        box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+        size = [int(side) for side in ids_HW.shape]
+        drawn: Any = {"counts": to_runs(part.pixels), "size": size} if part.holes else [part.outer.ravel().tolist()]
+        found.append({
+            "id": first + len(found), "image_id": image_id, "category_id": part.class_id, "iscrowd": 0,
+            "segmentation": drawn, "area": int(part.pixels.sum()), "bbox": [int(value) for value in box],
+        })  # fmt: skip
+    return found
+
+
+# ---- LabelMe ----
+
+
+def read_labelme(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
+    images, names = [], set()
+    for file in sorted(folder.rglob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        size = int(content["imageHeight"]), int(content["imageWidth"])
+        shapes = [labelme_shape(entry, str(file)) for entry in content["shapes"]]
+        names |= {shape.label for shape in shapes}
+        suffix = PureWindowsPath(content["imagePath"]).suffix
+        images.append(Labelled(file.relative_to(folder).with_suffix(suffix).as_posix(), size, shapes))
+    return images, sorted(names - {*BACKGROUND})
+
+
+def labelme_shape(entry: Mapping[str, Any], file: str) -> Shape:
+    kind, label, drawn = entry.get("shape_type", "polygon"), str(entry["label"]), points(entry["points"])
+    if kind == "polygon":
+        return Shape(label, [drawn])
+    if kind == "rectangle":
+        return Shape(label, [rectangle(*drawn[0], *drawn[1])])
+    if kind == "circle":
+        radius, turns = math.dist(*drawn), np.linspace(0, 2 * np.pi, 128, endpoint=False)
+        return Shape(label, [drawn[0] + radius * np.stack([np.cos(turns), np.sin(turns)], axis=1)])
+    if kind == "mask":
+        with Image.open(io.BytesIO(base64.b64decode(entry["mask"]))) as picture:
+            pixels = np.asarray(picture.convert("L")) > 0
+        return Shape(label, pixels=pixels, corner=(int(drawn[0][0]), int(drawn[0][1])))
+    raise UserError(f"{file}: a shape of type {kind!r} has no area; draw {label!r} as a polygon")
+
+
+def rectangle(x0: float, y0: float, x1: float, y1: float) -> NDArray[np.float64]:
+    return points([x0, y0, x1, y0, x1, y1, x0, y1])
+
+
+def labelme_content(ids_HW: NDArray[Any], names: Mapping[int, str], image: str) -> dict[str, Any]:
+    """A LabelMe file of a mask; what lies in a hole is painted after what surrounds it, background too."""
+    shapes = [
+        {"label": names[part.class_id] if part.class_id else BACKGROUND[1], "points": part.outer.tolist(),
+         "group_id": None, "description": "", "shape_type": "polygon", "flags": {}, "mask": None}
+        for part in parts(ids_HW)
+    ]  # fmt: skip
+    height, width = (int(side) for side in ids_HW.shape)
+    return {
+        "version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": image, "imageData": None,
+        "imageHeight": height, "imageWidth": width,
+    }  # fmt: skip
+
+
+# ---- YOLO ----
+
+
+def read_yolo(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
+    names = yolo_names(folder)
+    images = []
+    for file in sorted(folder.rglob("*.txt")):
+        if file.name in ("classes.txt", "train.txt", "val.txt", "test.txt"):
+            continue
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        height, width = image_size(name)
+        shapes = []
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            values = line.split()
+            if not values:
+                continue
+            if len(values) < 7 or len(values) % 2 == 0:
+                raise UserError(f"{file}, line {number}: a class and three points or more make an outline")
+            ring = points([float(value) for value in values[1:]]) * (width, height)
+            shapes.append(Shape(names[int(values[0])], [ring]))
+        images.append(Labelled(name, (height, width), shapes))
+    return images, [name for name in names.values() if name not in BACKGROUND]
+
+
+def yolo_names(folder: Path) -> dict[int, str]:
+    """The names of the classes by number."""
+    for place in (folder, *folder.parents[:2]):
+        if (listed := place / "classes.txt").is_file():
+            return dict(enumerate(listed.read_text(encoding="utf-8").split("\n")[:-1]))
+        for file in [*sorted(place.glob("*.yaml")), *sorted(place.glob("*.yml"))]:
+            content = safe_yaml(file.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "names" in content:
+                names = content["names"]
+                pairs = names.items() if isinstance(names, dict) else enumerate(names)
+                return {int(number): str(name) for number, name in pairs}
+    raise UserError(f"the names of the classes of {folder} are not known: put a data.yaml with `names` beside it")
+
+
+# ---- CVAT ----
+
+
+def read_cvat(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
+    root = ElementTree.parse(file).getroot()
+    images = []
+    for image in root.iter("image"):
+        drawn = sorted(image, key=lambda shape: int(shape.get("z_order", 0)))
+        size = int(image.attrib["height"]), int(image.attrib["width"])
+        shapes = [cvat_shape(shape, str(file)) for shape in drawn if shape.tag != "tag"]
+        images.append(Labelled(image.attrib["name"], size, shapes))
+    listed = [str(label.findtext("name")) for label in root.iter("label")]
+    names = listed or sorted({shape.label for image in images for shape in image.shapes})
+    return images, [name for name in names if name not in BACKGROUND]
+
+
+def cvat_shape(shape: ElementTree.Element, file: str) -> Shape:
+    label, given = shape.attrib["label"], shape.attrib
+    if shape.tag == "polygon":
+        return Shape(label, [points([float(v) for pair in given["points"].split(";") for v in pair.split(",")])])
+    if shape.tag == "box":
+        return Shape(label, [rectangle(*(float(given[side]) for side in ("xtl", "ytl", "xbr", "ybr")))])
+    if shape.tag == "mask":
+        height, width = int(given["height"]), int(given["width"])
+        runs = [int(run) for run in given["rle"].split(",")]
+        values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)  # row after row, in its box
+        return Shape(label, pixels=values.reshape(height, width), corner=(int(given["left"]), int(given["top"])))
+    raise UserError(f"{file}: a shape of type {shape.tag!r} has no area; draw {label!r} as a polygon or mask")
+
+
+READERS: dict[str, Callable[[Path, Callable[[str], tuple[int, int]]], Found]] = {
+    "coco": read_coco, "labelme": read_labelme, "yolo": read_yolo, "cvat": read_cvat,
+}  # fmt: skip

@@ -1,0 +1,216 @@
+"""Labels to masks and back: against pycocotools, and every format's round trip."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from hf_dbp.data.labels.formats import coco_annotations, label_format, labelme_content, read_labels, unpacked
+from hf_dbp.data.labels.masks import is_labels, mask_folder
+from hf_dbp.data.labels.shapes import filled, from_runs, outlines, painted, parts, to_runs
+from hf_dbp.errors import UserError
+
+coco_masks = pytest.importorskip("pycocotools.mask")
+NAMES = {0: "background", 1: "wire", 2: "pit"}
+IDS = {name: number for number, name in NAMES.items()}
+
+
+def drawing(seed, height=24, width=31, share=0.5):
+    """Blobs and single pixels of three classes, with holes, and corners that touch."""
+    rng = np.random.default_rng(seed)
+    coarse = np.where(rng.random((height, width)) < share, rng.integers(1, 3, (height, width)), 0)
+    if seed % 2:
+        coarse = coarse[:: 1 + seed % 3, :: 1 + seed % 3].repeat(1 + seed % 3, 0).repeat(1 + seed % 3, 1)
+    return coarse[:height, :width].astype(np.uint8)
+
+
+masks = st.builds(
+    drawing, st.integers(0, 10**6), st.integers(1, 24), st.integers(1, 31), st.sampled_from([0.1, 0.5, 0.9])
+)
+
+
+def size_of(name):
+    raise AssertionError("the format says the size")
+
+
+@settings(deadline=None, max_examples=60)
+@given(mask=masks)
+def test_runs_are_those_of_pycocotools(mask):
+    packed = coco_masks.encode(np.asfortranarray((mask == 1).astype(np.uint8)))
+    runs = to_runs(mask == 1)
+    assert unpacked(packed["counts"].decode()) == runs
+    np.testing.assert_array_equal(from_runs(runs, mask.shape), mask == 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(mask=masks)
+def test_outlines_hold_the_pixels_that_they_go_around(mask):
+    for part in parts(mask):
+        inside = filled(part.outer, mask.shape)
+        for hole in part.holes:
+            inside &= ~filled(hole, mask.shape)
+        np.testing.assert_array_equal(inside, part.pixels)
+        polygon = coco_masks.frPyObjects([part.outer.ravel().tolist()], *mask.shape)
+        np.testing.assert_array_equal(coco_masks.decode(polygon)[..., 0] > 0, filled(part.outer, mask.shape))
+
+
+def test_a_pixel_belongs_if_its_centre_lies_inside():
+    triangle = np.array([[1.2, 0.4], [9.7, 2.1], [3.3, 8.9]])
+    rows, columns = np.mgrid[:10, :12] + 0.5
+    sides = [
+        (b[0] - a[0]) * (rows - a[1]) - (b[1] - a[1]) * (columns - a[0])
+        for a, b in zip(triangle, np.roll(triangle, -1, axis=0), strict=True)
+    ]
+    np.testing.assert_array_equal(filled(triangle, (10, 12)), np.all(np.array(sides) > 0, axis=0))
+    assert filled(triangle - 100, (10, 12)).sum() == 0  # outside the image
+    assert len(outlines(np.ones((3, 4), bool))[0]) == 4
+
+
+def coco_file(folder, mask_by_name):
+    content = {"images": [], "annotations": [], "categories": [{"id": k, "name": NAMES[k]} for k in (1, 2)]}
+    for number, (name, mask) in enumerate(mask_by_name.items()):
+        height, width = mask.shape
+        content["images"].append({"id": number, "file_name": f"{name}.png", "height": height, "width": width})
+        content["annotations"] += coco_annotations(mask, number, len(content["annotations"]) + 1)
+    (folder / "labels.json").write_text(json.dumps(content))
+    return folder / "labels.json"
+
+
+def labelme_folder(folder, mask_by_name):
+    for name, mask in mask_by_name.items():
+        (folder / f"{name}.json").write_text(json.dumps(labelme_content(mask, NAMES, f"{name}.png")))
+    return folder
+
+
+def yolo_folder(folder, mask_by_name):
+    """As its documents say: class and normalised outline a line; holes cannot be said, so none are drawn."""
+    (folder / "data.yaml").write_text("names: {0: wire, 1: pit}\n")
+    for name, mask in mask_by_name.items():
+        height, width = mask.shape
+        lines = [
+            f"{part.class_id - 1} " + " ".join(str(value) for value in (part.outer / (width, height)).ravel().tolist())
+            for part in parts(mask)
+            if part.class_id
+        ]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def cvat_file(folder, mask_by_name):
+    """Polygons where a part has no hole, masks of its box where it has."""
+    lines = ["<annotations><meta><labels>"]
+    lines += [f"<label><name>{name}</name></label>" for name in ("wire", "pit")] + ["</labels></meta>"]
+    for name, mask in mask_by_name.items():
+        lines.append(f'<image name="{name}.png" width="{mask.shape[1]}" height="{mask.shape[0]}">')
+        for part in parts(mask):
+            if part.class_id == 0:
+                continue
+            if not part.holes:
+                drawn = ";".join(f"{x},{y}" for x, y in part.outer.tolist())
+                lines.append(f'<polygon label="{NAMES[part.class_id]}" points="{drawn}" z_order="0"/>')
+                continue
+            rows, columns = np.flatnonzero(part.pixels.any(1)), np.flatnonzero(part.pixels.any(0))
+            box = part.pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            runs = ", ".join(map(str, to_runs(box.T)))
+            lines.append(
+                f'<mask label="{NAMES[part.class_id]}" rle="{runs}" left="{columns[0]}" top="{rows[0]}" '
+                f'width="{box.shape[1]}" height="{box.shape[0]}" z_order="0"/>'
+            )
+        lines.append("</image>")
+    (folder / "labels.xml").write_text("\n".join([*lines, "</annotations>"]))
+    return folder / "labels.xml"
+
+
+WRITERS = {"coco": coco_file, "labelme": labelme_folder, "yolo": yolo_folder, "cvat": cvat_file}
+
+
+def without_holes(mask):
+    """For YOLO, whose outlines have none: fill what a part encloses, larger parts first."""
+    drawn = np.zeros_like(mask)
+    for part in parts(mask):
+        if part.class_id:
+            drawn[filled(part.outer, mask.shape)] = part.class_id
+    return drawn
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_round_trip_through_the_folder_that_training_reads(kind, tmp_path):
+    """As finetune, inspect and predict get them: masks named as the images, classes by id, an empty one, too."""
+    drawn = {f"{seed:02}": drawing(seed) for seed in range(1, 6)} | {"empty": np.zeros((9, 7), np.uint8)}
+    if kind == "yolo":
+        drawn = {name: without_holes(mask) for name, mask in drawn.items()}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for name, mask in drawn.items():
+        Image.fromarray(mask).save(tmp_path / "images" / f"{name}.png")
+    source = WRITERS[kind](tmp_path / "labels", drawn)
+    assert label_format(source) == kind and is_labels(str(source)) and not is_labels(str(tmp_path / "images"))
+    folder, names = mask_folder(str(source), str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+    order = [names.index(NAMES[k]) for k in range(3)]
+    assert names[0] == "background"
+    for name, mask in drawn.items():
+        with Image.open(f"{folder}/{name}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), np.array(order)[mask])
+    assert mask_folder(str(source), str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))[0] == folder
+
+
+def test_pycocotools_reads_what_is_exported(tmp_path):
+    tools = pytest.importorskip("pycocotools.coco")
+    drawn = {f"{seed:02}": drawing(seed) for seed in range(1, 6)}
+    read = tools.COCO(str(coco_file(tmp_path, drawn)))
+    for number, mask in enumerate(drawn.values()):
+        seen = np.zeros_like(mask)
+        for entry in read.loadAnns(read.getAnnIds(imgIds=number)):
+            pixels = read.annToMask(entry) > 0
+            assert entry["area"] == pixels.sum()
+            np.testing.assert_array_equal(coco_masks.toBbox(read.annToRLE(entry)), entry["bbox"])
+            if not isinstance(entry["segmentation"], dict):  # a polygon without holes is all of its part
+                assert (mask[pixels] == entry["category_id"]).all()
+            seen[pixels] = entry["category_id"]
+        np.testing.assert_array_equal(seen, mask)
+
+
+def test_other_shapes_of_labelme(tmp_path):
+    mask = io.BytesIO()
+    Image.fromarray(np.array([[0, 255], [255, 255]], np.uint8)).save(mask, "PNG")
+    encoded = base64.b64encode(mask.getvalue()).decode()
+    shapes = [
+        {"label": "wire", "points": [[2, 1], [6, 4]], "shape_type": "rectangle"},
+        {"label": "pit", "points": [[15, 10], [15, 14]], "shape_type": "circle"},
+        {"label": "pit", "points": [[20, 2], [22, 4]], "shape_type": "mask", "mask": encoded},
+    ]  # fmt: skip
+    content = {"shapes": shapes, "imagePath": "..\\images\\a.png", "imageHeight": 20, "imageWidth": 30}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (image,), names = read_labels(str(tmp_path), size_of)
+    ids = painted(image, {"wire": 1, "pit": 2})
+    assert names == ["pit", "wire"] and image.file == "a.png"
+    assert (ids == 1).sum() == 12 and (ids[1:4, 2:6] == 1).all()
+    assert abs((ids[:, :20] == 2).sum() - np.pi * 16) < 4
+    assert ids[2:4, 20:22].tolist() == [[0, 2], [2, 2]]
+
+
+def coco(file="a.png", **annotation):
+    """A COCO file of one image of 3 x 3 pixels, and of one annotation if that is given."""
+    image = {"id": 1, "file_name": file, "height": 3, "width": 3}
+    drawn = [{"id": 7, "image_id": 1, "category_id": 1, **annotation}] if annotation else []
+    return json.dumps({"images": [image], "categories": [{"id": 1, "name": "pit"}], "annotations": drawn})
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", "is no file of coco labels: JSONDecodeError"),
+    ('{"images": [], "annotations": []}', "is no file of coco labels: KeyError: 'categories'"),
+    (coco(bbox=[0, 0, 1, 1]), "annotation 7 is a box"),
+    (coco("b.png"), "labels 'b.png', but no image has that name"),
+    (coco(segmentation={"counts": [1, 2], "size": [3, 3]}), "run lengths add up to 3"),
+])  # fmt: skip
+def test_mistakes_name_the_file_and_the_remedy(content, message, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (3, 3)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "labels.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        mask_folder(str(tmp_path / "labels.json"), str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
