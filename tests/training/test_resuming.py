@@ -347,11 +347,21 @@ def test_rotation_keeps_the_best_and_the_last(tmp_path, limit):
     assert {*whole_checkpoints(tmp_path)} == {record.best["step"]} | ({9} if limit == 2 else set())
 
 
-def test_a_lost_best_checkpoint_does_not_end_the_run(tmp_path, caplog):
-    with at_step(8, lambda: [truncate(weights(tmp_path / f"checkpoint-{step}")) for step in (3, 6)]):
-        record = main(flags(tmp_path, **NOTHING_LEARNED))
+def test_a_lost_best_checkpoint_does_not_end_the_run(tmp_path, caplog, monkeypatch):
+    """Lost before the last save, the best of the whole ones takes its place; lost after it, the run's last weights."""
+    with at_step(8, lambda: [truncate(weights(tmp_path / f"a/checkpoint-{step}")) for step in (3, 6)]):
+        record = main(flags(tmp_path / "a", **NOTHING_LEARNED))
+    assert record.results["finished"] and record.results["model"]["step"] == 9
+    stock = ResumingTrainer._load_best_model
+
+    def load_best_model(self):
+        truncate(weights(Path(self.state.best_model_checkpoint)))
+        stock(self)
+
+    monkeypatch.setattr(ResumingTrainer, "_load_best_model", load_best_model)
+    record = main(flags(tmp_path / "b", **NOTHING_LEARNED))
     assert "is lost (model.unfused.safetensors has" in caplog.text
-    assert record.results["finished"]
+    assert record.results["finished"] and record.results["model"]["step"] == 9
 
 
 # ---- a full disk ----
