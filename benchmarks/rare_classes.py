@@ -112,9 +112,10 @@ def section(data: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
         "",
         f"{first['data']['train_images']} training and {first['data']['validation_images']} validation images, "
         f"{arguments['max_steps']} steps of {arguments['per_device_train_batch_size']} crops of "
-        f"{arguments['crop_size']} pixels, {len(found[BASELINE])} paired seeds, from random weights. Rare: "
+        f"{arguments['crop_size']} pixels, {len(found[BASELINE])} paired seed(s), from random weights. Rare: "
         f"{', '.join(rare)}, together {share:.2%} of the labelled pixels.",
         "",
+        *(["**One seed: no interval, so no proof; a first look.**", ""] if len(found[BASELINE]) == 1 else []),
         "Mean over the seeds, and the difference to plain cross-entropy of the same seed with its 95 % interval:",
         "",
         "| variant | mean IoU | difference | IoU of the rare classes | difference | their recall | their precision |",
