@@ -32,6 +32,7 @@ from hf_dbp.errors import UserError
 from hf_dbp.layers import RowSampling
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.update import (
+    ETA,
     configure_sampling,
     discard_rows,
     measure_decorrelation,
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 class DecorrelationArguments:
     """How R is trained. Everything else about a run is in `TrainingArguments`."""
 
-    eta: float = field(default=5e-4, metadata={"help": "Learning rate of R (paper: 5e-4)."})
+    eta: float = field(default=ETA, metadata={"help": "Learning rate of R (paper: 5e-4)."})
     eta_schedule: str = field(
         default="decay",
         metadata={

@@ -47,6 +47,7 @@ from hf_dbp.functional import (
 from hf_dbp.layers import Decorrelation, RowSampling
 
 __all__ = [
+    "ETA",
     "configure_sampling",
     "discard_rows",
     "measure_decorrelation",
@@ -54,6 +55,8 @@ __all__ = [
     "set_gathering",
     "update_decorrelation",
 ]
+
+ETA = 5e-4  # learning rate of R, in the paper and here
 
 GROUP_NUMBERS = 2**24  # matrix entries that one batched update may hold: 64 MiB in float32
 
@@ -103,7 +106,7 @@ def seed_sampling(module: nn.Module, *, seed: int, step: int, rank: int = 0) -> 
 
 @torch.no_grad()
 def update_decorrelation(
-    module: nn.Module, *, eta: float = 5e-4, kappa: float = 0.0, bound: bool = True
+    module: nn.Module, *, eta: float = ETA, kappa: float = 0.0, bound: bool = True
 ) -> dict[str, Tensor]:
     """Update every R below ``module`` from the rows gathered since the last update, and drop the rows.
 

@@ -226,7 +226,7 @@ class ModelHubHandler(BaseHTTPRequestHandler):
 
 
 NAME = r"([\w.-]+/[\w.-]+)"
-ROUTES = [
+ROUTES: Any = [
     (("POST",), "/api/repos/create", ModelHubHandler.create),
     (("POST",), "/api/validate-yaml", ModelHubHandler.validate),
     (("POST",), f"/api/models/{NAME}/preupload/(.+)", ModelHubHandler.preupload),

@@ -14,7 +14,6 @@ Shapes: N training images, M test images, D features, K classes.
 """
 
 import logging
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import ViTModel
 
@@ -94,12 +94,10 @@ class ProbeArguments:
         return ImageSource(**{name: getattr(self, name) for name in names})
 
 
-def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The Wilson score interval of a share (95 % by default)."""
-    share, spread = hits / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share."""
+    interval = binomtest(hits, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def extract_features(
