@@ -282,13 +282,17 @@ def test_a_token_is_in_no_file_and_no_line(tmp_path, capsys, caplog):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("flag", ["train_dir", "dataset_name"])
-def test_the_loading_script_of_a_data_set_is_refused(tmp_path, flag, streaming):
+@pytest.mark.parametrize(
+    ("flag", "refusal"),
+    [("train_dir", "none of the 3 images can be read"), ("dataset_name", "Dataset scripts are no longer supported")],
+)
+def test_the_loading_script_of_a_data_set_never_runs(tmp_path, flag, refusal, streaming):
+    """A folder of one's own is walked for images and shards; a data set by name is refused."""
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     pq.write_table(pa.table({"image": [b"image"] * 4}), folder / "train.parquet")
-    with pytest.raises(ValueError, match="Dataset scripts are no longer supported"):
+    with pytest.raises(ValueError, match=refusal):
         load_images(ImageSource(**{flag: str(folder)}, streaming=streaming))
     assert not (tmp_path / "ran").exists()
 
