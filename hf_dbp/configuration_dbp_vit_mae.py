@@ -77,7 +77,9 @@ class DBPViTMAEConfig(ViTMAEConfig):  # type: ignore[misc]
         check_fields(config_dict)
         try:
             return super().from_dict(config_dict, **kwargs)
-        except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:  # fields of every model's
+        except UserError:
+            raise
+        except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:  # every model's fields
             raise UserError(f"the configuration: {' '.join(str(error).split())}") from error
 
 

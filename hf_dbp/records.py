@@ -50,6 +50,7 @@ __all__ = [
     "RECORD",
     "RunRecord",
     "arguments_record",
+    "finite",
     "hardware",
     "read_arguments",
     "source_commit",
@@ -141,10 +142,16 @@ class RunRecord:
         for name, kind in KINDS.items():
             if name in content and type(content[name]) is not kind:
                 raise UserError(f"{path}: {name} is {content[name]!r:.80}; expected {kind.__name__}")
-        for row in content.get("rows", []):
+        content["rows"] = [with_nan(row) for row in content.get("rows", [])]
+        for row in content["rows"]:
             if not is_row(row):
                 raise UserError(f"{path}: rows hold {row!r:.200}; expected numbers by name, step and eval_loss in all")
         return cls(**{name: content[name] for name in KINDS if name in content})
+
+
+def with_nan(row: Any) -> Any:
+    """A row as it was before it was written: a number that was not finite is null in JSON."""
+    return {key: math.nan if value is None else value for key, value in row.items()} if isinstance(row, dict) else row
 
 
 def is_row(row: Any) -> bool:
@@ -156,13 +163,22 @@ def is_row(row: Any) -> bool:
     return all(type(value) in (int, float) for value in numbers) and all(abs(value) < 2**63 for value in finite)
 
 
+def finite(value: Any) -> Any:
+    """The same with null for the numbers that JSON does not have (NaN, infinities), and text for keys."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON by way of a temporary file beside it, so that an interruption leaves the old file."""
+    """Write JSON by way of a temporary file beside it, so that an interruption leaves the old file; NaN as null."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
+            json.dump(finite(content), file, indent=2, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -48,3 +48,20 @@ def test_what_is_no_record_is_refused(tmp_path, content, message):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         RunRecord.read(tmp_path / "run.json")
+
+
+def test_what_is_not_finite_is_null_on_disk_and_nan_again_when_read(tmp_path):
+    """JSON has no NaN: other programs read every file that is written."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    written = record(3.0, math.nan, math.inf)
+    written.results["mean_iou"] = math.nan
+    written.write(tmp_path / "run.json")
+    content = json.loads((tmp_path / "run.json").read_text(), parse_constant=refuse)
+    assert [row["eval_loss"] for row in content["rows"]] == [3.0, None, None]
+    assert content["results"] == {"mean_iou": None}
+    again = RunRecord.read(tmp_path / "run.json")
+    assert math.isnan(again.rows[1]["eval_loss"])
+    assert again.best["eval_loss"] == 3.0

@@ -68,18 +68,9 @@ def write_report(
     ]
     write_markdown(folder / "README.md", blocks)
     write_html(folder / "report.html", plan.title, blocks)
-    write_json(folder / "report.json", finite(analysis | {"command": command, "note": note}))
+    write_json(folder / "report.json", analysis | {"command": command, "note": note})
     return folder / "report.html"
 
 
 def longest(runs: Sequence[Run]) -> float:
     return max((run.record.results.get("train_seconds", 0.0) for run in runs if run.record is not None), default=0.0)
-
-
-def finite(value: Any) -> Any:
-    """The same with null for numbers that JSON cannot hold, and text for keys."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation, get_scheduler
 
 from hf_dbp.data.augmentation import resized
+from hf_dbp.data.left_out import LeftOut
 from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, load_labelled_images
 from hf_dbp.downstream.segmentation.finetuning import (
     DataArguments,
@@ -117,6 +118,7 @@ def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
         "validation_images": 3,
         "validation_pixels": 3 * 48 * 48,
         "unreadable": {"count": 0, "images": {}},
+        "left_out": LeftOut().record(),
     }
     with Image.open(out / "predictions.png") as figure:
         assert figure.size[0] > 500
