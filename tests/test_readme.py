@@ -136,15 +136,17 @@ def test_every_flag_of_the_table_exists():
 
 
 def test_the_file_listing_is_the_package():
-    """Every file and folder of the top floor is listed, and what is listed in a folder is there."""
+    """Every file and folder of the top floor and of the rooms whose files are listed is named, and nothing else is."""
     listing = README.split("```\nhf_dbp/\n")[1].split("```")[0].split("training_scripts/")[0]
-    package, room, named = ROOT / "hf_dbp", "", set()
+    rooms, named = [ROOT / "hf_dbp"], {}
     for line in listing.splitlines():
-        for name, kind in re.findall(r"(\w+)(\.py|/)", line):
-            if line.startswith("    "):
-                assert (package / room / f"{name}{kind}").exists(), line
-            else:
-                named.add(name)
-                room = name
-    actual = {path.stem for path in package.glob("*.py")} | {p.parent.name for p in package.glob("*/__init__.py")}
-    assert named == {name for name in actual if not name.startswith("_")}
+        indent, names = re.match(r"( +)(.*?)(?:  |$)", line).groups()
+        rooms = rooms[: len(indent) // 2]
+        named.setdefault(rooms[-1], set()).add(names)
+        assert (rooms[-1] / names).exists(), line
+        if names.endswith("/"):
+            rooms.append(rooms[-1] / names)
+    for room, names in named.items():
+        files = {path.name for path in room.glob("*.py") if not path.name.startswith("_")}
+        missing = (files | {f"{path.parent.name}/" for path in room.glob("*/__init__.py")}) - names
+        assert not {name for name in missing if name not in listing}, room
