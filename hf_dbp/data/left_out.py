@@ -28,7 +28,7 @@ class LeftOut:
         counts: images, or files that may hold some, by reason; a reason ends with what to do, if there is something.
         examples: some of their names, by reason.
         other_files: files that hold no images, by suffix.
-        notes: how a layout was understood that can be understood in two ways.
+        notes: how an ambiguous layout was interpreted.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -76,7 +76,7 @@ class LeftOut:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> LeftOut:
-        """What `record` gave."""
+        """Rebuilt from the output of `record`."""
         found = cls(other_files=Counter(record.get("other_files", {})), notes=list(record.get("notes", ())))
         for reason, entry in record["reasons"].items():
             found.add(reason, entry["examples"], entry["count"])

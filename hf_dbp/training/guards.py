@@ -1,20 +1,21 @@
 """`GuardCallback`: a step whose loss or gradients are not finite is skipped; several in a row end the run.
 
-A skipped step leaves weights, R, running statistics and the optimizer's state as they were to the bit: the gradients
+A skipped step leaves weights, R, running statistics and the optimizer's state as they were, bit for bit: the gradients
 are taken away before the optimizer sees them, the rows gathered for R are dropped (`DecorrelationCallback`), and
-buffers (of BatchNorm) are put back. The step counts, its images are used up, the learning rate goes on. All processes
-decide alike. R is guarded in its own update (`step_share`); steps at which it was left as it was count here too.
+buffers (of BatchNorm) are put back. The step still counts, its images are consumed and the schedule advances. All
+processes decide alike. R is guarded in its own update (`step_share`); steps at which it was left as it was count here
+too.
 
 The loss is the one that the model returns, seen by a forward hook; where it is not finite, the last finite one takes
 its place, so that the logs stay readable, and they tell how many steps were skipped. The host waits for the device once
-a step, for one small tensor, where the stock Trainer waits twice a micro-batch: its `logging_nan_inf_filter`, which
+a step, for one small tensor, where the stock Trainer waits twice per micro-batch: its `logging_nan_inf_filter`, which
 hides such losses from the logs, is switched off. Under float16 the gradient scaler skips steps as part of its work;
 then the loss alone is judged here.
 
     Trainer(model, args, callbacks=[r := DecorrelationCallback(), GuardCallback(decorrelation=r)], ...)
 
 A stock Trainer clips before it tells its callbacks, and clipping spreads one NaN over all gradients: which layer it
-came from is not known then. A `ResumingTrainer`, which has these guards built in, judges before the clipping.
+came from can no longer be identified. A `ResumingTrainer`, which has these guards built in, judges before the clipping.
 """
 
 from __future__ import annotations
@@ -219,7 +220,7 @@ class GuardCallback(ReportingCallback):
         return found or ("the loss itself" if self.micro_batches == 1 else "an earlier micro-batch of the step")
 
     def _count(self, cause: str, layer: str, state: TrainerState) -> None:
-        """Write the step down and say so; stop if it is one too many."""
+        """Record and log the skipped step; raise once the limit is reached."""
         self.skipped_in_a_row += 1
         step = state.global_step + 1
         state.log_history.append({"step": step, "skipped": cause, "layer": layer})

@@ -1,9 +1,9 @@
-"""Rare classes: which they are, and training crops of which a stated share holds one.
+"""Rare classes: which they are, and training crops, a given share of which contain one.
 
 A class is rare if it holds less than a quarter of an even share of the labelled training pixels, 1 / (4 K).
-With the chance ``share`` a training crop is drawn for a rare class, after nnU-Net's rule of a third: one of the rare
-classes at random, one of the images that hold it, one of its pixels there, and a crop at random among those with that
-pixel inside. All other crops are drawn as always and hold a rare class as often as chance has it. (nnU-Net keeps the
+With probability ``share`` a training crop is drawn for a rare class, as nnU-Net does for a third of its crops: one of
+the rare classes at random, one of the images that hold it, one of its pixels there, and a crop at random among those
+with that pixel inside. All other crops are drawn as usual and contain a rare class only by chance. (nnU-Net keeps the
 image and draws among its classes; a class that one image in fifty holds would then stay rare.) Where a crop is made
 smaller, an object of a pixel or two may vanish from it.
 
@@ -68,7 +68,7 @@ class RareCrops:
             raise UserError(f"--rare_crops is a share above 0 and at most 1, got {self.share}")
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[int, int | None]:
-        """The image and the rare class that a crop is drawn for; ``index`` and None for a crop as always."""
+        """The image and the rare class that a crop is drawn for; ``index`` and None for an ordinary crop."""
         if rng.random() >= self.share:
             return index, None
         chosen = int(rng.choice(self.classes))
