@@ -57,9 +57,11 @@ class TiffRows:
             for number in numbers:
                 if number not in self.bands:
                     self.bands[number] = self._decoded(number)
-            joined = np.concatenate([self.bands[number] for number in numbers])
-        first = numbers[0] * self.step
-        return joined[top - first : bottom - first]
+            parts = []
+            for number in numbers:
+                first = number * self.step
+                parts.append(self.bands[number][max(0, top - first) : bottom - first])
+            return np.concatenate(parts)  # of these rows alone: whoever keeps a view of them holds no band
 
     def _decoded(self, number: int) -> NDArray[Any]:
         """The rows of one strip, or of one row of tiles."""

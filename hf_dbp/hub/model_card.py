@@ -36,6 +36,7 @@ PICTURES = {
     "curves.png": "Loss by optimizer step.",
     "reconstruction.png": "Validation images, what the encoder saw of them, and what the decoder filled in.",
     "predictions.png": "Validation images, true masks and predictions.",
+    "worst.png": "The validation images with the lowest mean IoU of their own, worst first.",
 }
 RESULTS = {  # name in the record: how the card calls it, and as which metric the Hub knows it
     "eval_loss": ("mean squared error on the masked patches of the validation images", "mse"),
@@ -51,6 +52,7 @@ RESULTS = {  # name in the record: how the card calls it, and as which metric th
     "co2e_kg": ("CO2-equivalent of training in kg", None),
     "fusion_largest_difference": ("largest difference between fused and unfused outputs", None),
 }
+CLASS_FIGURES = ("iou", "dice", "precision", "recall", "accuracy")  # a record of 0.1.0 has the first and the last
 SETTINGS = {  # name of the flag: how the card calls it
     "optimizer": "optimizer",
     "learning_rate": "peak learning rate",
@@ -126,7 +128,7 @@ def card_facts(config: Mapping[str, Any], record: Mapping[str, Any], name: str) 
             (label, f"{figures(record)[key]:.4g}") for key, (label, _) in RESULTS.items() if key in figures(record)
         ],
         "per_class": [
-            (label, *(f"{row[key]:.4f}" if row[key] is not None else "-" for key in ("iou", "accuracy")), row["pixels"])
+            (label, *("-" if row.get(key) is None else f"{row[key]:.4f}" for key in CLASS_FIGURES), row["pixels"])
             for label, row in record.get("per_class", {}).items()
         ],
         "training": training(record),

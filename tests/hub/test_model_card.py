@@ -122,7 +122,11 @@ def test_pictures_that_are_there_are_shown_and_the_command_copies_all(folder, tm
     assert (folder / "README.md").read_text() == text
 
 
-def test_segmentation_scores_with_a_class_that_is_absent(tmp_path):
+@pytest.mark.parametrize(("more", "cells"), [
+    ({"dice": 0.6035, "precision": 0.5, "recall": 0.75}, "0.6035 | 0.5000 | 0.7500"), ({}, "- | - | -"),
+])  # fmt: skip
+def test_segmentation_scores_with_a_class_that_is_absent(tmp_path, more, cells):
+    """With the figures of a record of now, and of 0.1.0."""
     encoder = {"num_hidden_layers": 4, "hidden_size": 8, "patch_size": 8, "num_channels": 2, "image_size": 16}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "upernet", "backbone_config": encoder}))
     run = {"seed": 0, "versions": {}, "hardware": {"processor": "x", "cores": 2, "processes": 1}}
@@ -133,7 +137,7 @@ def test_segmentation_scores_with_a_class_that_is_absent(tmp_path):
         "overall_accuracy": 0.7,
         "loss": 1.25,
         "per_class": {
-            "wire": {"iou": 0.4321, "accuracy": 0.6, "pixels": 9},
+            "wire": more | {"iou": 0.4321, "accuracy": 0.6, "pixels": 9},
             "ball": {"iou": None, "accuracy": None, "pixels": 0},
         },
         "arguments": ARGUMENTS | {"model_name_or_path": "me/vit", "crop_size": 16, "long_edge": 24},
@@ -144,8 +148,9 @@ def test_segmentation_scores_with_a_class_that_is_absent(tmp_path):
     scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert scores == {"mean_iou": 0.4321, "mean_accuracy": 0.6, "accuracy": 0.7}
     assert card.data.base_model == "me/vit"
-    assert "| wire | 0.4321 | 0.6000 | 9 |" in card.text
-    assert "| ball | - | - | 0 |" in card.text
+    assert "| class | IoU | Dice | precision | recall | accuracy | pixels |\n|" in card.text
+    assert f"\n| wire | 0.4321 | {cells} | 0.6000 | 9 |\n" in card.text
+    assert "\n| ball | - | - | - | - | - | 0 |\n" in card.text
     assert "to a long edge of 24 pixels" in card.text
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # its fixture trains, fuses and pushes
 CARD_FILES = {"README.md", "config.json", "preprocessor_config.json", "curves.png"}
 FUSED = CARD_FILES | {"model.safetensors", "reconstruction.png", "run.json"}
 UNFUSED = CARD_FILES | {"model.unfused.safetensors", "reconstruction.png", "run.json"}
-SEGMENTER = CARD_FILES | {"model.safetensors", "predictions.png", "eval.json"}
+SEGMENTER = CARD_FILES | {"model.safetensors", "predictions.png", "worst.png", "eval.json"}
 SEGMENTATION = {
     "dataset_name": "wire_bonding", "built_in_size": 48, "max_train_samples": 8, "max_eval_samples": 2,
     "crop_size": 32, "head_size": 8, "auxiliary_head_size": 8, "num_train_epochs": 1,

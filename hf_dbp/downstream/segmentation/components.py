@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Components"]
+__all__ = ["Components", "class_pixels"]
 
 BAND = 2**22  # pixels
 
@@ -33,7 +33,7 @@ class Components:
             band: pixels that are labelled at a time.
         """
         rows = max(1, band // ids_HW.shape[1])
-        for chosen in np.flatnonzero(np.bincount(ids_HW.ravel(), minlength=len(self.counts_K))):
+        for chosen in np.flatnonzero(class_pixels(ids_HW, len(self.counts_K))):
             above: NDArray[Any] | None = None
             parents: list[int] = [0]
             for top in range(0, ids_HW.shape[0], rows):
@@ -46,6 +46,14 @@ class Components:
                     self.counts_K[chosen] -= joined(above, labels[0], parents)
                 above = labels[-1]
         return self.counts_K
+
+
+def class_pixels(ids_HW: NDArray[Any], classes: int) -> NDArray[np.int64]:
+    """The number of pixels of each class (K), row by row: bincount makes a copy of eight bytes per value."""
+    pixels_K = np.zeros(classes, np.int64)
+    for ids_W in ids_HW:
+        pixels_K += np.bincount(ids_W, minlength=classes)
+    return pixels_K
 
 
 def joined(above_W: NDArray[Any], below_W: NDArray[Any], parents: list[int]) -> int:

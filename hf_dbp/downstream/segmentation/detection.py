@@ -79,7 +79,7 @@ def detection(images: Sequence[ImageFigures], recall: float = RECALL) -> dict[st
     }
 
 
-def worst_images(images: Sequence[ImageFigures], count: int) -> list[ImageFigures]:
+def worst_images(images: Sequence[ImageFigures], count: int = 8) -> list[ImageFigures]:
     """The images with the lowest mean IoU, worst first; those without a labelled pixel are left out."""
     labelled = [image for image in images if image.mean_iou is not None]
     return sorted(labelled, key=lambda image: (image.mean_iou, image.index))[:count]

@@ -111,7 +111,7 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     rows.append(
         f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
     )
-    curves = "curves.png, " if record["evaluations"] else ""
-    rows.append(f"  model (best), image processor, card, eval.json, {curves}predictions.png are in that folder")
+    pictures = f"{'curves.png, ' if record['evaluations'] else ''}predictions.png, worst.png"
+    rows.append(f"  model (best), image processor, card, eval.json, {pictures} are in that folder")
     rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")
     return "\n".join(rows)

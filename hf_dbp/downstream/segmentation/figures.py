@@ -1,6 +1,7 @@
 """A picture of what a segmentation model sees: images, true masks and predictions, with a legend."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -17,6 +18,7 @@ __all__ = ["class_colours", "displayed", "plot_predictions"]
 
 VOID = (0.0, 0.0, 0.0)
 LEGEND_LIMIT = 30
+CAPTION = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
 
 
 def class_colours(classes: int) -> npt.NDArray[np.float64]:
@@ -46,6 +48,7 @@ def plot_predictions(
     *,
     crop_size: int,
     num_images: int = 4,
+    shown_images: Sequence[tuple[int, str]] | None = None,
 ) -> None:
     """Write a PNG with a row per image: image, true mask (void black), prediction; the legend names the classes shown.
 
@@ -55,15 +58,17 @@ def plot_predictions(
         path: PNG file to write.
         crop_size: as in training.
         num_images: how many.
+        shown_images: index and caption of those to show in place of ``num_images`` at even steps.
     """
     names: dict[int, str] = model.config.id2label
     colours_K3 = class_colours(len(names))
-    picks = np.linspace(0, len(data) - 1, min(num_images, len(data)), dtype=int)
-    figure = Figure(figsize=(9, 2.6 * len(picks) + 0.8), layout="constrained")
-    axes = figure.subplots(len(picks), 3, squeeze=False)
+    if shown_images is None:
+        shown_images = [(int(k), "") for k in np.linspace(0, len(data) - 1, min(num_images, len(data)), dtype=int)]
+    figure = Figure(figsize=(9, 2.6 * len(shown_images) + 0.8), layout="constrained")
+    axes = figure.subplots(len(shown_images), 3, squeeze=False)
     shown: set[int] = set()
-    for row, index in zip(axes, picks, strict=True):
-        image_HWC, true_HW = data.images.readable(int(index))
+    for row, (index, caption) in zip(axes, shown_images, strict=True):
+        image_HWC, true_HW = data.images.readable(index)
         predicted_HW = predict_labels(model, data, image_HWC, crop_size).cpu().numpy()
         shown |= {*np.unique(true_HW).tolist(), *np.unique(predicted_HW).tolist()}
         pictures = (
@@ -74,6 +79,8 @@ def plot_predictions(
         for axis, picture in zip(row, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set_axis_off()
+        if caption:
+            row[0].text(0.02, 0.02, caption, transform=row[0].transAxes, fontsize="small", bbox=CAPTION)
     for axis, title in zip(axes[0], ("image", "true mask", "prediction"), strict=True):
         axis.set_title(title)
     patches = [Patch(color=colours_K3[k], label=names[k]) for k in sorted(shown & names.keys())[:LEGEND_LIMIT]]

@@ -27,6 +27,7 @@ from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.data.values import processor_scaling
 from hf_dbp.downstream.segmentation.balance import balanced
 from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.downstream.segmentation.detection import worst_images
 from hf_dbp.downstream.segmentation.evaluated import EVALUATED, Evaluated, autocast_of
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.figures import plot_predictions
@@ -369,6 +370,8 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
         write_json(folder / "eval.json", record)
         best = trainer.accelerator.unwrap_model(trainer.model).eval()
         plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
+        worst = [(image.index, f"image {image.index}: {image.mean_iou:.4f}") for image in worst_images(trainer.images)]
+        plot_predictions(best, eval_data, folder / "worst.png", crop_size=data_args.crop_size, shown_images=worst)
         if history:
             plot_curves(history, folder / "curves.png", loss="cross-entropy")
         write_card(folder, None if destination is None else destination.repo_id)

@@ -235,8 +235,8 @@ def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_siz
         average = sums[:, : end - top] / (rows[:, None] * columns)
         yield Band(number, view, top, average[:, : height - top, :width], last)
         kept = sums[:, end - top :].clone()
-        sums = torch.zeros_like(sums)
         sums[:, : kept.shape[1]] = kept
+        sums[:, kept.shape[1] :] = 0
 
 
 def _covered(origins: Sequence[int], crop_size: int, first: int, end: int) -> Tensor:

@@ -48,7 +48,7 @@ from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.data.values import UNIT
 from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
-from hf_dbp.downstream.segmentation.components import Components
+from hf_dbp.downstream.segmentation.components import Components, class_pixels
 from hf_dbp.downstream.segmentation.evaluated import Evaluated, read_evaluated
 from hf_dbp.downstream.segmentation.evaluation import class_scores
 from hf_dbp.downstream.segmentation.figures import class_colours, displayed
@@ -236,9 +236,8 @@ class RowsView:
     def small(self, side: int) -> npt.NDArray[Any]:
         """Every so many-th pixel, for an overlay."""
         step = -(-max(self.target) // side)
-        return np.concatenate([
-            adapted(self.rows.rows(top, top + 1), self.channels)[:, ::step] for top in range(0, self.target[0], step)
-        ])  # fmt: skip
+        kept = [self.rows.rows(top, top + 1)[:, ::step].copy() for top in range(0, self.target[0], step)]
+        return adapted(np.concatenate(kept), self.channels)
 
 
 def adapted(image_HWC: npt.NDArray[Any], channels: int) -> npt.NDArray[Any]:
@@ -367,7 +366,7 @@ class Segmenter:
             content = labelme_content(ids_HW, self.names, f"{Path(name).name}{Path(result.image.file).suffix}")
             write_json_whole(folder / "labelme" / f"{name}.json", content)
         parts_K = Components(len(self.names)).counted(ids_HW)
-        pixels_K = np.bincount(ids_HW.ravel(), minlength=len(self.names))
+        pixels_K = class_pixels(ids_HW, len(self.names))
         rows = []
         for k, label in self.names.items():
             row = {

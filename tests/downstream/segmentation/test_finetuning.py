@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation, get_scheduler
 
@@ -101,6 +102,24 @@ def test_what_is_evaluated_is_saved_without_being_asked(encoder, tmp_path):
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert record["best_checkpoint"] is not None
     assert record["mean_iou"] == max(row["eval_mean_iou"] for row in record["evaluations"])
+
+
+def test_the_worst_images_are_shown_beside_the_others(encoder, tmp_path, monkeypatch):
+    """Those of the lowest mean IoU, in order, with the figures that eval.json has."""
+    shown = {}
+
+    def noted(figure, path, **options):
+        shown[Path(path).name] = [text.get_text() for axis in figure.axes for text in axis.texts]
+        save(figure, path, **options)
+
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", noted)
+    record = main([*FLAGS, *encoder, "--output_dir", str(tmp_path), "--max_eval_samples", "10"])
+    expected = sorted(record["images"], key=lambda image: image["mean_iou"])[:8]
+    assert len({image["mean_iou"] for image in record["images"]}) > 1
+    assert shown["worst.png"] == [f"image {image['index']}: {image['mean_iou']:.4f}" for image in expected]
+    assert shown["predictions.png"] == []
+    assert "](worst.png)" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.slow

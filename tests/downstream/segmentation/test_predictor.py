@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -23,11 +24,14 @@ from hf_dbp.data.wire_bonding import render
 from hf_dbp.downstream import predicting
 from hf_dbp.downstream.segmentation import inference
 from hf_dbp.downstream.segmentation import predictor as predictor_module
+from hf_dbp.downstream.segmentation.components import class_pixels
+from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
 from hf_dbp.downstream.segmentation.finetuning import main as finetune
 from hf_dbp.downstream.segmentation.predictor import RowsView, Segmenter, load
 from hf_dbp.errors import UserError
 
 ROOT = Path(__file__).parents[3]
+CAMVID = ROOT.parent / "shared" / "data" / "camvid"
 TRAINING = [
     *("--head_size", "8", "--auxiliary_head_size", "8", "--per_device_train_batch_size", "2", "--max_steps", "6"),
     *(
@@ -106,6 +110,26 @@ def test_it_gives_eval_json_to_all_digits(segmenter, wafers, tmp_path, name):
     assert [scores[f"{index:03}"] for index in range(5)] == [image["score"] for image in record["images"]]
     other = hf_dbp.predict(str(out), images, tmp_path / "other", masks=masks, crop_size=48, long_edge=0)
     assert other.record["per_class"] != record["per_class"]
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}")
+def test_it_gives_eval_json_of_camvid_to_all_digits(tmp_path):
+    """Photographs with ignored pixels, evaluated from parquet, scaled down; predicted from picture files."""
+    data = {"train_dir": str(CAMVID), "num_labels": 11, "ignore_index": 11, "max_train_samples": 4}
+    data["max_eval_samples"] = 3
+    _, validation = load_labelled_images(SegmentationSource(**data))
+    for index in range(3):
+        for kind, array in zip(("images", "masks"), validation[index], strict=True):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(array.astype(np.uint8)).save(tmp_path / kind / f"{index}.png")
+    flags = [part for name, value in data.items() for part in (f"--{name}", str(value))]
+    flags += ["--model_size", "mini", "--crop_size", "64", "--long_edge", "160"]
+    record = finetune([*flags, *TRAINING, "--output_dir", str(tmp_path / "model")])
+    found = hf_dbp.predict(
+        str(tmp_path / "model"), tmp_path / "images", tmp_path / "out", masks=str(tmp_path / "masks"), ignore_index=11
+    )
+    assert sum(bool(row["hits"]) for row in found.rows) >= 3  # it does predict
+    assert (found.record["mean_iou"], found.record["per_class"]) == (record["mean_iou"], record["per_class"])
 
 
 def test_masks_table_and_overlays_say_the_same(segmenter, wafers, tmp_path):
@@ -269,6 +293,27 @@ def test_rows_of_a_large_tiff_are_seen_as_the_whole(segmenter, tmp_path, monkeyp
     (expected,) = predictor.predict([whole])
     assert (result.ids_HW == expected.ids_HW).mean() > 0.999
     rows.view.rows.close()
+
+
+def test_of_a_large_image_no_more_is_held_than_is_kept(segmenter, tmp_path):
+    """Rows that a view keeps bring no band of tiles along; counting needs no copy of eight bytes per pixel."""
+    image = np.random.default_rng(0).integers(0, 256, (4000, 2000, 2), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", tile=(512, 512))
+    rows = open_rows(str(tmp_path / "a.tif"), least=1)
+    view = RowsView(rows, load(str(segmenter["native"][0]), device="cpu").preparation, 2)
+    tracemalloc.start()
+    try:
+        small = view.small(1600)
+        assert tracemalloc.get_traced_memory()[1] < 2 * image.nbytes
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        pixels = class_pixels(image[:, :, 0], 256)
+        assert tracemalloc.get_traced_memory()[1] - before < image.size / 10
+    finally:
+        tracemalloc.stop()
+        rows.close()
+    assert np.array_equal(small, image[::3, ::3])
+    assert np.array_equal(pixels, np.bincount(image[:, :, 0].ravel(), minlength=256))
 
 
 def test_logits_in_bands_are_those_of_the_whole(segmenter, monkeypatch):
