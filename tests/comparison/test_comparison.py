@@ -109,7 +109,7 @@ def test_a_plan_is_read_with_the_users_flags_over_it(plan):
     ("changed", "extra", "message"),
     [
         (("axes:", "axis:"), [], "mapping with at least `axes`"),
-        (("title:", "name:"), [], "unknown key 'name'; a plan has title, recipe"),
+        (("title:", "name:"), [], "unknown key 'name'; a plan has title, script, recipe"),
         (("{optimizer: adamw}", "adamw"), [], "axes are mappings, axis -> label -> flags"),
         (("[0, 1]", "[0, 0]"), [], "seeds must be different"),
         (("[0, 1]", "[zero]"), [], "seeds are whole numbers"),
