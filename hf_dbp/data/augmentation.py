@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Box", "center_box", "cut", "image_rng", "native_tile", "random_resized_crop", "resized"]
+__all__ = ["Box", "center_box", "cut", "image_rng", "native_tile", "normalized", "random_resized_crop", "resized"]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -115,6 +115,12 @@ def _resized_by_torch(image_HWC: NDArray[Any], view: tuple[int, int]) -> NDArray
     image_BCHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)[None]
     view_BCHW = torch.nn.functional.interpolate(image_BCHW, view, mode="bicubic", antialias=True)
     return np.asarray(view_BCHW[0].permute(1, 2, 0).numpy())
+
+
+def normalized(image_HWC: NDArray[np.float32], mean_C: NDArray[Any], std_C: NDArray[Any]) -> torch.Tensor:
+    """(H, W, C) in [0, 1] -> (C, H, W) with zero mean and unit variance per channel."""
+    pixels = (image_HWC - mean_C) / std_C
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), 2, 0)))
 
 
 def _surroundings(image_HWC: NDArray[Any], view: tuple[int, int], box: Box) -> tuple[NDArray[Any], Box]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from hf_dbp.errors import UserError
 
-__all__ = ["UNIT", "ValueRange", "in_unit_range", "pixel_values", "processor_scaling", "unit_scale"]
+__all__ = ["UNIT", "ValueRange", "displayed", "in_unit_range", "pixel_values", "processor_scaling", "unit_scale"]
 
 ValueRange = tuple[float, float]  # low, high
 UNIT: ValueRange = (0.0, 1.0)
@@ -73,6 +73,12 @@ def in_unit_range(values: NDArray[Any], dtype: np.dtype[Any], value_range: Value
         unit -= np.float32(low)
     unit *= np.float32(factor)
     return unit
+
+
+def displayed(image_HWC: NDArray[Any], value_range: ValueRange) -> NDArray[Any]:
+    """The image in [0, 1]: RGB as it is, of any other number of channels the first, in grey."""
+    pixels = np.clip(in_unit_range(image_HWC, image_HWC.dtype, value_range), 0, 1)
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
 def processor_scaling(

@@ -35,9 +35,10 @@ from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList, channel_statistics, share_value_range
 from hf_dbp.data.values import ValueRange
 from hf_dbp.downstream import onnx_run
+from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares, add_data_flags, image_source, open_images
 from hf_dbp.downstream.segmentation.inference import Preparation, whole_image_logits
-from hf_dbp.downstream.segmentation.upernet import load_upernet, load_vit
+from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
 from hf_dbp.records import hardware, versions, write_json

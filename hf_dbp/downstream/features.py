@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import ViTModel
 
-from hf_dbp.data.augmentation import center_box, resized
+from hf_dbp.data.augmentation import center_box, normalized, resized
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import BUILT_IN, ImageList, ImageSource, channel_statistics, share_value_range, value_name
 from hf_dbp.data.sources import encoded_splits
 from hf_dbp.data.values import UNIT, ValueRange, in_unit_range
 from hf_dbp.data.wire_bonding import WireBonding
-from hf_dbp.downstream.segmentation.data import normalized
-from hf_dbp.downstream.segmentation.upernet import load_vit
+from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
 

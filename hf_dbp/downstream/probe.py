@@ -32,8 +32,8 @@ from transformers import ViTModel
 from hf_dbp.data.feeding import unreadable_images
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits, share_value_range
 from hf_dbp.data.tables import encoded_column
+from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
-from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
 from hf_dbp.recipes import parse_arguments

@@ -17,8 +17,8 @@ from transformers import AutoConfig, ViTConfig, ViTModel
 from hf_dbp import DBPViTMAEForPreTraining, load_fused_vit
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig, check_fields
 from hf_dbp.data.images import ImageSource, load_images
+from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.segmentation.finetuning import main as finetune
-from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.hub.untrusted import check_memory, load_model, read_statistics
 from hf_dbp.pretraining import build_model, main
 from hf_dbp.training.arguments import ModelArguments

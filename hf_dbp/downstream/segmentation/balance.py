@@ -12,9 +12,9 @@ from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.shards import in_threads
+from hf_dbp.downstream.class_weights import class_weights as weights_of
 from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.losses import UperNetLoss
-from hf_dbp.downstream.segmentation.losses import class_weights as weights_of
 from hf_dbp.downstream.segmentation.rare import RareCrops
 from hf_dbp.downstream.segmentation.rare import rare_classes as rare_ids
 

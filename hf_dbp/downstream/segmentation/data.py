@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_dbp.data.augmentation import image_rng
+from hf_dbp.data.augmentation import image_rng, normalized
 from hf_dbp.data.decoding import (
     DECODING_ERRORS,
     UnreadableImageError,
@@ -46,7 +46,7 @@ from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.errors import UserError
 
-__all__ = ["LabelledImages", "SegmentationSource", "TrainingCrops", "load_labelled_images", "normalized"]
+__all__ = ["LabelledImages", "SegmentationSource", "TrainingCrops", "load_labelled_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -229,12 +229,6 @@ class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
         )
         labels = torch.from_numpy(np.ascontiguousarray(labels_HW))
         return {"pixel_values": normalized(crop_HWC, self.mean_C, self.std_C), "labels": labels}
-
-
-def normalized(image_HWC: npt.NDArray[np.float32], mean_C: Array, std_C: Array) -> Tensor:
-    """(H, W, C) in [0, 1] -> (C, H, W) with zero mean and unit variance per channel."""
-    pixels = (image_HWC - mean_C) / std_C
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32, copy=False), 2, 0)))
 
 
 def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, LabelledImages]:

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from transformers import UperNetForSemanticSegmentation
 
-from hf_dbp.data.values import ValueRange, in_unit_range
+from hf_dbp.data.values import displayed
 from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels
 
-__all__ = ["class_colours", "displayed", "plot_predictions"]
+__all__ = ["class_colours", "plot_predictions"]
 
 VOID = (0.0, 0.0, 0.0)
 LEGEND_LIMIT = 30
@@ -33,12 +33,6 @@ def class_colours(classes: int) -> npt.NDArray[np.float64]:
 def _painted(ids_HW: npt.NDArray[Any], colours_K3: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     known = (ids_HW >= 0) & (ids_HW < len(colours_K3))
     return np.where(known[..., None], colours_K3[np.where(known, ids_HW, 0)], VOID)
-
-
-def displayed(image_HWC: npt.NDArray[Any], value_range: ValueRange) -> npt.NDArray[Any]:
-    """The image in [0, 1]: RGB as it is, of any other number of channels the first, in grey."""
-    pixels = np.clip(in_unit_range(image_HWC, image_HWC.dtype, value_range), 0, 1)
-    return pixels if pixels.shape[2] == 3 else np.repeat(pixels[..., :1], 3, axis=2)
 
 
 def plot_predictions(

@@ -23,24 +23,25 @@ from transformers import (
 )
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
-from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.data.values import processor_scaling
+from hf_dbp.downstream.class_weights import WEIGHTS
+from hf_dbp.downstream.encoder import EncoderArguments, check_channels, load_vit, pixel_statistics
 from hf_dbp.downstream.segmentation.balance import balanced
-from hf_dbp.downstream.segmentation.data import LabelledImages, SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.downstream.segmentation.data import SegmentationSource, TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.detection import worst_images
 from hf_dbp.downstream.segmentation.evaluated import EVALUATED, Evaluated, autocast_of
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.figures import plot_predictions
 from hf_dbp.downstream.segmentation.inference import WholeImages
-from hf_dbp.downstream.segmentation.losses import LOSSES, WEIGHTS
+from hf_dbp.downstream.segmentation.losses import LOSSES
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation
-from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet, load_vit
+from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet
 from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves
 from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import claim_push
-from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
+from hf_dbp.hub.untrusted import read_config
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.arguments import RunArguments
@@ -134,30 +135,11 @@ class DataArguments:
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(EncoderArguments):
     """Which encoder UperNet starts from."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Stock ViT, folder or Hub id: fused DBP, BP, supervised ..."}
-    )
-    from_scratch: bool = field(default=False, metadata={"help": "Take that ViT's shape with random weights."})
-    model_size: str | None = field(
-        default=None, metadata={"help": "Without a ViT: named size of a random one.", "choices": list(SIZES)}
-    )
-    patch_size: int = field(default=16, metadata={"help": "Patch size of a random ViT without a model."})
     head_size: int = field(default=512, metadata={"help": "Width of UperNet's decode head."})
     auxiliary_head_size: int = field(default=256, metadata={"help": "Width of the auxiliary head."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
-
-    def __post_init__(self) -> None:
-        if (self.model_name_or_path is None) == (self.model_size is None):
-            raise UserError("give the encoder: --model_name_or_path VIT, or --model_size for random weights (not both)")
-
-    @property
-    def hub_options(self) -> dict[str, Any]:
-        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
 
 
 @dataclass
@@ -208,14 +190,6 @@ class FinetuningArguments(RunArguments):
             self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
 
 
-def check_channels(taken: int, there: int | None) -> None:
-    if taken != there:
-        raise UserError(
-            f"the ViT takes {taken} channels, the images have {there}: "
-            "pre-train on such images, or convert them with --num_channels"
-        )
-
-
 def build_model(
     model_args: ModelArguments, data_args: DataArguments, names: dict[int, str], num_channels: int
 ) -> UperNetForSemanticSegmentation:
@@ -236,30 +210,6 @@ def build_model(
         hidden_size=model_args.head_size,
         auxiliary_channels=model_args.auxiliary_head_size,
     )
-
-
-def pixel_statistics(
-    model_args: ModelArguments, images: LabelledImages, validation: LabelledImages
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images.
-
-    Gives both lists their range of values.
-    """
-    kept = None
-    if model_args.model_name_or_path is not None:
-        kept = read_value_range(model_args.model_name_or_path, **model_args.hub_options)
-    share_value_range(images, validation, kept=kept)
-    if model_args.model_name_or_path is not None:
-        statistics = read_statistics(model_args.model_name_or_path, **model_args.hub_options)
-        if statistics is not None and len(statistics[0]) != images.num_channels:
-            raise UserError(
-                f"the image processor of {model_args.model_name_or_path} has statistics of {len(statistics[0])} "
-                f"channels, the images have {images.num_channels}"
-            )
-        if statistics is not None:
-            return statistics
-        logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
-    return channel_statistics(images.images_alone())
 
 
 def image_processor(data: WholeImages) -> BeitImageProcessorPil:

@@ -32,10 +32,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hf_dbp.data.augmentation import resized
+from hf_dbp.data.augmentation import normalized, resized
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.values import UNIT, ValueRange, in_unit_range
-from hf_dbp.downstream.segmentation.data import LabelledImages, normalized
+from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.mean_iou import confusion_matrix
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 

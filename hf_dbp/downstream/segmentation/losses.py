@@ -7,9 +7,8 @@ With p_NK the softmax of N labelled pixels over K classes, y_N their classes and
     loss          = cross-entropy (+ Dice), and auxiliary_loss_weight times the same of UperNet's auxiliary head
 
 Cross-entropy weighs classes by their pixels; Dice weighs the classes of a batch alike, however few pixels they hold.
-Weights come from the shares s_K of the training pixels, w_k ~ s_k^(-1/2) or s_k^(-1), with sum_k s_k w_k = 1, so that
-the size of the gradient, and with it the learning rate, keeps its meaning. Without weights and Dice this is the stock
-loss.
+Weights come from the classes' shares of the training pixels (`hf_dbp.downstream.class_weights`). Without weights and
+Dice this is the stock loss.
 
 Shapes: B images; K classes; H, W height and width of a crop; N labelled pixels of the batch.
 """
@@ -18,33 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-from hf_dbp.errors import UserError
-
-__all__ = ["LOSSES", "WEIGHTS", "UperNetLoss", "class_weights", "soft_dice"]
+__all__ = ["LOSSES", "UperNetLoss", "soft_dice"]
 
 LOSSES = ("ce", "ce+dice")
-WEIGHTS = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}  # name: power of a class's share of the pixels
-
-
-def class_weights(pixels_K: NDArray[np.int64], kind: str) -> list[float] | None:
-    """Weights of the classes from their pixels in the training masks (1 for one without any); None for ``none``.
-
-    Raises:
-        UserError: no pixel is labelled.
-    """
-    if kind == "none":
-        return None
-    if not pixels_K.any():
-        raise UserError(f"--class_weights {kind}: no pixel of the training masks is labelled")
-    share_K = pixels_K / pixels_K.sum()
-    weight_K = np.where(share_K > 0, share_K, 1.0) ** -WEIGHTS[kind]
-    return [float(weight) for weight in np.where(share_K > 0, weight_K / (share_K * weight_K).sum(), 1.0)]
 
 
 def soft_dice(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Tensor:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ import tifffile
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import UnreadableImageError, decode, stored
@@ -45,25 +44,25 @@ from hf_dbp.data.folders import open_pictures
 from hf_dbp.data.labels.formats import coco_annotations, labelme_content
 from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import Palette, index_mask
-from hf_dbp.data.values import UNIT
+from hf_dbp.data.values import UNIT, displayed
 from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
+from hf_dbp.downstream.networks import channels_of, load_stock, weights_digest
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
 from hf_dbp.downstream.segmentation.evaluated import Evaluated, read_evaluated
 from hf_dbp.downstream.segmentation.evaluation import class_scores
-from hf_dbp.downstream.segmentation.figures import class_colours, displayed
+from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, foreground, logit_bands
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import load_weights, read_config, read_json, read_statistics, read_value_range
+from hf_dbp.hub.untrusted import read_config, read_json, read_statistics, read_value_range
 
 __all__ = ["Segmented", "Segmenter", "load"]
 
 LARGE_MASK = 2**26  # pixels
 EXPORTS = ("coco", "labelme")
 OVERLAY = 1600  # pixels of its longer side
-CODE = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")  # of a config: never followed
 
 
 # ---- loading ----
@@ -137,27 +136,7 @@ def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel:
     names = {int(number): str(name) for number, name in (content.get("id2label") or {}).items()}
     if content["model_type"] == "upernet" and isinstance(backbone, dict) and backbone.get("model_type") == "beit":
         return load_upernet(model, names, ignore_index=int(content.get("loss_ignore_index", 255)))
-    try:
-        config = AutoConfig.for_model(**without_code(content))
-        network, missing = load_weights(AutoModelForSemanticSegmentation, model, config=config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{model} is no model for semantic segmentation that is known: {error}") from error
-    if missing:
-        raise UserError(f"{model} lacks {len(missing)} tensors of the model, among them {missing[0]}")
-    return network
-
-
-def without_code(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without what would load code, kernels or quantisers."""
-    kept = {key: value for key, value in content.items() if key not in CODE}
-    return {key: without_code(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def channels_of(content: Mapping[str, Any]) -> int:
-    """Channels of the images that a model takes; 3 where its config does not say."""
-    backbone = content.get("backbone_config")
-    own = backbone if isinstance(backbone, dict) else content
-    return int(own.get("num_channels", content.get("num_channels", 3)))
+    return load_stock(AutoModelForSemanticSegmentation, model, content, "semantic segmentation")
 
 
 def stock_crop(model: str) -> int:
@@ -168,15 +147,6 @@ def stock_crop(model: str) -> int:
     if not sides or not all(type(side) is int and side > 0 for side in sides):
         raise UserError(f"{model} does not say at which size it was trained: give --crop_size")
     return max(sides)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A name for the weights, from a few values of each tensor."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:: max(1, tensor.numel() // 16)].cpu()
-        digest.update(name.encode() + values.float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---- images ----

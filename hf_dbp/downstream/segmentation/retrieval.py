@@ -35,13 +35,13 @@ from transformers import ViTModel
 
 from hf_dbp.data.feeding import unreadable_images
 from hf_dbp.data.images import channel_statistics, share_value_range
+from hf_dbp.downstream.encoder import check_channels, load_vit
 from hf_dbp.downstream.neighbours import centred, nearest
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images
 from hf_dbp.downstream.segmentation.figures import plot_predictions
-from hf_dbp.downstream.segmentation.finetuning import DataArguments, check_channels, image_processor
+from hf_dbp.downstream.segmentation.finetuning import DataArguments, image_processor
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, window_origins
 from hf_dbp.downstream.segmentation.mean_iou import scores_from_confusion
-from hf_dbp.downstream.segmentation.upernet import load_vit
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
 from hf_dbp.recipes import parse_arguments

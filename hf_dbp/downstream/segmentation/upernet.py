@@ -3,10 +3,8 @@
 transformers has no plain-ViT backbone, but its `BeitBackbone` with absolute positions, no relative bias, no LayerScale
 and no drop path computes a ViT's hidden states exactly. So the ViT's weights move there. What differs:
 
-- BEiT's keys have no bias. Left out without effect: q_i . b_k is the same for every key, and softmax ignores it.
-- No final norm: the four feature maps are residual streams, which the heads normalise (BatchNorm).
-- BEiT's position table must be square; another shape is resampled once, bicubic, to a square of the longer side.
-  Other image sizes, non-square ones included, are handled in every forward: BEiT interpolates the table, bicubic.
+- what `hf_dbp.downstream.beit` says;
+- no final norm: the four feature maps are residual streams, which the heads normalise (BatchNorm).
 
 Feature maps come from the depths L/4, L/2, 3L/4 and L of the L layers, resampled by BEiT's neck to strides p/4, p/2, p
 and 2p for patches of p pixels: 4, 8, 16 and 32 for 16. The model stays stock: the published 48.1 mIoU of MAE ViT-B adds
@@ -18,29 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
 
 from hf_dbp.configuration_dbp_vit_mae import check_fields
+from hf_dbp.downstream.beit import beit_fields, beit_state
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import check_memory, known_fields, load_model, load_weights, read_config
+from hf_dbp.hub.untrusted import check_memory, known_fields, load_weights, read_config
 
-__all__ = ["build_upernet", "load_upernet", "load_vit", "parameter_groups", "synchronize_batch_norm"]
-
-
-def load_vit(source: str, **hub_options: Any) -> ViTModel:
-    """Load a stock ViT from a folder or Hub id: a fused or a supervised one, a classifier's encoder.
-
-    Raises:
-        ValueError: the checkpoint is no ViT, or `hf_dbp.hub.untrusted` refuses it.
-    """
-    kind = read_config(source, **hub_options)["model_type"]
-    if kind != "vit":
-        remedy = "write its encoder with training_scripts/fuse_checkpoint.py" if "mae" in kind else "give one"
-        raise UserError(f"{source} holds a {kind!r} model, not a stock 'vit': {remedy}")
-    vit = load_model(source, "vit", add_pooling_layer=False, **hub_options)
-    assert isinstance(vit, ViTModel)
-    return vit
+__all__ = ["build_upernet", "load_upernet", "synchronize_batch_norm"]
 
 
 def build_upernet(
@@ -64,7 +48,7 @@ def build_upernet(
     """
     config = _upernet_config(vit.config, id2label, ignore_index, hidden_size, auxiliary_channels)
     model = UperNetForSemanticSegmentation(config)
-    model.backbone.beit.load_state_dict(_beit_state(vit))
+    model.backbone.beit.load_state_dict(beit_state(vit))
     return model
 
 
@@ -131,87 +115,8 @@ def _beit_config(vit: ViTConfig) -> BeitConfig:
     layers = vit.num_hidden_layers
     if layers < 4:
         raise UserError(f"the ViT has {layers} layers: UperNet needs feature maps of four depths, so at least 4")
-    patch_size = _sides(vit.patch_size)[0]
-    return BeitConfig(
-        **{name: getattr(vit, name) for name in _SHARED},
-        image_size=max(_sides(vit.image_size)),
-        patch_size=patch_size,
-        out_indices=[layers * quarter // 4 for quarter in (1, 2, 3, 4)],
-        add_fpn=True,
-        use_absolute_position_embeddings=True,
-        layer_scale_init_value=0.0,
-        drop_path_rate=0.0,
-    )
-
-
-_SHARED = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "initializer_range",
-    "layer_norm_eps",
-    "num_channels",
-)
-
-
-def _sides(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _beit_state(vit: ViTModel) -> dict[str, Tensor]:
-    state = {name: value for name, value in vit.state_dict().items() if not name.startswith(("pooler.", "layernorm."))}
-    state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
-    for layer in range(vit.config.num_hidden_layers):
-        for projection in ("q_proj", "v_proj"):  # a ViT may be built without these biases, BEiT has them
-            state.setdefault(f"layers.{layer}.attention.{projection}.bias", torch.zeros(vit.config.hidden_size))
-    positions_1TD = state["embeddings.position_embeddings"]
-    height, width = (side // _sides(vit.config.patch_size)[0] for side in _sides(vit.config.image_size))
-    if height != width:
-        state["embeddings.position_embeddings"] = _square_positions(positions_1TD, height, width)
-    return state
-
-
-def _square_positions(positions_1TD: Tensor, height: int, width: int) -> Tensor:
-    grid_1DHW = positions_1TD[:, 1:].transpose(1, 2).reshape(1, -1, height, width)
-    side = max(height, width)
-    grid_1DHW = nn.functional.interpolate(grid_1DHW, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([positions_1TD[:, :1], grid_1DHW.flatten(2).transpose(1, 2)], dim=1)
-
-
-def parameter_groups(
-    model: UperNetForSemanticSegmentation, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
-    """Group parameters for an optimizer, with layer-wise learning-rate decay (BEiT, MAE).
-
-    With L layers, layer i (1..L) learns at `learning_rate * layer_decay ** (L + 1 - i)`, the embeddings as layer 0,
-    neck and heads at `learning_rate`. Biases, norms, the class token and the positions get no weight decay.
-
-    Raises:
-        ValueError: `layer_decay` is outside (0, 1].
-    """
-    if not 0 < layer_decay <= 1:
-        raise UserError(f"layer_decay is {layer_decay}: give a factor above 0 and at most 1 (1 is no decay)")
-    layers = model.config.backbone_config.num_hidden_layers
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        depth = _depth(name, layers) if layer_decay < 1 else layers + 1
-        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
-        group = {"params": [], "lr": learning_rate * layer_decay ** (layers + 1 - depth)}
-        group["weight_decay"] = weight_decay if decays else 0.0
-        groups.setdefault((depth, decays), group)["params"].append(parameter)
-    return list(groups.values())
-
-
-def _depth(name: str, layers: int) -> int:
-    if name.startswith("backbone.beit.embeddings."):
-        return 0
-    if name.startswith("backbone.beit.layers."):
-        return int(name.split(".")[3]) + 1
-    return layers + 1
+    depths = [layers * quarter // 4 for quarter in (1, 2, 3, 4)]
+    return BeitConfig(**beit_fields(vit), out_indices=depths, add_fpn=True)
 
 
 def synchronize_batch_norm(model: nn.Module, processes: int, device: torch.device) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_dbp.downstream.segmentation.losses import UperNetLoss, class_weights, soft_dice
+from hf_dbp.downstream.class_weights import class_weights
+from hf_dbp.downstream.segmentation.losses import UperNetLoss, soft_dice
 from hf_dbp.errors import UserError
 
 

@@ -9,13 +9,9 @@ import torch
 from torch import nn
 from transformers import UperNetForSemanticSegmentation, ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEModel
 
-from hf_dbp.downstream.segmentation.upernet import (
-    build_upernet,
-    load_upernet,
-    load_vit,
-    parameter_groups,
-    synchronize_batch_norm,
-)
+from hf_dbp.downstream.beit import parameter_groups
+from hf_dbp.downstream.encoder import load_vit
+from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet, synchronize_batch_norm
 
 NAMES = {k: f"class {k}" for k in range(5)}
 

@@ -1,0 +1,103 @@
+"""A ViT's weights in the stock BEiT classes, which compute the same hidden states; its parameter groups.
+
+transformers' BEiT with absolute positions, no relative bias, no LayerScale and no drop path is a ViT. What differs:
+
+- BEiT's keys have no bias. Left out without effect: q_i . b_k is the same for every key, and softmax ignores it.
+- BEiT's encoder ends without a norm: `last_hidden_state` is the residual stream, which heads normalise themselves.
+- BEiT's position table must be square; another shape is resampled once, bicubic, to a square of the longer side.
+  Other image sizes, non-square ones included, are handled in every forward: BEiT interpolates the table, bicubic.
+
+Shapes: D width, T patches, L layers.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ViTConfig, ViTModel
+
+from hf_dbp.errors import UserError
+
+__all__ = ["beit_fields", "beit_state", "parameter_groups", "sides"]
+
+SHARED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "num_channels",
+)
+
+
+def beit_fields(vit: ViTConfig) -> dict[str, Any]:
+    """The fields of a `BeitConfig` whose hidden states are those of a ViT of this configuration."""
+    return {
+        **{name: getattr(vit, name) for name in SHARED},
+        "image_size": max(sides(vit.image_size)),
+        "patch_size": sides(vit.patch_size)[0],
+        "use_absolute_position_embeddings": True,
+        "layer_scale_init_value": 0.0,
+        "drop_path_rate": 0.0,
+    }
+
+
+def sides(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def beit_state(vit: ViTModel) -> dict[str, Tensor]:
+    """The ViT's tensors under the names of a `BeitModel`."""
+    state = {name: value for name, value in vit.state_dict().items() if not name.startswith(("pooler.", "layernorm."))}
+    state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
+    for layer in range(vit.config.num_hidden_layers):
+        for projection in ("q_proj", "v_proj"):  # a ViT may be built without these biases, BEiT has them
+            state.setdefault(f"layers.{layer}.attention.{projection}.bias", torch.zeros(vit.config.hidden_size))
+    positions_1TD = state["embeddings.position_embeddings"]
+    height, width = (side // sides(vit.config.patch_size)[0] for side in sides(vit.config.image_size))
+    if height != width:
+        state["embeddings.position_embeddings"] = square_positions(positions_1TD, height, width)
+    return state
+
+
+def square_positions(positions_1TD: Tensor, height: int, width: int) -> Tensor:
+    """The table of a height x width grid as one of a square of the longer side."""
+    grid_1DHW = positions_1TD[:, 1:].transpose(1, 2).reshape(1, -1, height, width)
+    side = max(height, width)
+    grid_1DHW = nn.functional.interpolate(grid_1DHW, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([positions_1TD[:, :1], grid_1DHW.flatten(2).transpose(1, 2)], dim=1)
+
+
+def parameter_groups(
+    model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Group the parameters of a model over a BEiT for an optimizer, with layer-wise learning-rate decay (BEiT, MAE).
+
+    With L layers, layer i (1..L) learns at `learning_rate * layer_decay ** (L + 1 - i)`, the embeddings as layer 0,
+    neck and heads at `learning_rate`. Biases, norms, the class token and the positions get no weight decay.
+
+    Raises:
+        ValueError: `layer_decay` is outside (0, 1].
+    """
+    if not 0 < layer_decay <= 1:
+        raise UserError(f"layer_decay is {layer_decay}: give a factor above 0 and at most 1 (1 is no decay)")
+    found = [re.search(r"\bbeit\.(embeddings|layers\.(\d+))\.", name) for name, _ in model.named_parameters()]
+    layers = max(int(match[2]) + 1 for match in found if match is not None and match[2] is not None)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for match, (name, parameter) in zip(found, model.named_parameters(), strict=True):
+        depth = layers + 1
+        if match is not None and layer_decay < 1:
+            depth = 0 if match[2] is None else int(match[2]) + 1
+        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+        group = {"params": [], "lr": learning_rate * layer_decay ** (layers + 1 - depth)}
+        group["weight_decay"] = weight_decay if decays else 0.0
+        groups.setdefault((depth, decays), group)["params"].append(parameter)
+    return list(groups.values())

@@ -1,0 +1,154 @@
+"""`FinetuningTrainer`: what the tasks that train a head on an encoder share, over `ResumingTrainer`.
+
+- training images are drawn by `EpochSampler`: a view follows from (seed, epoch, image);
+- layer-wise learning-rate decay;
+- every validation image is evaluated once, whatever the number of processes;
+- the run's arguments in every checkpoint: with another encoder, data, seed or optimizer no run goes on from it, other
+  changes are told;
+- the clock of training alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_dbp.data.feeding import make_sampler
+from hf_dbp.downstream.beit import parameter_groups
+from hf_dbp.records import read_arguments, write_json
+from hf_dbp.training.clocked import ClockCallback
+from hf_dbp.training.measurement import Meter
+from hf_dbp.training.restoring import SHAPING, compared_arguments, noted_changes
+from hf_dbp.training.resuming import ResumingTrainer
+from hf_dbp.training.stopping import shield_workers
+
+__all__ = ["FinetuningTrainer"]
+
+ARGUMENTS = "arguments.json"
+
+
+class FinetuningTrainer(ResumingTrainer):
+    """Trainer of a stock model over a BEiT.
+
+    Args:
+        layer_decay: as in `hf_dbp.downstream.beit.parameter_groups`.
+        arguments: what the run was given, by name, to be kept in its checkpoints and compared on resume.
+        meter: measures this node's energy; None in all but one process of a node.
+        energy: the meter's description, with the carbon intensity; empty where there is no meter.
+        kwargs: as for `transformers.Trainer`; `train_dataset` has its list of images as ``images`` and is indexed by
+            (epoch, index); None to evaluate alone.
+
+    Attributes:
+        fixed: arguments with which a checkpoint is of another model.
+        shaping: further arguments whose change is told.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+    control: Any
+    fixed: tuple[str, ...] = ()
+    shaping: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        layer_decay: float = 1.0,
+        arguments: Mapping[str, Any] | None = None,
+        meter: Meter | None = None,
+        energy: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.layer_decay, self.arguments = layer_decay, arguments or {}
+        self.resumed_with: dict[str, Any] = {}
+        self.paid: dict[str, float] = {}  # `costs` at the last checkpoint
+        kwargs["model"].accepts_loss_kwargs = False
+        super().__init__(**kwargs)
+        self.cost = ClockCallback(meter, energy)
+        self.add_callback(self.cost)
+        if self.train_dataset is not None:
+            self.check_batches()
+            self.use_sampler(make_sampler(self.train_dataset.images, self.args))
+
+    def check_batches(self) -> None:
+        """ValueError for batches that cannot be trained on; before training, and for a batch that was found to fit."""
+
+    # ---- arguments in checkpoints ----
+
+    def before_training(self, checkpoint: str | None) -> None:
+        """Take over what the checkpoint says of earlier changes and costs, and add the changes of now.
+
+        Raises:
+            ValueError: an argument of ``fixed`` differs: the checkpoint is of another model, not of this one begun.
+        """
+        self.resumed_with, spent = {}, dict[str, float]()
+        if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
+            before, self.resumed_with, spent = read_arguments(Path(checkpoint) / ARGUMENTS)
+            known = [name for name in self.fixed if name in before and name in self.arguments]
+            fixed = {name: (before[name], self.arguments[name]) for name in known}
+            changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *self.shaping), checkpoint)
+            tell = self.is_world_process_zero()
+            self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
+        self.cost.preset(spent, kwh=self.is_world_process_zero())
+
+    def before_saving(self) -> None:
+        self.paid = self.cost.costs(self.args)  # over all processes, of which one writes
+
+    def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        super()._write_model(folder, state_dict)
+        if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
+            content = {"arguments": self.arguments, "resumed_with": self.resumed_with, "costs": self.paid}
+            write_json(folder / ARGUMENTS, content)
+
+    def batch_found(self, asked: int, found: int) -> None:
+        self.check_batches()
+        self.arguments = {**self.arguments, "per_device_train_batch_size": found}
+
+    # ---- data and optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def labelled(self, labels: Tensor) -> Tensor:
+        """How much of a micro-batch the loss is a mean over: its images, unless a task counts something else."""
+        return torch.tensor(len(labels))
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The micro-batches of a step, and what is labelled in them over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self.labelled(batch["labels"]).to(device) for batch in batches]
+        return batches, self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum") if counts else torch.ones(
+            ()
+        )
+
+    def step_share(self, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+        """The factor that makes of a micro-batch's mean loss its part of the step's, scaled for Trainer's and DDP's
+        means."""
+        labelled = self.labelled(labels)
+        if num_items_in_batch is None:
+            num_items_in_batch = labelled
+        parts = self.current_gradient_accumulation_steps * self.args.world_size if self.is_in_train else 1
+        return labelled * parts / num_items_in_batch.clamp(min=1)
+
+    # ---- evaluation ----
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
+        """This process's share of the validation images: every world_size-th, so that each counts exactly once."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        share = torch.utils.data.Subset(data, range(self.args.process_index, len(data), self.args.world_size))
+        loader = torch.utils.data.DataLoader(
+            share,
+            batch_size=self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=list,
+        )
+        shield_workers(loader)
+        return loader
