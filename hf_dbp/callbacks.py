@@ -11,7 +11,8 @@ import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from hf_dbp.correlations import correlation_values, mean_correlations
 from hf_dbp.errors import UserError
 from hf_dbp.layers import RowSampling
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
+from hf_dbp.natures import Nature
 from hf_dbp.update import (
     ETA,
     configure_sampling,
@@ -45,36 +47,45 @@ __all__ = ["DecorrelationArguments", "DecorrelationCallback", "ReportingCallback
 
 logger = logging.getLogger(__name__)
 
+OF_R = partial(Nature, "training", "told", dbp=True)
+
 
 @dataclass
 class DecorrelationArguments:
     """How R is trained. Everything else about a run is in `TrainingArguments`."""
 
-    eta: float = field(default=ETA, metadata={"help": "Learning rate of R (paper: 5e-4)."})
-    eta_schedule: str = field(
+    eta: Annotated[float, OF_R(card="learning rate of R (eta)")] = field(
+        default=ETA, metadata={"help": "Learning rate of R (paper: 5e-4)."}
+    )
+    eta_schedule: Annotated[str, OF_R(card="schedule of eta")] = field(
         default="decay",
         metadata={
             "help": "decay: eta follows the weights' learning rate down, not its warm-up. constant: the paper's.",
             "choices": ["decay", "constant"],
         },
     )
-    eta_stop: float = field(default=1.0, metadata={"help": "Stop updating R after this share of all steps, in (0, 1]."})
-    kappa: float = field(
+    eta_stop: Annotated[float, OF_R(card="share of all steps after which R stays as it is")] = field(
+        default=1.0, metadata={"help": "Stop updating R after this share of all steps, in (0, 1]."}
+    )
+    kappa: Annotated[float, OF_R(card="weight of the pull of variances to 1 (kappa)")] = field(
         default=0.0, metadata={"help": "Weight in [0, 1] of the pull of variances to 1 (paper: 0, decorrelate only)."}
     )
-    update_interval: int = field(
+    update_interval: Annotated[int, OF_R(card="optimizer steps per update of R")] = field(
         default=1, metadata={"help": "Update R every so many optimizer steps, with eta times as large (paper: 1)."}
     )
-    sample_fraction: float = field(
+    sample_fraction: Annotated[float, OF_R(card="share of the token rows that estimates C")] = field(
         default=0.1, metadata={"help": "Share of the token rows that estimates C, in (0, 1] (paper: 0.1)."}
     )
-    row_floor: float | None = field(
+    row_floor: Annotated[float | None, OF_R(card="rows for C at least, times the width")] = field(
         default=None, metadata={"help": "Use at least this many times D rows where the batch has them."}
     )
-    row_cap: float | None = field(default=None, metadata={"help": "Use at most this many times D rows."})
-    bound_eta: bool = field(
-        default=True, metadata={"help": "Keep eta, layer by layer, below 1 / the largest eigenvalue of cov(z)."}
+    row_cap: Annotated[float | None, OF_R(card="rows for C at most, times the width")] = field(
+        default=None, metadata={"help": "Use at most this many times D rows."}
     )
+    bound_eta: Annotated[
+        bool,
+        OF_R(card="eta kept below 1 / the largest eigenvalue of cov(z)", card_if_off=True),
+    ] = field(default=True, metadata={"help": "Keep eta, layer by layer, below 1 / the largest eigenvalue of cov(z)."})
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta < 1.0:

@@ -8,21 +8,15 @@ fields that classes of this package declare, and the most used ones of transform
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
 
-__all__ = ["COMMON", "FlagParser", "own_flags", "title_of"]
+from hf_dbp.natures import natures
 
-#: flags of TrainingArguments that nearly every run sets
-COMMON = (
-    "do_train", "do_eval", "num_train_epochs", "max_steps", "per_device_train_batch_size",
-    "per_device_eval_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "eval_strategy",
-    "eval_steps", "logging_steps", "save_total_limit", "dataloader_num_workers", "seed", "bf16", "fp16", "use_cpu",
-    "gradient_checkpointing", "torch_compile", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
-    "log_level",
-)  # fmt: skip
+__all__ = ["FlagParser", "own_flags", "title_of"]
 
 
 def own_flags(group: type) -> list[str]:
@@ -30,7 +24,7 @@ def own_flags(group: type) -> list[str]:
     ours = {
         name for kind in group.__mro__ if kind.__module__.startswith("hf_dbp") for name in vars(kind)["__annotations__"]
     }
-    return [name for name in group.__dataclass_fields__ if name in ours]  # type: ignore[attr-defined]
+    return [field.name for field in dataclasses.fields(group) if field.name in ours]
 
 
 def title_of(group: type) -> str:
@@ -81,7 +75,7 @@ class FlagParser(HfArgumentParser):  # type: ignore[misc]
         yield "General", taken(["config", "help", "help_all"])
         for group in self.groups:
             yield title_of(group), taken(own_flags(group))
-        if common := taken(COMMON):
+        if common := taken(name for name, flag in natures(*self.groups).items() if flag.common):
             yield "Most used flags of transformers' TrainingArguments (the others: --help-all)", common
         if waiting and self.shows_all:
             yield "Other flags of transformers' TrainingArguments", taken(list(waiting))

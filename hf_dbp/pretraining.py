@@ -50,7 +50,7 @@ from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RECORD, RunRecord, arguments_record, write_json
 from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.training.accounting import asked_used
-from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
+from hf_dbp.training.arguments import GROUPS, DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import Choice, choose, images_first, write_plan
 from hf_dbp.training.checkpoints import model_folder
@@ -66,7 +66,6 @@ __all__ = ["build_model", "main"]
 logger = logging.getLogger(__name__)
 
 EVAL_RESULTS = "eval_results.json"
-GROUPS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
 
 
 def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:

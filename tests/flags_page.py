@@ -4,15 +4,14 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.downstream.probe import ProbeArguments
-from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.downstream.segmentation import arguments as finetuning
 from hf_dbp.flags import FlagParser
-from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
+from hf_dbp.training import arguments as pretraining
 
 COMMANDS: dict[str, tuple[type, ...]] = {
-    "hf-dbp pretrain": (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments),
-    "hf-dbp finetune": (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments),
+    "hf-dbp pretrain": pretraining.GROUPS,
+    "hf-dbp finetune": finetuning.GROUPS,
     "hf-dbp probe": (ProbeArguments,),
 }
 HEAD = """# Flags

@@ -1,5 +1,6 @@
 """Flags: our own come first in the help text, and docs/flags.md is made of them."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,8 +9,10 @@ from flags_page import COMMANDS, page
 from transformers import TrainingArguments
 
 from hf_dbp import cli
-from hf_dbp.flags import COMMON, FlagParser, own_flags
+from hf_dbp.flags import FlagParser, own_flags
+from hf_dbp.training.arguments import RunArguments
 
+COMMON = [name for name, flag in RunArguments.STOCK.items() if flag.common]
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,7 +38,7 @@ def test_our_own_flags_come_first_and_every_flag_once(command, capsys):
     assert set(seen[len(ours) + 3 :]) <= set(COMMON)
     every = flags_of(shown(command, "--help-all", capsys))
     assert every[: len(seen)] == seen
-    fields = {name for group in groups for name, field in group.__dataclass_fields__.items() if field.init}
+    fields = {field.name for group in groups for field in dataclasses.fields(group) if field.init}
     assert sorted(every) == sorted({*fields, "config", "help", "help-all"})
 
 

@@ -35,15 +35,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.probe import ProbeArguments
-from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.downstream.segmentation import arguments as finetuning
 from hf_dbp.errors import UserError
+from hf_dbp.natures import natures
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
 from hf_dbp.records import RECORD, RunRecord
-from hf_dbp.training.arguments import DataArguments, ModelArguments, PretrainingArguments
-from hf_dbp.training.restoring import SHAPING
+from hf_dbp.training import arguments as pretraining
 
 __all__ = [
     "PROBE_FILE",
@@ -61,20 +60,10 @@ __all__ = [
     "variant_of",
 ]
 
-FLAGS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)
-FINETUNING_FLAGS = (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments)
 KEYS = ("title", "script", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation", "probe", "lengths")
 SEGMENTATION_KEYS = ("recipe", "flags", "random")
 PROBE_FILE = "probe.json"  # what a probe leaves
 OWN = ("seed", "output_dir", "config")  # set per run by the tool
-#: flags that make two runs of one method runs of two settings; the others leave the result as it is
-SETTINGS = sorted({
-    *SHAPING, "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last",
-    "model_size", "model_name_or_path", "model_revision", "config_name", "config_overrides", "image_size", "patch_size",
-    "decorrelated_layers", "naive_decorrelation", "dataset_name", "dataset_config_name", "train_dir", "validation_dir",
-    "channel_files", "image_column_name", "train_val_split", "max_train_samples", "max_eval_samples", "num_channels",
-    "built_in_size", "train_fraction", "subset_seed", "cache_short_side",
-} - {"seed", "data_seed"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -151,7 +140,7 @@ class Segmentation:
     def check(self) -> None:
         """Parse the flags. ValueError for one that a run would refuse, for want of data, or of names of classes."""
         arguments = [*self.arguments, "--model_name_or_path", "unused", "--output_dir", "unused"]
-        _, data_args, _ = parse_arguments(FINETUNING_FLAGS, arguments)
+        _, data_args, _ = parse_arguments(finetuning.GROUPS, arguments)
         data_args.source(None, None).class_names()
 
 
@@ -231,7 +220,7 @@ class Plan:
                 raise UserError("segmentation and probe follow hf-dbp pretrain alone; a plan with a script has neither")
             return
         for planned in self.search_runs():
-            _, data_args, *_ = parse_arguments(FLAGS, [*planned.arguments, "--output_dir", "unused"])
+            _, data_args, *_ = parse_arguments(pretraining.GROUPS, [*planned.arguments, "--output_dir", "unused"])
             ImageSource(**asdict(data_args))
         for name, part in (("segmentation", self.segmentation), ("probe", self.probe)):
             try:
@@ -479,7 +468,13 @@ def varied_flags(records: Sequence[RunRecord]) -> list[str]:
     """The flags that shape a result and differ between runs of one variant, where both know them."""
     pairs = [pair for pair in itertools.combinations(records, 2) if len(set(map(variant_of, pair))) == 1]
     arguments = [(one.arguments, other.arguments) for one, other in pairs]
-    return [flag for flag in SETTINGS if any(flag in a and flag in b and a[flag] != b[flag] for a, b in arguments)]
+    return [flag for flag in settings() if any(flag in a and flag in b and a[flag] != b[flag] for a, b in arguments)]
+
+
+def settings() -> list[str]:
+    """The flags that make two runs of one method runs of two settings; the others leave the result as it is."""
+    flags = natures(*pretraining.GROUPS).items()
+    return sorted(name for name, flag in flags if flag.shapes in ("data", "model", "training"))
 
 
 def plan_of(runs: Sequence[Run]) -> Plan:

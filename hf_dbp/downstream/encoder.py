@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import ViTModel
 
@@ -12,6 +12,7 @@ from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import load_model, read_config, read_statistics, read_value_range
+from hf_dbp.natures import Nature
 
 __all__ = ["EncoderArguments", "check_channels", "load_vit", "pixel_statistics"]
 
@@ -22,17 +23,27 @@ logger = logging.getLogger(__name__)
 class EncoderArguments:
     """Which encoder the model starts from."""
 
-    model_name_or_path: str | None = field(
+    model_name_or_path: Annotated[str | None, Nature("model")] = field(
         default=None, metadata={"help": "Stock ViT, folder or Hub id: fused DBP, BP, supervised ..."}
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Take that ViT's shape with random weights."})
-    model_size: str | None = field(
+    from_scratch: Annotated[bool, Nature("model")] = field(
+        default=False, metadata={"help": "Take that ViT's shape with random weights."}
+    )
+    model_size: Annotated[str | None, Nature("model")] = field(
         default=None, metadata={"help": "Without a ViT: named size of a random one.", "choices": list(SIZES)}
     )
-    patch_size: int = field(default=16, metadata={"help": "Patch size of a random ViT without a model."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+    patch_size: Annotated[int, Nature("model")] = field(
+        default=16, metadata={"help": "Patch size of a random ViT without a model."}
+    )
+    model_revision: Annotated[str, Nature("model")] = field(
+        default="main", metadata={"help": "Revision of the ViT on the Hub."}
+    )
+    cache_dir: Annotated[str | None, Nature("nothing")] = field(
+        default=None, metadata={"help": "Where downloads are kept."}
+    )
+    token: Annotated[str | None, Nature(secret=True)] = field(
+        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
+    )
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.model_size is None):

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from hf_dbp.data.feeding import make_sampler
 from hf_dbp.downstream.beit import parameter_groups
+from hf_dbp.natures import Nature, natures
 from hf_dbp.records import read_arguments, write_json
 from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.measurement import Meter
-from hf_dbp.training.restoring import SHAPING, compared_arguments, noted_changes
+from hf_dbp.training.restoring import compared_arguments, noted_changes
 from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.stopping import shield_workers
 
@@ -43,14 +45,13 @@ class FinetuningTrainer(ResumingTrainer):
             (epoch, index); None to evaluate alone.
 
     Attributes:
-        fixed: arguments with which a checkpoint is of another model.
-        shaping: further arguments whose change is told.
+        groups: the classes of arguments of the task, whose natures say what a resumed run tells and refuses; other
+            images and another model it refuses.
     """
 
     optimizer: torch.optim.Optimizer | None
     control: Any
-    fixed: tuple[str, ...] = ()
-    shaping: tuple[str, ...] = ()
+    groups: tuple[type, ...]
 
     def __init__(
         self,
@@ -77,18 +78,23 @@ class FinetuningTrainer(ResumingTrainer):
 
     # ---- arguments in checkpoints ----
 
+    @classmethod
+    def natures(cls) -> dict[str, Nature]:
+        """The natures of the task's flags: those of images and model are to be refused on resume."""
+        flags = natures(*cls.groups)
+        fixed = {name: flag for name, flag in flags.items() if flag.shapes in ("data", "model")}
+        return flags | {name: replace(flag, on_resume="refused") for name, flag in fixed.items()}
+
     def before_training(self, checkpoint: str | None) -> None:
         """Take over what the checkpoint says of earlier changes and costs, and add the changes of now.
 
         Raises:
-            ValueError: an argument of ``fixed`` differs: the checkpoint is of another model, not of this one begun.
+            UserError: an argument differs with which the checkpoint is of another model, not of this one begun.
         """
         self.resumed_with, spent = {}, dict[str, float]()
         if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
             before, self.resumed_with, spent = read_arguments(Path(checkpoint) / ARGUMENTS)
-            known = [name for name in self.fixed if name in before and name in self.arguments]
-            fixed = {name: (before[name], self.arguments[name]) for name in known}
-            changed = compared_arguments(before, self.arguments, fixed, (*SHAPING, *self.shaping), checkpoint)
+            changed = compared_arguments(before, self.arguments, self.natures(), checkpoint)
             tell = self.is_world_process_zero()
             self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
         self.cost.preset(spent, kwh=self.is_world_process_zero())

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import numpy as np
@@ -36,6 +36,7 @@ from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
+from hf_dbp.natures import Nature
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 
@@ -51,35 +52,65 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 class ProbeArguments:
     """What to probe with what."""
 
-    model_name_or_path: str = field(metadata={"help": "Stock ViT, folder or Hub id."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a labelled image set."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
-    train_dir: str | None = field(
+    model_name_or_path: Annotated[str, Nature("model")] = field(metadata={"help": "Stock ViT, folder or Hub id."})
+    dataset_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Hub id of a labelled image set."}
+    )
+    dataset_config_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Configuration of the Hub data set."}
+    )
+    train_dir: Annotated[str | None, Nature("data")] = field(
         default=None, metadata={"help": "Folder of parquet files, or with a folder of images per class."}
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for testing."})
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
-    label_column_name: str = field(default="label", metadata={"help": "Column of the classes, numbers or names."})
-    train_val_split: float = field(
+    validation_dir: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "The same for testing."}
+    )
+    image_column_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Column of the images (default: image)."}
+    )
+    label_column_name: Annotated[str, Nature("data")] = field(
+        default="label", metadata={"help": "Column of the classes, numbers or names."}
+    )
+    train_val_split: Annotated[float, Nature("data")] = field(
         default=0.2, metadata={"help": "Share of each class to test on where there is no such split."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many test images."})
-    max_unreadable: int = field(
+    max_train_samples: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Use at most so many training images."}
+    )
+    max_eval_samples: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Use at most so many test images."}
+    )
+    max_unreadable: Annotated[int, Nature("nothing")] = field(
         default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
     )
-    num_channels: int | None = field(default=None, metadata={"help": "Channels of the images."})
-    pooling: str = field(
+    num_channels: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Channels of the images."}
+    )
+    pooling: Annotated[str, Nature("training")] = field(
         default="mean", metadata={"help": "Feature: mean of the patch tokens, or cls.", "choices": ["mean", "cls"]}
     )
-    neighbours: int = field(default=20, metadata={"help": "k of the nearest neighbours."})
-    from_scratch: bool = field(default=False, metadata={"help": "Random weights of that shape, to compare with."})
-    batch_size: int = field(default=64, metadata={"help": "Images per forward pass."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draws, the splits and random weights."})
-    output_file: str = field(default="probe.json", metadata={"help": "JSON file to write."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+    neighbours: Annotated[int, Nature("training")] = field(
+        default=20, metadata={"help": "k of the nearest neighbours."}
+    )
+    from_scratch: Annotated[bool, Nature("model")] = field(
+        default=False, metadata={"help": "Random weights of that shape, to compare with."}
+    )
+    batch_size: Annotated[int, Nature("nothing")] = field(default=64, metadata={"help": "Images per forward pass."})
+    seed: Annotated[int, Nature("chance")] = field(
+        default=0, metadata={"help": "Seed of the draws, the splits and random weights."}
+    )
+    output_file: Annotated[str, Nature("nothing")] = field(
+        default="probe.json", metadata={"help": "JSON file to write."}
+    )
+    model_revision: Annotated[str, Nature("model")] = field(
+        default="main", metadata={"help": "Revision of the ViT on the Hub."}
+    )
+    cache_dir: Annotated[str | None, Nature("nothing")] = field(
+        default=None, metadata={"help": "Where downloads are kept."}
+    )
+    token: Annotated[str | None, Nature(secret=True)] = field(
+        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
+    )
 
     def __post_init__(self) -> None:
         if self.neighbours < 1:

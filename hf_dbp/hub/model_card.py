@@ -20,7 +20,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_dbp.downstream.segmentation import arguments as segmentation
 from hf_dbp.errors import UserError, command
+from hf_dbp.natures import Nature, natures
+from hf_dbp.training import arguments as pretraining
 
 __all__ = ["CARD", "main", "write_card"]
 
@@ -53,34 +56,6 @@ RESULTS = {  # name in the record: how the card calls it, and as which metric th
     "fusion_largest_difference": ("largest difference between fused and unfused outputs", None),
 }
 CLASS_FIGURES = ("iou", "dice", "precision", "recall", "accuracy")  # a record of 0.1.0 has the first and the last
-SETTINGS = {  # name of the flag: how the card calls it
-    "optimizer": "optimizer",
-    "learning_rate": "peak learning rate",
-    "layer_decay": "factor of the learning rate per layer below the heads",
-    "lr_scheduler_type": "schedule",
-    "warmup_steps": "warm-up (steps, or a share of them below 1)",
-    "weight_decay": "weight decay",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-    "num_train_epochs": "epochs",
-    "mask_ratio": "share of the patches that is masked",
-    "norm_pix_loss": "target patches normalised",
-    "crop_size": "side of the crops in pixels",
-    "bf16": "bfloat16 autocast",
-    "fp16": "float16 autocast",
-}
-DECORRELATION_SETTINGS = {
-    "decorrelated_layers": "decorrelated layers",
-    "eta": "learning rate of R (eta)",
-    "eta_schedule": "schedule of eta",
-    "eta_stop": "share of all steps after which R stays as it is",
-    "kappa": "weight of the pull of variances to 1 (kappa)",
-    "update_interval": "optimizer steps per update of R",
-    "sample_fraction": "share of the token rows that estimates C",
-    "row_floor": "rows for C at least, times the width",
-    "row_cap": "rows for C at most, times the width",
-    "bound_eta": "eta kept below 1 / the largest eigenvalue of cov(z)",
-}
 
 
 def write_card(folder: Path, name: str | None = None) -> Path:
@@ -221,8 +196,8 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if not record:
         return []
     arguments, hardware = record["arguments"], record["hardware"]
-    names = SETTINGS | (DECORRELATION_SETTINGS if record.get("method") == "dbp" else {})
-    rows = [(label, arguments[key]) for key, label in names.items() if told(key, arguments.get(key))]
+    given = [(flag, arguments.get(name)) for name, flag in natures(*pretraining.GROUPS, *segmentation.GROUPS).items()]
+    rows = [(flag.card, value) for flag, value in given if told(flag, value, record.get("method"))]
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * hardware["processes"]
     rows += [("images per optimizer step", batch), ("seed", record["seed"]), ("hardware", hardware_used(record))]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
@@ -231,9 +206,10 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [*rows, ("versions", versions), ("commit of hf_dbp", record.get("commit") or "unknown")]
 
 
-def told(key: str, value: Any) -> bool:
-    """Whether a setting is worth a row: what is off or not given is not, but for the bound on eta."""
-    return value not in (None, False) or (key == "bound_eta" and value is not None)
+def told(flag: Nature, value: Any, method: str | None) -> bool:
+    """Whether a setting is worth a row: what is off or not given is not, unless its nature says so."""
+    counts = method == "dbp" or not flag.dbp
+    return bool(flag.card) and counts and value is not None and (value is not False or flag.card_if_off)
 
 
 def limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:

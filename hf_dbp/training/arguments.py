@@ -3,64 +3,84 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 from transformers import TrainingArguments
 
-from hf_dbp.callbacks import refuse_sharding
+from hf_dbp.callbacks import DecorrelationArguments, refuse_sharding
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.feeding import feed_fast
 from hf_dbp.errors import UserError
+from hf_dbp.natures import Nature
 from hf_dbp.training.duration import parse_duration
 from hf_dbp.training.measurement import check_country
 from hf_dbp.training.optimizers import check_optimizer
 from hf_dbp.training.processes import check_processes, use_one_gpu
 
-__all__ = ["DataArguments", "ModelArguments", "PretrainingArguments", "RunArguments"]
+__all__ = ["FINETUNED", "GROUPS", "DataArguments", "ModelArguments", "PretrainingArguments", "RunArguments"]
+
+COMMON = Nature(common=True)
 
 
 @dataclass
 class DataArguments:
     """Which images; flags as in transformers' run_mae.py, and what goes beyond it."""
 
-    dataset_name: str | None = field(
+    dataset_name: Annotated[str | None, Nature("data", "told")] = field(
         default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder of images or parquet files."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
-    channel_files: list[str] | None = field(
+    dataset_config_name: Annotated[str | None, Nature("data", "told")] = field(
+        default=None, metadata={"help": "Configuration of the Hub data set."}
+    )
+    train_dir: Annotated[str | None, Nature("data", "told")] = field(
+        default=None, metadata={"help": "Folder of images or parquet files."}
+    )
+    validation_dir: Annotated[str | None, Nature("data", "told")] = field(
+        default=None, metadata={"help": "The same for validation."}
+    )
+    channel_files: Annotated[list[str] | None, Nature("data", "told")] = field(
         default=None,
         metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
     )
-    mask_suffix: str = field(
+    mask_suffix: Annotated[str, Nature("data", "told")] = field(
         default="",
         metadata={"help": "Leave out masks that lie beside their images: what their names end in, e.g. _mask."},
     )
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
-    train_val_split: float = field(
+    image_column_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Column of the images (default: image)."}
+    )
+    train_val_split: Annotated[float, Nature("data", "told")] = field(
         default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many validation images."})
-    num_channels: int | None = field(
+    max_train_samples: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Use at most so many training images."}
+    )
+    max_eval_samples: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Use at most so many validation images."}
+    )
+    num_channels: Annotated[int | None, Nature("data")] = field(
         default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
     )
-    built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
-    streaming: bool = field(
+    built_in_size: Annotated[int, Nature("data", "told")] = field(
+        default=128, metadata={"help": "Side in pixels of the built-in images."}
+    )
+    streaming: Annotated[bool, Nature("nothing")] = field(
         default=False,
         metadata={
             "help": "Read images in place, on the Hub or on disk (parquet, webdataset, pictures), instead of "
             "converting all of them first. With --cache_dir each is read once and kept there decoded."
         },
     )
-    train_fraction: float = field(
+    train_fraction: Annotated[float, Nature("data")] = field(
         default=1.0, metadata={"help": "Share of the training images to use, chosen by a hash of their content."}
     )
-    subset_seed: int = field(default=0, metadata={"help": "Which share --train_fraction chooses."})
-    cache_short_side: int = field(
+    subset_seed: Annotated[int, Nature("data")] = field(
+        default=0, metadata={"help": "Which share --train_fraction chooses."}
+    )
+    cache_short_side: Annotated[int, Nature("data")] = field(
         default=256, metadata={"help": "Side in pixels that larger images are made smaller to in the streamed cache."}
     )
-    max_unreadable: int = field(
+    max_unreadable: Annotated[int, Nature("nothing")] = field(
         default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
     )
 
@@ -69,50 +89,56 @@ class DataArguments:
 class ModelArguments:
     """Which model; flags as in transformers' run_mae.py, and what goes beyond it."""
 
-    method: str = field(
+    method: Annotated[str, Nature("method", "refused")] = field(
         default="dbp",
         metadata={
             "help": "dbp: decorrelated backprop. bp: the same model, nothing decorrelated. stock: transformers' class.",
             "choices": ["dbp", "bp", "stock"],
         },
     )
-    optimizer: str = field(
+    optimizer: Annotated[str, Nature("method", "refused", card="optimizer")] = field(
         default="adamw",
         metadata={
             "help": "adamw; or on hidden matrices, with AdamW on the rest: muon, or soap or another that the package "
             "pytorch-optimizer has."
         },
     )
-    model_size: str = field(default="base", metadata={"help": "Named size of a fresh model.", "choices": list(SIZES)})
-    model_name_or_path: str | None = field(
+    model_size: Annotated[str, Nature("model")] = field(
+        default="base", metadata={"help": "Named size of a fresh model.", "choices": list(SIZES)}
+    )
+    model_name_or_path: Annotated[str | None, Nature("model", "refused")] = field(
         default=None,
         metadata={"help": "Checkpoint to start from: any ViT-MAE, folder or Hub id; default: from scratch."},
     )
-    config_name: str | None = field(
+    config_name: Annotated[str | None, Nature("model")] = field(
         default=None, metadata={"help": "Configuration of a fresh model, folder or Hub id."}
     )
-    config_overrides: str | None = field(
+    config_overrides: Annotated[str | None, Nature("model")] = field(
         default=None, metadata={"help": "Settings of a fresh model, e.g. hidden_size=192,decoder_num_hidden_layers=4."}
     )
-    image_size: list[int] | None = field(
+    image_size: Annotated[list[int] | None, Nature("model")] = field(
         default=None, metadata={"help": "Input size in pixels, one number or height and width (default: 224)."}
     )
-    patch_size: int | None = field(default=None, metadata={"help": "Side of a patch in pixels (default: 16)."})
-    mask_ratio: float | None = field(
+    patch_size: Annotated[int | None, Nature("model")] = field(
+        default=None, metadata={"help": "Side of a patch in pixels (default: 16)."}
+    )
+    mask_ratio: Annotated[float | None, Nature("training", "told", card="share of the patches that is masked")] = field(
         default=None, metadata={"help": "Share of the patches that is masked (default: the checkpoint's, else 0.75)."}
     )
-    norm_pix_loss: bool | None = field(
+    norm_pix_loss: Annotated[bool | None, Nature("training", "told", card="target patches normalised")] = field(
         default=None, metadata={"help": "Normalise each target patch (default: as the checkpoint, else not)."}
     )
-    decorrelated_layers: str = field(
+    decorrelated_layers: Annotated[str, Nature("model", "refused", card="decorrelated layers", dbp=True)] = field(
         default="encoder",
         metadata={"help": "Layers that dbp decorrelates.", "choices": ["encoder", "block_inputs", "full", "none"]},
     )
-    naive_decorrelation: bool = field(default=False, metadata={"help": "Decorrelate every token, not the weights."})
-    image_processor_name: str | None = field(
+    naive_decorrelation: Annotated[bool, Nature("model")] = field(
+        default=False, metadata={"help": "Decorrelate every token, not the weights."}
+    )
+    image_processor_name: Annotated[str | None, Nature("training", "told")] = field(
         default=None, metadata={"help": "Image processor to take mean and std from."}
     )
-    image_statistics: str = field(
+    image_statistics: Annotated[str, Nature("training", "told")] = field(
         default="auto",
         metadata={
             "help": "Mean and std per channel: imagenet's, measured once on the training images, or auto: those of "
@@ -120,30 +146,36 @@ class ModelArguments:
             "choices": ["auto", "imagenet", "measured"],
         },
     )
-    native_tiles: bool = field(
+    native_tiles: Annotated[bool, Nature("training", "told")] = field(
         default=False,
         metadata={
             "help": "See random tiles of --image_size pixels at native resolution, for large images with fine detail. "
             "Default: random parts, from a fifth to all of an image, made smaller to --image_size."
         },
     )
-    flip: float = field(
+    flip: Annotated[float, Nature("training", "told")] = field(
         default=0.5,
         metadata={
             "help": "Chance that a training view is flipped left to right; 0 where the two differ, as in spectrograms."
         },
     )
-    augment_on_device: bool | None = field(
+    augment_on_device: Annotated[bool | None, Nature("nothing")] = field(
         default=None,
         metadata={
             "help": "Let workers read the parts of 8-bit images as bytes, and flip, resize and normalise them on the "
             "device. Default: on a GPU."
         },
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the checkpoint on the Hub."})
-    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
-    trust_remote_code: bool = field(
+    cache_dir: Annotated[str | None, Nature("nothing")] = field(
+        default=None, metadata={"help": "Where downloads are kept."}
+    )
+    model_revision: Annotated[str, Nature("model")] = field(
+        default="main", metadata={"help": "Revision of the checkpoint on the Hub."}
+    )
+    token: Annotated[str | None, Nature(secret=True)] = field(
+        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
+    )
+    trust_remote_code: Annotated[bool, Nature("nothing")] = field(
         default=False, metadata={"help": "Refused: no code of a model or a data set is ever run."}
     )
 
@@ -163,7 +195,51 @@ class ModelArguments:
 
 @dataclass
 class RunArguments(TrainingArguments):  # type: ignore[misc]
-    """TrainingArguments with the defaults that pre-training and fine-tuning share."""
+    """TrainingArguments with the defaults that pre-training and fine-tuning share.
+
+    Attributes:
+        STOCK: the natures of the fields of TrainingArguments, ours to say but not to declare; those that are not listed
+            shape nothing. ``--help`` shows the common ones in this order.
+    """
+
+    STOCK: ClassVar[dict[str, Nature]] = {
+        "do_train": COMMON,
+        "do_eval": COMMON,
+        "num_train_epochs": Nature("training", "told", card="epochs", common=True),
+        "max_steps": Nature("training", "told", common=True),
+        "per_device_train_batch_size": Nature("training", common=True),
+        "per_device_eval_batch_size": COMMON,
+        "gradient_accumulation_steps": Nature("training", common=True),
+        "dataloader_drop_last": Nature("training"),
+        "learning_rate": Nature("training", "told", card="peak learning rate", common=True),
+        "lr_scheduler_type": Nature("training", "told", card="schedule"),
+        "lr_scheduler_kwargs": Nature("training", "told"),
+        "warmup_steps": Nature("training", "told", card="warm-up (steps, or a share of them below 1)", common=True),
+        "weight_decay": Nature("training", "told", card="weight decay"),
+        "optim": Nature("training", "told"),
+        "adam_beta1": Nature("training", "told", card="beta1"),
+        "adam_beta2": Nature("training", "told", card="beta2"),
+        "adam_epsilon": Nature("training", "told"),
+        "max_grad_norm": Nature("training", "told"),
+        "eval_strategy": COMMON,
+        "eval_steps": COMMON,
+        "logging_steps": COMMON,
+        "save_total_limit": COMMON,
+        "dataloader_num_workers": COMMON,
+        "seed": Nature("chance", "refused", common=True),
+        "data_seed": Nature("chance", "told"),
+        "bf16": Nature("training", "told", card="bfloat16 autocast", common=True),
+        "fp16": Nature("training", "told", card="float16 autocast", common=True),
+        "use_cpu": COMMON,
+        "gradient_checkpointing": COMMON,
+        "torch_compile": COMMON,
+        "resume_from_checkpoint": COMMON,
+        "report_to": COMMON,
+        "push_to_hub": COMMON,
+        "hub_model_id": COMMON,
+        "hub_token": Nature(secret=True),
+        "log_level": COMMON,
+    }
 
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
@@ -175,17 +251,17 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
     )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    max_skipped_steps: int = field(
+    max_skipped_steps: Annotated[int, Nature("nothing")] = field(
         default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
     )
-    budget: str | None = field(
+    budget: Annotated[str | None, Nature("nothing")] = field(
         default=None,
         metadata={
             "help": "Time that the whole command may take, e.g. 2h or 30m, in place of epochs: the schedule follows "
             "the clock. hf-dbp pretrain IMAGES --budget 2h chooses all else and writes it to budget.yaml."
         },
     )
-    country: str | None = field(
+    country: Annotated[str | None, Nature("nothing")] = field(
         default=None,
         metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
     )
@@ -223,18 +299,29 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         use_one_gpu(self)
 
 
+#: the natures in fine-tuning, where ``optim`` alone chooses the optimizer and no check of the order of images refuses
+#: another number of images per step
+FINETUNED = RunArguments.STOCK | {
+    "optim": Nature("training", "refused"),
+    "per_device_train_batch_size": Nature("training", "told", common=True),
+    "gradient_accumulation_steps": Nature("training", "told", common=True),
+}
+
+
 @dataclass
 class PretrainingArguments(RunArguments):
     """TrainingArguments with the defaults that masked autoencoding needs; the best checkpoint is by eval_loss."""
 
     output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
-    base_learning_rate: float | None = field(
+    base_learning_rate: Annotated[float | None, Nature("nothing")] = field(
         default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2 (He et al.: 0.95)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
-    push_unfused: bool = field(default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."})
+    push_unfused: Annotated[bool, Nature("nothing")] = field(
+        default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."}
+    )
 
     def __post_init__(self) -> None:
         self.metric_for_best_model, self.greater_is_better = "eval_loss", False
@@ -246,3 +333,6 @@ class PretrainingArguments(RunArguments):
         if self.base_learning_rate is not None:
             total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * total / 256
+
+
+GROUPS = (ModelArguments, DataArguments, DecorrelationArguments, PretrainingArguments)

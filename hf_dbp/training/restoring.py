@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,12 +19,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
+from hf_dbp.natures import Nature, natures
 from hf_dbp.records import RunRecord
+from hf_dbp.training.arguments import GROUPS
 from hf_dbp.training.saving import checkpoint_step, fault, last_checkpoint
 
 __all__ = [
     "MEASURED_SETTINGS",
-    "SHAPING",
     "advance_schedule",
     "best_saved",
     "changed_arguments",
@@ -55,15 +56,6 @@ MEASURED_SETTINGS = frozenset(
         "_init_lrs",
     }
 )  # fmt: skip  of schedules that follow a measurement, ReduceLROnPlateau and GreedyLR
-SHAPING = (
-    "dataset_name", "dataset_config_name", "train_dir", "validation_dir", "channel_files", "mask_suffix",
-    "train_val_split", "built_in_size",
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps",
-    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "data_seed",
-    "bf16", "fp16", "eta", "eta_schedule", "eta_stop", "kappa", "update_interval", "sample_fraction", "row_floor",
-    "row_cap", "bound_eta", "mask_ratio", "norm_pix_loss", "native_tiles", "flip", "image_statistics",
-    "image_processor_name",
-)  # fmt: skip
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
@@ -85,42 +77,35 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 
 
 def changed_arguments(before: RunRecord, now: RunRecord, checkpoint: str) -> dict[str, list[Any]]:
-    """The arguments that shape training and differ from the checkpoint's: {name: [old, new]}.
+    """The arguments that shape pre-training and differ from the checkpoint's: {name: [old, new]}.
 
     Raises:
-        ValueError: method, optimizer or decorrelated layers differ, so that the checkpoint's tensors and states are of
+        UserError: method, optimizer or decorrelated layers differ, so that the checkpoint's tensors and states are of
             no use; or the seed, with which order, views and held-out images change; or the weights to start from.
     """
-    fixed: dict[str, tuple[Any, Any]] = {
-        name: (getattr(before, name), getattr(now, name)) for name in ("method", "optimizer", "seed")
-    }
-    for flag in ("model_name_or_path", *(["decorrelated_layers"] if before.method == "dbp" else [])):
-        new = now.arguments.get(flag)
-        fixed[flag] = (before.arguments.get(flag, new), new)
-    return compared_arguments(before.arguments, now.arguments, fixed, SHAPING, checkpoint)
+    old, new = ({**record.arguments, **vars(record)} for record in (before, now))  # method, optimizer, seed: its own
+    flags = {name: flag for name, flag in natures(*GROUPS).items() if before.method == "dbp" or not flag.dbp}
+    return compared_arguments(old, new, flags, checkpoint)
 
 
 def compared_arguments(
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    fixed: Mapping[str, tuple[Any, Any]],
-    shaping: Sequence[str],
-    checkpoint: str,
+    before: Mapping[str, Any], now: Mapping[str, Any], flags: Mapping[str, Nature], checkpoint: str
 ) -> dict[str, list[Any]]:
-    """The arguments of these names in both records that differ: {name: [old, new]}.
+    """The arguments in both records that differ and whose nature is to be told: {name: [old, new]}.
 
     Raises:
-        ValueError: one of the ``fixed`` differs, given as flag -> (old, new).
+        UserError: one differs whose nature is to be refused.
     """
-    for flag, (old, new) in fixed.items():
-        if old != new:
-            remedy = f"leave --{flag} out" if old is None else f"give --{flag} {old}"
+    changed = [name for name in flags if name in before and name in now and before[name] != now[name]]
+    for name in changed:
+        if flags[name].on_resume == "refused":
+            old, new = before[name], now[name]
+            remedy = f"leave --{name} out" if old is None else f"give --{name} {old}"
             raise UserError(
-                f"{checkpoint} was trained with --{flag} {old}, not {new}: to go on, {remedy}; to begin anew, another "
+                f"{checkpoint} was trained with --{name} {old}, not {new}: to go on, {remedy}; to begin anew, another "
                 "--output_dir"
             )
-    pairs = {name: (before[name], now[name]) for name in shaping if name in before and name in now}
-    return {name: [old, new] for name, (old, new) in pairs.items() if old != new}
+    return {name: [before[name], now[name]] for name in changed if flags[name].on_resume == "told"}
 
 
 def noted_changes(

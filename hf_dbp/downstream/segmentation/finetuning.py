@@ -8,7 +8,6 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,15 @@ from transformers import (
 
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.values import processor_scaling
-from hf_dbp.downstream.class_weights import WEIGHTS
-from hf_dbp.downstream.encoder import EncoderArguments, check_channels, load_vit, pixel_statistics
+from hf_dbp.downstream.encoder import check_channels, load_vit, pixel_statistics
+from hf_dbp.downstream.segmentation.arguments import GROUPS, DataArguments, FinetuningArguments, ModelArguments
 from hf_dbp.downstream.segmentation.balance import balanced
-from hf_dbp.downstream.segmentation.data import SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.downstream.segmentation.data import TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.detection import worst_images
 from hf_dbp.downstream.segmentation.evaluated import EVALUATED, Evaluated, autocast_of
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.figures import plot_predictions
 from hf_dbp.downstream.segmentation.inference import WholeImages
-from hf_dbp.downstream.segmentation.losses import LOSSES
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet
@@ -44,7 +42,6 @@ from hf_dbp.hub.publishing import claim_push
 from hf_dbp.hub.untrusted import read_config
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
-from hf_dbp.training.arguments import RunArguments
 from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import images_first
 from hf_dbp.training.checkpoints import model_folder
@@ -59,135 +56,6 @@ __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "ru
 logger = logging.getLogger(__name__)
 
 EVAL_RESULTS = "eval_results.json"
-
-
-@dataclass
-class DataArguments:
-    """Which labelled images, and how they are cropped."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of parquet files with images and masks, or of images."}
-    )
-    train_mask_dir: str | None = field(
-        default=None, metadata={"help": "Folder of masks, named as the images of train_dir."}
-    )
-    validation_dir: str | None = field(default=None, metadata={"help": "As train_dir, for validation."})
-    validation_mask_dir: str | None = field(default=None, metadata={"help": "As train_mask_dir, for validation."})
-    mask_suffix: str = field(
-        default="", metadata={"help": "What the names of masks end in beyond those of their images, e.g. _mask."}
-    )
-    palette: str | None = field(
-        default=None,
-        metadata={"help": "Colour masks: YAML file of class names and colours. 0/255 masks: binary."},
-    )
-    channel_files: list[str] | None = field(
-        default=None,
-        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
-    )
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images (default: image)."})
-    annotation_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the masks (default: annotation, mask, label or segmentation)."}
-    )
-    num_labels: int | None = field(default=None, metadata={"help": "Number of classes, without an ignored one."})
-    id2label: str | None = field(
-        default=None, metadata={"help": 'JSON file of class names, a list or {"0": name, ...}.'}
-    )
-    ignore_index: int = field(default=255, metadata={"help": "Label id that is neither learned nor scored."})
-    reduce_labels: bool = field(
-        default=False, metadata={"help": "Move label ids down by one; 0 becomes ignore_index (ADE20K)."}
-    )
-    train_fraction: float = field(default=1.0, metadata={"help": "Share of the training images to use."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most so many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many validation images."})
-    train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
-    )
-    subset_seed: int = field(default=0, metadata={"help": "Seed of the draws and the split (not of training)."})
-    max_unreadable: int = field(
-        default=100, metadata={"help": "Pairs that cannot be read are skipped and counted; more of them end the run."}
-    )
-    num_channels: int | None = field(
-        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
-    )
-    built_in_size: int = field(default=128, metadata={"help": "Side in pixels of the built-in images."})
-    crop_size: int = field(default=512, metadata={"help": "Side of the square crops, a multiple of the patch size."})
-    long_edge: int | None = field(
-        default=None,
-        metadata={"help": "Scale images to this long edge (times 0.5 to 2 in training); 0: native resolution. "
-                  "Default: crop_size, as in the paper."},
-    )  # fmt: skip
-
-    def source(self, cache_dir: str | None, token: str | None) -> SegmentationSource:
-        """The data flags without those of cropping. ValueError for values that cannot be."""
-        flags = asdict(self)
-        for name in ("crop_size", "long_edge"):
-            del flags[name]
-        return SegmentationSource(**flags, cache_dir=cache_dir, token=token, seed=self.subset_seed)
-
-    @property
-    def scaled_long_edge(self) -> int | None:
-        """Long edge in pixels that images are scaled to; None for their native resolution."""
-        return self.crop_size if self.long_edge is None else self.long_edge or None
-
-
-@dataclass
-class ModelArguments(EncoderArguments):
-    """Which encoder UperNet starts from."""
-
-    head_size: int = field(default=512, metadata={"help": "Width of UperNet's decode head."})
-    auxiliary_head_size: int = field(default=256, metadata={"help": "Width of the auxiliary head."})
-
-
-@dataclass
-class FinetuningArguments(RunArguments):
-    """TrainingArguments with the paper's optimiser and schedule as defaults; the best checkpoint is by mean IoU."""
-
-    output_dir: str = field(default="outputs/upernet", metadata={"help": "Where everything is written."})
-    learning_rate: float = field(default=2.5e-5, metadata={"help": "Peak learning rate."})
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Layer-wise learning-rate decay: factor per layer below the heads; 1 for none."}
-    )
-    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
-    )
-    loss: str = field(
-        default="ce", metadata={"help": "Cross-entropy, or with soft Dice added: for small objects.", "choices": LOSSES}
-    )
-    class_weights: str = field(
-        default="none",
-        metadata={
-            "help": "Weights of the classes in the cross-entropy: by one over their share of the pixels, or its root.",
-            "choices": list(WEIGHTS),
-        },
-    )
-    rare_crops: float = field(
-        default=0.0, metadata={"help": "Share of the training crops that are drawn around a pixel of a rare class."}
-    )
-    rare_classes: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the rare classes (default: those below a quarter of an even share of the pixels)."},
-    )
-
-    detection_recall: float = field(
-        default=0.95, metadata={"help": "Recall that the image-level threshold is chosen for: is there any defect?"}
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.detection_recall <= 1:
-            raise UserError(f"--detection_recall is a share above 0 and at most 1, got {self.detection_recall}")
-        if not 0 <= self.rare_crops <= 1:
-            raise UserError(f"--rare_crops is a share between 0 and 1, got {self.rare_crops}")
-        if self.rare_classes and not self.rare_crops:
-            raise UserError("--rare_classes belongs to --rare_crops, the share of the crops; give both")
-        self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
-        super().__post_init__()
-        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
-            self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
 
 
 def build_model(
@@ -337,7 +205,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments, "--train_mask_dir")
-    groups = (ModelArguments, DataArguments, FinetuningArguments)
-    parsed = parse_arguments(groups, given, "Fine-tune UperNet from a ViT on labelled images.")
+    parsed = parse_arguments(GROUPS, given, "Fine-tune UperNet from a ViT on labelled images.")
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)

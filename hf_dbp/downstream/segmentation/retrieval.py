@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, 
 from hf_dbp.downstream.segmentation.mean_iou import scores_from_confusion
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
+from hf_dbp.natures import Nature
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 
@@ -201,7 +202,7 @@ def build_memory(
 class RetrievalData(DataArguments):
     """Which labelled images, and how they are cut into windows."""
 
-    crop_size: int | None = field(  # type: ignore[assignment]
+    crop_size: Annotated[int | None, Nature("training")] = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Side of the square windows, a multiple of the patch size (default: the ViT's)."},
     )
@@ -211,16 +212,30 @@ class RetrievalData(DataArguments):
 class RetrievalArguments:
     """Which encoder, and how its neighbours vote."""
 
-    model_name_or_path: str = field(metadata={"help": "Stock ViT, folder or Hub id."})
-    output_dir: str = field(default="outputs/retrieval", metadata={"help": "Where everything is written."})
-    neighbours: int = field(default=30, metadata={"help": "k, the labelled patches that vote on a patch."})
-    temperature: float = field(default=0.05, metadata={"help": "tau; the lower, the more the nearest ones count."})
-    memory: int = field(default=200_000, metadata={"help": "Of more labelled patches a random choice is kept."})
-    batch_size: int = field(default=8, metadata={"help": "Windows per forward pass."})
-    seed: int = field(default=0, metadata={"help": "Seed of that choice."})
-    model_revision: str = field(default="main", metadata={"help": "Revision of the ViT on the Hub."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    token: str | None = field(default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."})
+    model_name_or_path: Annotated[str, Nature("model")] = field(metadata={"help": "Stock ViT, folder or Hub id."})
+    output_dir: Annotated[str, Nature("nothing")] = field(
+        default="outputs/retrieval", metadata={"help": "Where everything is written."}
+    )
+    neighbours: Annotated[int, Nature("training")] = field(
+        default=30, metadata={"help": "k, the labelled patches that vote on a patch."}
+    )
+    temperature: Annotated[float, Nature("training")] = field(
+        default=0.05, metadata={"help": "tau; the lower, the more the nearest ones count."}
+    )
+    memory: Annotated[int, Nature("training")] = field(
+        default=200_000, metadata={"help": "Of more labelled patches a random choice is kept."}
+    )
+    batch_size: Annotated[int, Nature("nothing")] = field(default=8, metadata={"help": "Windows per forward pass."})
+    seed: Annotated[int, Nature("chance")] = field(default=0, metadata={"help": "Seed of that choice."})
+    model_revision: Annotated[str, Nature("model")] = field(
+        default="main", metadata={"help": "Revision of the ViT on the Hub."}
+    )
+    cache_dir: Annotated[str | None, Nature("nothing")] = field(
+        default=None, metadata={"help": "Where downloads are kept."}
+    )
+    token: Annotated[str | None, Nature(secret=True)] = field(
+        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
+    )
 
     def __post_init__(self) -> None:
         for name in ("neighbours", "temperature", "memory", "batch_size"):

@@ -20,6 +20,7 @@ from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.feeding import step_images
 from hf_dbp.downstream.finetuning import FinetuningTrainer
+from hf_dbp.downstream.segmentation.arguments import GROUPS
 from hf_dbp.downstream.segmentation.detection import ImageFigures, image_figures
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.downstream.segmentation.mean_iou import SegmentationScores, scores_from_confusion
@@ -27,18 +28,6 @@ from hf_dbp.downstream.segmentation.upernet import synchronize_batch_norm
 from hf_dbp.errors import UserError
 
 __all__ = ["SegmentationTrainer"]
-
-FIXED = (
-    "model_name_or_path", "model_revision", "model_size", "from_scratch", "dataset_name", "dataset_config_name",
-    "train_dir", "train_mask_dir", "validation_dir", "validation_mask_dir", "mask_suffix", "palette", "channel_files",
-    "image_column_name", "annotation_column_name", "num_labels", "id2label", "ignore_index", "reduce_labels",
-    "train_fraction", "max_train_samples", "max_eval_samples", "train_val_split", "subset_seed", "num_channels",
-    "built_in_size", "crop_size", "seed", "optim", "layer_decay",
-)  # fmt: skip
-SHAPING_TOO = (
-    "long_edge", "per_device_train_batch_size", "gradient_accumulation_steps", "loss", "class_weights", "rare_crops",
-    "rare_classes",
-)  # fmt: skip
 
 
 class SegmentationTrainer(FinetuningTrainer):
@@ -54,8 +43,7 @@ class SegmentationTrainer(FinetuningTrainer):
         ValueError: sizes that cannot be trained on.
     """
 
-    fixed = FIXED
-    shaping = SHAPING_TOO
+    groups = GROUPS
 
     def __init__(
         self, *, crop_size: int, criterion: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any

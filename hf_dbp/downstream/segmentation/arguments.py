@@ -1,0 +1,178 @@
+"""Flags of fine-tuning UperNet: which labelled images, which encoder, how it is trained."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from hf_dbp.downstream.class_weights import WEIGHTS
+from hf_dbp.downstream.encoder import EncoderArguments
+from hf_dbp.downstream.segmentation.losses import LOSSES
+from hf_dbp.downstream.segmentation.source import SegmentationSource
+from hf_dbp.errors import UserError
+from hf_dbp.natures import Nature
+from hf_dbp.training.arguments import FINETUNED, RunArguments
+
+__all__ = ["GROUPS", "DataArguments", "FinetuningArguments", "ModelArguments"]
+
+
+@dataclass
+class DataArguments:
+    """Which labelled images, and how they are cropped."""
+
+    dataset_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
+    )
+    dataset_config_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Configuration of the Hub data set."}
+    )
+    train_dir: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Folder of parquet files with images and masks, or of images."}
+    )
+    train_mask_dir: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Folder of masks, named as the images of train_dir."}
+    )
+    validation_dir: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "As train_dir, for validation."}
+    )
+    validation_mask_dir: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "As train_mask_dir, for validation."}
+    )
+    mask_suffix: Annotated[str, Nature("data")] = field(
+        default="", metadata={"help": "What the names of masks end in beyond those of their images, e.g. _mask."}
+    )
+    palette: Annotated[str | None, Nature("data")] = field(
+        default=None,
+        metadata={"help": "Colour masks: YAML file of class names and colours. 0/255 masks: binary."},
+    )
+    channel_files: Annotated[list[str] | None, Nature("data")] = field(
+        default=None,
+        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
+    )
+    image_column_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Column of the images (default: image)."}
+    )
+    annotation_column_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Column of the masks (default: annotation, mask, label or segmentation)."}
+    )
+    num_labels: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Number of classes, without an ignored one."}
+    )
+    id2label: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": 'JSON file of class names, a list or {"0": name, ...}.'}
+    )
+    ignore_index: Annotated[int, Nature("data")] = field(
+        default=255, metadata={"help": "Label id that is neither learned nor scored."}
+    )
+    reduce_labels: Annotated[bool, Nature("data")] = field(
+        default=False, metadata={"help": "Move label ids down by one; 0 becomes ignore_index (ADE20K)."}
+    )
+    train_fraction: Annotated[float, Nature("data")] = field(
+        default=1.0, metadata={"help": "Share of the training images to use."}
+    )
+    max_train_samples: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Use at most so many training images."}
+    )
+    max_eval_samples: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Use at most so many validation images."}
+    )
+    train_val_split: Annotated[float, Nature("data")] = field(
+        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
+    )
+    subset_seed: Annotated[int, Nature("data")] = field(
+        default=0, metadata={"help": "Seed of the draws and the split (not of training)."}
+    )
+    max_unreadable: Annotated[int, Nature("nothing")] = field(
+        default=100, metadata={"help": "Pairs that cannot be read are skipped and counted; more of them end the run."}
+    )
+    num_channels: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
+    )
+    built_in_size: Annotated[int, Nature("data")] = field(
+        default=128, metadata={"help": "Side in pixels of the built-in images."}
+    )
+    crop_size: Annotated[int, Nature("training", "refused", card="side of the crops in pixels")] = field(
+        default=512, metadata={"help": "Side of the square crops, a multiple of the patch size."}
+    )
+    long_edge: Annotated[int | None, Nature("training", "told")] = field(
+        default=None,
+        metadata={"help": "Scale images to this long edge (times 0.5 to 2 in training); 0: native resolution. "
+                  "Default: crop_size, as in the paper."},
+    )  # fmt: skip
+
+    def source(self, cache_dir: str | None, token: str | None) -> SegmentationSource:
+        """The data flags without those of cropping. ValueError for values that cannot be."""
+        flags = asdict(self)
+        for name in ("crop_size", "long_edge"):
+            del flags[name]
+        return SegmentationSource(**flags, cache_dir=cache_dir, token=token, seed=self.subset_seed)
+
+    @property
+    def scaled_long_edge(self) -> int | None:
+        """Long edge in pixels that images are scaled to; None for their native resolution."""
+        return self.crop_size if self.long_edge is None else self.long_edge or None
+
+
+@dataclass
+class ModelArguments(EncoderArguments):
+    """Which encoder UperNet starts from."""
+
+    head_size: Annotated[int, Nature("model")] = field(
+        default=512, metadata={"help": "Width of UperNet's decode head."}
+    )
+    auxiliary_head_size: Annotated[int, Nature("model")] = field(
+        default=256, metadata={"help": "Width of the auxiliary head."}
+    )
+
+
+@dataclass
+class FinetuningArguments(RunArguments):
+    """TrainingArguments with the paper's optimiser and schedule as defaults; the best checkpoint is by mean IoU."""
+
+    STOCK: ClassVar[dict[str, Nature]] = FINETUNED
+
+    output_dir: str = field(default="outputs/upernet", metadata={"help": "Where everything is written."})
+    learning_rate: float = field(default=2.5e-5, metadata={"help": "Peak learning rate."})
+    layer_decay: Annotated[
+        float, Nature("training", "refused", card="factor of the learning rate per layer below the heads")
+    ] = field(
+        default=1.0, metadata={"help": "Layer-wise learning-rate decay: factor per layer below the heads; 1 for none."}
+    )
+    lr_scheduler_type: str = field(default="polynomial", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
+    )
+    loss: Annotated[str, Nature("training", "told")] = field(
+        default="ce", metadata={"help": "Cross-entropy, or with soft Dice added: for small objects.", "choices": LOSSES}
+    )
+    class_weights: Annotated[str, Nature("training", "told")] = field(
+        default="none",
+        metadata={
+            "help": "Weights of the classes in the cross-entropy: by one over their share of the pixels, or its root.",
+            "choices": list(WEIGHTS),
+        },
+    )
+    rare_crops: Annotated[float, Nature("training", "told")] = field(
+        default=0.0, metadata={"help": "Share of the training crops that are drawn around a pixel of a rare class."}
+    )
+    rare_classes: Annotated[list[str] | None, Nature("training", "told")] = field(
+        default=None,
+        metadata={"help": "Names of the rare classes (default: those below a quarter of an even share of the pixels)."},
+    )
+
+    detection_recall: Annotated[float, Nature("nothing")] = field(
+        default=0.95, metadata={"help": "Recall that the image-level threshold is chosen for: is there any defect?"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.detection_recall <= 1:
+            raise UserError(f"--detection_recall is a share above 0 and at most 1, got {self.detection_recall}")
+        if not 0 <= self.rare_crops <= 1:
+            raise UserError(f"--rare_crops is a share between 0 and 1, got {self.rare_crops}")
+        if self.rare_classes and not self.rare_crops:
+            raise UserError("--rare_classes belongs to --rare_crops, the share of the crops; give both")
+        self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
+        super().__post_init__()
+        if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"lr_end": 0.0, "power": 1.0}
+
+
+GROUPS = (ModelArguments, DataArguments, FinetuningArguments)
