@@ -30,6 +30,7 @@ __all__ = [
     "UnreadableImageError",
     "UnreadableImages",
     "check_finite",
+    "check_fit",
     "check_kind",
     "decode",
     "encoded_bytes",
@@ -38,6 +39,7 @@ __all__ = [
     "too_many",
     "unchecked",
     "unturned_masks",
+    "wrong_channels",
 ]
 
 logger = logging.getLogger(__name__)
@@ -149,13 +151,23 @@ def check_finite(image_HWC: NDArray[Any], name: str) -> None:
         )
 
 
-def check_kind(image_HWC: NDArray[Any], kind: str, name: str) -> None:
-    """UnreadableImageError if the image is of float values among unsigned ones (``kind`` "u"), or the other way."""
-    if kind and image_HWC.dtype.kind != kind:
+def check_kind(dtype: np.dtype[Any], kind: str, name: str) -> None:
+    """UnreadableImageError if an image is of float values among unsigned ones (``kind`` "u"), or the other way."""
+    if kind and dtype.kind != kind:
         others = "unsigned integers" if kind == "u" else "float"
         raise UnreadableImageError(
-            f"{name}: its values are {image_HWC.dtype}, those of the first image {others}, which have another range; "
+            f"{name}: its values are {dtype}, those of the first image {others}, which have another range; "
             "convert the images to one type"
+        )
+
+
+def check_fit(mask: tuple[int, ...], image: tuple[int, ...], name: str) -> None:
+    """UnreadableImageError if a mask has another height and width than its image; begins with ``name``."""
+    if mask[:2] != image[:2]:
+        raise UnreadableImageError(
+            f"{name}: the mask has {mask[0]} x {mask[1]} pixels (height x width) but the image {image[0]} x {image[1]}"
+            "; a mask must label every pixel of its image: make it again at that size, or scale it without "
+            "interpolation"
         )
 
 
@@ -222,7 +234,7 @@ def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
             grey = np.asarray(image)[..., None]
             grey = grey.astype(np.uint16) if image.mode == "I" else grey
             if num_channels not in (None, 1, 3):
-                raise _wrong_channels(grey, num_channels)
+                raise wrong_channels(grey.shape, num_channels)
             return np.repeat(grey, num_channels or 1, axis=2)
         if image.mode == "P" and "transparency" in image.info:  # Pillow warns of dropping it, unless in two steps
             image = image.convert("RGBA")
@@ -238,11 +250,12 @@ def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
     if array.shape[2] == 3 and num_channels == 1:
         array = np.ascontiguousarray(array)
         return np.asarray(cv2.cvtColor(array, cv2.COLOR_RGB2GRAY))[..., None]
-    raise _wrong_channels(array, num_channels)
+    raise wrong_channels(array.shape, num_channels)
 
 
-def _wrong_channels(array: NDArray[np.generic], num_channels: int | None) -> ValueError:
+def wrong_channels(shape: tuple[int, ...], num_channels: int | None) -> ValueError:
+    """The error of an image of ``shape`` (height, width, channels) that has another number of channels than wanted."""
     return UserError(
-        f"an image of shape {array.shape} (height, width, channels) cannot be read as {num_channels} channels; "
-        f"pass --num_channels {array.shape[2]} or convert the images"
+        f"an image of shape {shape} (height, width, channels) cannot be read as {num_channels} channels; "
+        f"pass --num_channels {shape[2]} or convert the images"
     )

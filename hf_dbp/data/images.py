@@ -55,6 +55,7 @@ __all__ = [
     "read_splits",
     "share_value_range",
     "to_array",
+    "value_name",
 ]
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class ImageList:
         name = value_name(value, f"{self.name} {index}")
         try:
             image_HWC = decoder(value, self.num_channels, name, *how)
-            check_kind(image_HWC, self.kind, name)
+            check_kind(image_HWC.dtype, self.kind, name)
             return image_HWC
         except UnreadableImageError as error:
             self.unreadable.add(index, error)
@@ -152,7 +153,7 @@ class ImageList:
         value = self.samples[index][self.column]
         name = value_name(value, f"{self.name} {index}")
         try:
-            check_kind(decode(value, self.num_channels, name), self.kind, name)
+            check_kind(decode(value, self.num_channels, name).dtype, self.kind, name)
         except UnreadableImageError as error:
             return name, str(error).removeprefix(f"{name}: ")
         return name, "it could be read later"

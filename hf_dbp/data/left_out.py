@@ -49,6 +49,14 @@ class LeftOut:
         self.counts.pop(reason, None)
         self.examples.pop(reason, None)
 
+    def use(self, reason: str, ending: str, count: int) -> None:
+        """Take back ``count`` images whose names end so, because they are used after all."""
+        if reason in self.counts:
+            self.counts[reason] -= count
+            self.examples[reason] = [name for name in self.examples[reason] if not name.endswith(ending)]
+            if self.counts[reason] <= 0:
+                self.forget(reason)
+
     def merge(self, other: LeftOut, prefix: str = "") -> None:
         """Add what another source left out; ``prefix`` goes before its reasons."""
         for reason, count in other.counts.items():
@@ -58,7 +66,10 @@ class LeftOut:
 
     def lines(self) -> list[str]:
         """A line for each reason, and the notes."""
-        found = [f"{n} left out: {reason}; e.g. {self.examples[reason][0]}" for reason, n in self.counts.items()]
+        found = [
+            f"{n} left out: {reason}" + "".join(f"; e.g. {name}" for name in self.examples[reason][:1])
+            for reason, n in self.counts.items()
+        ]
         return found + self.notes
 
     def warn(self, name: str) -> None:

@@ -16,8 +16,9 @@ from hf_dbp.data.left_out import LeftOut
 from hf_dbp.errors import UserError
 from hf_dbp.hub.errors import explained
 
-__all__ = ["Member", "choose_members", "no_images", "open_binary", "sample_of", "tar_members"]
+__all__ = ["OTHER_PICTURES", "Member", "choose_members", "no_images", "open_binary", "sample_of", "tar_members"]
 
+OTHER_PICTURES = "other pictures of a sample"
 Member = tuple[str, int, int]  # name, offset and size of a file in a tar
 
 
@@ -90,9 +91,7 @@ def choose_members(file: str, members: Sequence[Member], column: str, left_out: 
         links = [f"{file}, {member[0]}" for _, member in used if member[2] < 0]
         left_out.add("links in a tar; store the files themselves", links)
         others = [f"{file}, {member[0]}" for extension, member in found if (extension, member) not in used]
-        left_out.add(
-            "other pictures of a sample" if column == "image" else f"of another extension than {column}", others
-        )
+        left_out.add(OTHER_PICTURES if column == "image" else f"of another extension than {column}", others)
     return sorted(chosen, key=lambda member: member[1])
 
 

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import DECODING_ERRORS, decode, stored
-from hf_dbp.data.folders import Samples
 from hf_dbp.data.masks import Palette
 from hf_dbp.downstream.segmentation.figures import class_colours
-from hf_dbp.inspection.survey import file_value
+from hf_dbp.inspection.reading import Samples, value_of
 
 __all__ = ["thumbnail", "write_contact_sheet", "write_pictures"]
 
@@ -55,7 +54,7 @@ def write_contact_sheet(path: Path, samples: Samples, masks: Samples, palette: s
     Args:
         path: PNG file to write.
         samples: the readable images.
-        masks: the files of the masks, by the names of their images.
+        masks: the masks, by the names of their images.
         palette: palette file or ``binary``, if masks need one.
     """
     known = Palette(palette, 255) if palette is not None else None
@@ -66,10 +65,10 @@ def write_contact_sheet(path: Path, samples: Samples, masks: Samples, palette: s
     ]
     pictures: list[tuple[str, Array]] = []
     for name in picks:
-        pictures.append((name, thumbnail(decode(file_value(samples[name]), None, name))))
+        pictures.append((name, thumbnail(decode(value_of(samples[name]), None, name))))
         if name in masks:
             try:
-                pictures.append(("mask", mask_thumbnail(stored(file_value(masks[name])), known)))
+                pictures.append(("mask", mask_thumbnail(stored(value_of(masks[name])), known)))
             except DECODING_ERRORS:
                 pictures.append(("mask unreadable", np.zeros((8, 8, 3))))
     write_pictures(path, pictures)

@@ -1,68 +1,61 @@
 """What is in a folder, what the tool will do with it, and the recipes to start from: the main of `hf-dbp inspect`.
 
     hf-dbp inspect IMAGES --masks MASKS
+    hf-dbp inspect FOLDER_OF_PARQUET_OR_TARS
+    hf-dbp inspect --dataset_name HUB_ID
 
-reads every file once and writes, beside what it prints, `contact_sheet.png`, `pretrain.yaml`, with masks
-`finetune.yaml`, and for colour masks without a palette file a `palette.yaml` to put the names in. The recipes are
-`industrial.yaml` and `industrial_upernet.yaml` with what was found filled in.
+reads every image and mask by the code that training reads them with, and writes, beside what it prints,
+`contact_sheet.png`, `pretrain.yaml`, with masks `finetune.yaml`, and for colour masks without a palette file a
+`palette.yaml` to put the names in. The recipes are `industrial.yaml` and `industrial_upernet.yaml` with what was found
+filled in; at the end training's loader opens the data by them, and what it has to say is said here.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import logging
 import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from hf_dbp.data.decoding import unturned_masks
-from hf_dbp.data.folders import Samples, open_pictures
+from hf_dbp.data.decoding import UnreadableImageError, check_fit, unturned_masks
+from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.labels.formats import label_format
 from hf_dbp.data.labels.masks import is_labels, mask_folder
-from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.masks import BINARY, IGNORE, Palette, check_kinds, grey_code
-from hf_dbp.data.pairing import Pairs, UnpairedError, pair_folders
-from hf_dbp.data.sources import pick_splits
-from hf_dbp.data.subset import split_rows
+from hf_dbp.downstream.segmentation.data import load_labelled_images
+from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.errors import UserError, command
+from hf_dbp.inspection.choices import (
+    VALIDATION,
+    Findings,
+    choose_balance,
+    choose_length,
+    choose_pretraining,
+    choose_scale,
+    choose_split,
+    common,
+)
 from hf_dbp.inspection.contact_sheet import write_contact_sheet
 from hf_dbp.inspection.mask_survey import MaskSurvey, survey_masks, write_palette, written_here
-from hf_dbp.inspection.survey import ImageKind, duplicates, file_value, survey_images
+from hf_dbp.inspection.reading import Content, Samples, read_source, value_of
+from hf_dbp.inspection.survey import ImageKind, copies, survey_images
 from hf_dbp.recipes import read_yaml, recipe_path
 
 __all__ = ["inspect_folder", "main"]
 
 T = TypeVar("T")
 OUTLYING = 0.01  # less of the range for 99.8 % of the values is a sign of outliers
-THIN = 2  # from this ratio of the sides on, an image made smaller to the view has lost most of its short side
-STEPS = 1000  # of fine-tuning, at least
-SELDOM = 0.2  # of the masks: a rare class in fewer is sought out by crops
-VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
 
 
-@dataclass
-class Findings:
-    """Lines of the report, things to put right, and flags for the recipes."""
-
-    lines: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    pretraining: dict[str, Any] = field(default_factory=dict)
-    finetuning: dict[str, Any] = field(default_factory=dict)
-
-
-def common(counts: Counter[Any], shown: int = 4) -> str:
-    """The commonest entries with their counts, and how many others there are."""
-    first = ", ".join(f"{entry} ({count})" for entry, count in counts.most_common(shown))
-    return first + (f" and {len(counts) - shown} other kinds" if len(counts) > shown else "")
-
-
-def pooled(splits: Mapping[str, dict[str, T]]) -> dict[str, T]:
+def pooled(splits: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
     """All that the splits hold; names outside ``train`` begin with that of their split."""
     return {
         name if split == "train" else f"{split}/{name}": value
@@ -77,30 +70,42 @@ def training_share(splits: Mapping[str, Mapping[str, Any]]) -> int:
     return count if splits.get("validation") else count - max(1, round(count * VALIDATION))
 
 
-def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Findings) -> list[ImageKind]:
+def describe_images(
+    samples: Samples, files: Sequence[str], kinds: Mapping[str, ImageKind], found: Findings
+) -> list[ImageKind]:
     """Counts, sizes, channels, depth, unreadable files and duplicates; returns the kinds of the readable ones."""
-    files = [file for sample in samples.values() for file in sample]
-    suffixes = Counter(Path(file).suffix.lower() for file in files)
     readable = [kind for kind in kinds.values() if not kind.error]
     if not readable:
         raise UserError(f"none of the {len(samples)} images can be read, e.g. {next(iter(kinds.values())).error}")
+    suffixes = Counter(Path(file).suffix.lower() for file in files)
     gigabytes = sum(Path(file).stat().st_size for file in files) / 1e9
+    sides = np.array([sorted(kind.size) for kind in readable])
+    ratios = sides[:, 1] / sides[:, 0]
     found.lines += [
-        f"images     {len(samples)} in {len(files)} files: {common(suffixes)}; {gigabytes:.2f} GB",
+        f"images     {len(samples)}"
+        + (f" in {len(files)} files: {common(suffixes)}; {gigabytes:.2f} GB" * bool(files)),
         f"sizes      {common(Counter(f'{k.size[0]} x {k.size[1]}' for k in readable))} (height x width)",
+        f"aspect     the long side is {np.median(ratios):.3g} times the short one ({ratios.min():.3g} to "
+        f"{ratios.max():.3g}); sides of {np.median(sides[:, 0]):.0f} and {np.median(sides[:, 1]):.0f} pixels (medians)",
         f"channels   {common(Counter(f'{k.channels} of {k.dtype}' for k in readable))}",
     ]
     describe_values(readable, found)
-    errors = [kind.error for kind in kinds.values() if kind.error]
+    infinite = [kind.error for kind in kinds.values() if not kind.finite]
+    if infinite:
+        found.problems.append(
+            f"{len(infinite)} of {len(samples)} images will be left out of training, e.g. {infinite[0]}"
+        )
+    errors = [kind.error for kind in kinds.values() if kind.error and kind.finite]
     if errors:
         found.problems.append(
             f"{len(errors)} of {len(samples)} images cannot be read and will be left out of training, e.g. "
             f"{errors[0]}; repair them or move them away"
         )
-    copies = duplicates(files)
-    if copies:
+    groups = copies(samples, kinds)
+    if groups:
+        what = "images" if any(kind.digest for kind in readable) else "files"
         found.problems.append(
-            f"{sum(len(group) - 1 for group in copies)} files are copies of others, e.g. {' = '.join(copies[0][:2])}; "
+            f"{sum(len(group) - 1 for group in groups)} {what} are copies of others, e.g. {' = '.join(groups[0][:2])}; "
             "a copy in training and validation makes validation look better than it is: leave one of each"
         )
     return readable
@@ -108,12 +113,14 @@ def describe_images(samples: Samples, kinds: Mapping[str, ImageKind], found: Fin
 
 def describe_values(readable: Sequence[ImageKind], found: Findings) -> None:
     """The range of each type of values, and what is done with it; see `hf_dbp.data.values`."""
+    floats = [kind for kind in readable if kind.dtype.startswith("float")]
+    unit = bool(floats) and min(kind.low for kind in floats) >= 0 and max(kind.high for kind in floats) <= 1
     for stored, count in Counter(kind.stored for kind in readable).most_common(3):
         kinds = [kind for kind in readable if kind.stored == stored]
         low, high = min(kind.low for kind in kinds), max(kind.high for kind in kinds)
         if kinds[0].dtype.startswith("uint"):
             done = f"divided by {np.iinfo(kinds[0].dtype).max}"
-        elif low >= 0 and high <= 1:
+        elif unit:
             done = "taken as they are"
         else:
             done = "this range, measured on the training images, becomes 0 to 1"
@@ -126,114 +133,57 @@ def describe_values(readable: Sequence[ImageKind], found: Findings) -> None:
             )
 
 
-def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findings) -> None:
-    """Channels, view size, native tiles or not, batch for so many images: what the recipe says and why."""
-    pictures = all(kind.picture for kind in readable)
-    counts = Counter((1 if k.channels < 3 else 3) if k.picture else k.channels for k in readable)  # without alpha
-    channels = counts.most_common(1)[0][0]
-    if len(counts) > 1 and counts.keys() <= {1, 3}:
-        channels = 3  # grey becomes RGB
-    elif len(counts) > 1:
-        found.problems.append(
-            f"images of {' and '.join(map(str, sorted(counts)))} channels: those of other than {channels} will be "
-            "left out; sort them into folders of their own, or pass --num_channels to pretrain"
-        )
-    if len({kind.dtype for kind in readable}) > 1:
-        found.problems.append(
-            f"pixel types {common(Counter(kind.dtype for kind in readable))} are mixed; 8 and 16 bits are each scaled "
-            "by their full range, float images among them are left out: convert them to one type"
-        )
-    short = int(np.median([min(kind.size) for kind in readable]))
-    patch = 16 if short >= 128 else 8
-    size = max(patch, min(512, short // patch * patch))
-    native = short >= 2 * size
-    found.pretraining = {
-        "image_size": size,
-        "patch_size": patch,
-        "num_channels": channels,
-        "native_tiles": native,
-        "per_device_train_batch_size": max(1, min(16, trained)),
-    }
-    statistics = "ImageNet's" if channels == 3 and pictures else "measured once on the training images"
-    found.lines += [
-        f"views      {'random tiles of ' if native else 'random parts, made smaller to '}{size} x {size} pixels"
-        f"{' at native resolution (native_tiles: false for whole images made smaller)' if native else ''}",
-        f"input      {channels} channels, mean and standard deviation {statistics}",
-    ]
-
-
 def describe_masks(
-    args: argparse.Namespace, pairs: Mapping[str, Pairs], kinds: Mapping[str, ImageKind], found: Findings
+    args: argparse.Namespace, content: Content, kinds: Mapping[str, ImageKind], found: Findings
 ) -> Samples:
-    """Kind of masks, sizes, class balance, and the flags that follow; returns the masks by image."""
-    masks = {name: files[1] for name, files in pooled(pairs).items()}
-    survey = survey_masks(masks, coloured=args.palette not in (None, BINARY))
+    """Kind of masks, sizes, objects, class balance, and the flags that follow; returns the masks by image."""
+    pairs = content.pairs or {}
+    masks = {name: pair[1] for name, pair in pooled(pairs).items()}
+    crop = max(32, found.pretraining["image_size"])
+    survey = survey_masks(masks, args.palette not in (None, BINARY), crop)
     found.lines += ["", f"masks      {len(masks)}; {len(kinds) - len(masks)} images have none and only pre-train"]
     if survey.errors:
         found.problems.append(
             f"{len(survey.errors)} masks cannot be read and will be left out of fine-tuning with their images, e.g. "
             f"{next(iter(survey.errors.values()))}; repair them or move them away"
         )
-    values = ((file_value(images), file_value(files)) for images, files in pooled(pairs).values())
+    values = ((value_of(image), value_of(mask)) for image, mask in pooled(pairs).values())
     if warning := unturned_masks(values):
         found.problems.append(warning)
-    other = [name for name, size in survey.sizes.items() if not kinds[name].error and kinds[name].size != tuple(size)]
-    if other:
-        (height, width), of = survey.sizes[other[0]], kinds[other[0]].size
+    misfits = [reason for name in survey.sizes if (reason := misfit(kinds[name], survey, name))]
+    if misfits:
         found.problems.append(
-            f"{len(other)} masks are of another size than their images, e.g. {other[0]}: {height} x {width} for "
-            f"{of[0]} x {of[1]}; such pairs will be left out of fine-tuning: make them again at the images' size, or "
-            "scale them without interpolation"
+            f"{len(misfits)} masks are of another size than their images, with which they will be left out of "
+            f"fine-tuning, e.g. {misfits[0]}"
         )
-    found.finetuning = {"train_mask_dir": args.masks, "mask_suffix": args.mask_suffix}
+    count = sum(map(len, survey.objects.values()))
+    if (smallest := survey.smallest()) is not None:
+        found.lines.append(
+            f"objects    {count} outside the commonest class; the smallest are {smallest:.1f} pixels thick (tenth "
+            "percentile of area by longer side)"
+        )
+    found.finetuning = dict(content.mask_flags)
+    found.finetuning |= {"num_channels": found.pretraining["num_channels"], "crop_size": crop}
+    found.finetuning["long_edge"] = choose_scale([kind for kind in kinds.values() if not kind.error], survey, found)
     ids = describe_classes(args, survey, found)
-    check_split(ids, [name for name in ids if name in pooled({"validation": pairs.get("validation", {})})], found)
+    if not ids:
+        found.finetuning = {}
+        return masks
+    if not pairs.get("validation"):
+        choose_split({name: ids.get(name, Counter()) for name in masks}, found)
     labelled = max(2, training_share(pairs))
-    found.finetuning |= {
-        "num_channels": found.pretraining["num_channels"],
-        "crop_size": max(32, found.pretraining["image_size"]),
-        "long_edge": choose_scale([kind for kind in kinds.values() if not kind.error], survey.smallest, found),
-        "per_device_train_batch_size": max(2, min(16, labelled // 2)),
-    }
+    found.finetuning["per_device_train_batch_size"] = max(2, min(16, labelled // 2))
     found.finetuning |= choose_length(max(1, labelled // found.finetuning["per_device_train_batch_size"]), found)
     return masks
 
 
-def choose_scale(readable: Sequence[ImageKind], smallest: float | None, found: Findings) -> int:
-    """`long_edge` for fine-tuning, 0 for native resolution, by both sides and the smallest objects; says why."""
-    size, patch = found.pretraining["image_size"], found.pretraining["patch_size"]
-    short, long = (int(np.median([side(kind.size) for kind in readable])) for side in (min, max))
-    factor, stride = min(1.0, size / long), patch / 4  # the finest feature map has a cell in so many pixels
-    objects = "" if smallest is None else f"the smallest objects ({smallest:.1f} pixels thick)"
-    if found.pretraining["native_tiles"]:
-        reason = f"images are at least {2 * size} pixels a side"
-    elif long >= THIN * short and long > size:
-        reason = f"images are long and thin, made smaller to {size} pixels they would be {short * size // long} high"
-    elif smallest is not None and factor < 1 and smallest * factor < stride:
-        reason = f"made smaller to {size} pixels {objects} would be {smallest * factor:.1f}"
-    else:
-        found.lines.append(
-            f"scale      the long edge at {size} pixels (long_edge: {size}), crops of {size}"
-            + (f"; {objects} are then {smallest * factor:.1f}" if smallest is not None else "")
-        )
-        return int(size)
-    found.lines.append(f"scale      native resolution (long_edge: 0), crops of {size}: {reason}")
-    if smallest is not None and smallest < stride:
-        found.lines.append(f"           {objects} are less than a cell of the feature maps, {stride:g} pixels")
-    return 0
-
-
-def choose_length(epoch_steps: int, found: Findings) -> dict[str, Any]:
-    """Flags for few labelled images, of which the recipe's epochs are too few steps to learn from; says so."""
-    epochs = int(read_yaml(recipe_path("industrial_upernet.yaml"))["num_train_epochs"])
-    if epochs * epoch_steps >= STEPS:
-        return {}
-    found.lines.append(
-        f"length     {-(-STEPS // epoch_steps)} epochs (num_train_epochs), {STEPS} steps: the recipe's {epochs} of "
-        f"so few images are {epochs * epoch_steps} steps"
-    )
-    steps = {"eval_strategy": "steps", "eval_steps": STEPS // 20, "save_strategy": "steps", "save_steps": STEPS // 20}
-    return {"num_train_epochs": -(-STEPS // epoch_steps), **steps}
+def misfit(kind: ImageKind, survey: MaskSurvey, name: str) -> str:
+    """What training says of a mask of another size than its image; empty if they fit, or the image is unreadable."""
+    try:
+        check_fit(survey.sizes[name], survey.sizes[name] if kind.error else kind.size, survey.names[name])
+    except UnreadableImageError as error:
+        return str(error)
+    return ""
 
 
 def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:
@@ -263,7 +213,7 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
         )
         return {}
     try:
-        found.problems += check_kinds(survey.kinds, palette_file)
+        found.problems += check_kinds({survey.names[n]: kind for n, kind in survey.kinds.items()}, palette_file)
     except UserError as error:
         found.problems.append(str(error))
     if palette_file is not None:
@@ -290,60 +240,21 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
         if name in total or name != IGNORE:
             share, holders = total[name] / total.total(), sum(name in counts for counts in balance.values())
             found.lines.append(f"           {name:<20} {share:8.3%} of the pixels, in {holders} masks")
-    choose_balance(order, total, {name: sum(name in c for c in balance.values()) for name in total}, found)
+    choose_balance([name for name in order if name != IGNORE], total, held_by_crops(survey, names, found), found)
     return balance
 
 
-def choose_balance(
-    order: Sequence[str], pixels: Mapping[str, int], holders: Mapping[str, int], found: Findings
-) -> None:
-    """Weights and crops for rare classes, as `hf_dbp.downstream.segmentation.rare` has them; says why."""
-    classes = [name for name in order if name != IGNORE]
-    counts = {name: pixels.get(name, 0) for name in classes}
-    share = 1 / (4 * max(1, len(classes)))
-    rare = [name for name, count in counts.items() if 0 < count < share * sum(counts.values())]
-    if not rare:
-        return
-    found.finetuning["class_weights"] = "sqrt"
-    found.lines.append(
-        f"balance    {', '.join(rare)}: less than {share:.2%} of the pixels each, a quarter of an even share, so the "
-        "loss weighs classes by one over the root of their share (class_weights: sqrt)"
-    )
-    masks = max(holders.values())
-    seldom = [name for name in rare if holders[name] < SELDOM * masks]
-    if seldom:
-        found.finetuning["rare_crops"] = 0.33
-        found.lines.append(
-            f"           {', '.join(seldom)}: in less than {SELDOM:.0%} of the masks, so a third of the crops is drawn "
-            "around rare classes (rare_crops: 0.33)"
-        )
+def held_by_crops(survey: MaskSurvey, names: Mapping[int, str], found: Findings) -> dict[str, float]:
+    """The share of the training crops that hold a class by chance, at most that of its masks: see `crop_chances`.
 
-
-def check_split(balance: Mapping[str, Counter[str]], validation: Sequence[str], found: Findings) -> None:
-    """Say which classes the validation masks lack; where none are given, find a seed whose draw lacks none."""
-    names = list(balance)
-    if len(names) < 2:
-        return
-    every = set().union(*balance.values())
-    missing: set[str] = set()
-    if validation:
-        missing = every - set().union(*(balance[name] for name in validation))
-        if missing:
-            found.problems.append(
-                f"{', '.join(sorted(missing))} is in no mask of the validation folder, so its IoU would not count; "
-                "move images and masks with it there"
-            )
-        return
-    for seed in range(100):
-        held = set().union(*(balance[names[row]] for row in split_rows(len(names), VALIDATION, seed)[1]))
-        if held == every:
-            found.finetuning["subset_seed"] = seed
-            return
-        missing = missing or every - held
-    found.problems.append(
-        f"{', '.join(sorted(missing))} would be missing from the validation masks, so its IoU would not count; "
-        "label more images of it, or give --validation_dir and --validation_mask_dir"
-    )
+    Of images made smaller a crop sees most of one.
+    """
+    native = not found.finetuning["long_edge"]
+    shares: dict[str, float] = {}
+    for value, name in names.items():
+        chances = [(chances[value] if native else 1.0) for chances in survey.chances.values() if value in chances]
+        shares[name] = min(1.0, shares.get(name, 0.0) + sum(chances) / max(1, len(survey.chances)))
+    return shares
 
 
 def remove_earlier(recipe: Path) -> None:
@@ -363,33 +274,57 @@ def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def read_folders(args: argparse.Namespace, found: Findings) -> tuple[dict[str, Samples], dict[str, Pairs] | None]:
-    """The images, and the pairs if there are masks that fit, of the splits that training takes; says what is left out.
-
-    Raises:
-        UserError: nothing to read, or masks in a folder of the images.
-    """
-    if args.masks is not None:
-        if Path(args.folder).resolve() in Path(args.masks).resolve().parents:
-            raise UserError(f"{args.masks} lies in {args.folder}, all of whose pictures are images; move it out")
-        try:
-            pairing = pair_folders(args.folder, args.masks, args.mask_suffix, args.channel_files)
-        except UnpairedError as error:
-            found.problems.append(str(error))
-        else:
-            describe_left_out(pairing.left_out, found)
-            return pairing.images, pairing.pairs
-    folder = open_pictures(args.folder)
-    images = pick_splits(folder.pictures(args.channel_files, args.mask_suffix), args.folder, folder.left_out)
-    describe_left_out(folder.left_out, found)
-    return images, None
-
-
-def describe_left_out(left_out: LeftOut, found: Findings) -> None:
+def describe_left_out(content: Content, found: Findings) -> None:
     """What lies there and is not used."""
+    left_out = content.left_out
+    found.problems += [content.problem] if content.problem else []
     found.problems += [line for line in left_out.lines() if "without a mask" not in line]
     if left_out.other_files:
         found.lines.append(f"others     files that hold no images: {common(left_out.other_files)}")
+
+
+class Heard(logging.Handler):
+    """The warnings of training's code, kept instead of shown."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def known(source: type[ImageSource], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a source has."""
+    names = {field.name for field in dataclasses.fields(source) if field.init}
+    return {name: value for name, value in flags.items() if name in names and value is not None}
+
+
+def rehearse(data: Mapping[str, Any], found: Findings) -> list[str]:
+    """What training's loaders say of the data by the flags of both recipes, as far as no line says it yet.
+
+    Args:
+        data: the flags that name the images.
+        found: with the flags of both recipes; its problems are those already named.
+    """
+    heard, logger = Heard(), logging.getLogger("hf_dbp")
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(heard)
+    try:
+        if found.finetuning:
+            flags = known(SegmentationSource, {**data, **found.finetuning})
+            load_labelled_images(SegmentationSource(**flags, seed=flags.get("subset_seed", 0)))
+        load_images(ImageSource(**known(ImageSource, {**data, **found.pretraining})))
+    except UserError as error:
+        heard.messages.append(str(error))
+    finally:
+        logger.removeHandler(heard)
+        logger.propagate = propagated
+    said = "\n".join(found.problems)
+    fresh = (
+        message for message in dict.fromkeys(heard.messages) if " left out: " not in message
+    )  # these are in `said`
+    return [message for message in fresh if message.partition(": ")[2] not in said]
 
 
 def inspect_folder(args: argparse.Namespace) -> Findings:
@@ -399,29 +334,33 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
     if labels is not None and is_labels(labels):
         args.masks, args.label_names = mask_folder(labels, args.folder)
         found.lines.append(f"labels     {label_format(Path(labels))}, drawn as masks of {', '.join(args.label_names)}")
-    taken, pairs = read_folders(args, found)
-    samples, masks = pooled(taken), {}
+    content = read_source(args)
+    describe_left_out(content, found)
+    samples = pooled(content.images)
+    masks: Samples = {}
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     remove_earlier(output / "finetune.yaml")
     kinds = survey_images(samples)
-    choose_pretraining(training_share(taken), describe_images(samples, kinds, found), found)
-    data = {"train_dir": args.folder, "channel_files": args.channel_files}
+    readable = describe_images(samples, content.files, kinds, found)
+    choose_pretraining(training_share(content.images), readable, found)
+    data = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
+    data |= {"train_dir": args.folder, "channel_files": args.channel_files} | content.flags
     if args.masks is not None and Path(args.masks).resolve() == Path(args.folder).resolve():
         data["mask_suffix"] = args.mask_suffix
     write_recipe(output / "pretrain.yaml", "industrial.yaml", data | found.pretraining)
     commands = [f"hf-dbp pretrain --config {shlex.quote(str(output / 'pretrain.yaml'))}",
                 "hf-dbp fuse outputs/industrial --output_dir outputs/industrial-fused"]  # fmt: skip
-    if pairs is not None:
-        masks = describe_masks(args, pairs, kinds, found)
-        if args.label_names:
-            found.finetuning["train_mask_dir"] = labels
+    if content.pairs is not None:
+        masks = describe_masks(args, content, kinds, found)
         if found.finetuning:
+            found.finetuning |= {"train_mask_dir": labels} if args.label_names else {}
             flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
             write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)
             commands.append(f"hf-dbp finetune --config {shlex.quote(str(output / 'finetune.yaml'))}")
-    readable = {name: files for name, files in samples.items() if not kinds[name].error}
-    write_contact_sheet(output / "contact_sheet.png", readable, masks, found.finetuning.get("palette"))
+    found.problems += rehearse(data, found)
+    shown = {name: sample for name, sample in samples.items() if not kinds[name].error}
+    write_contact_sheet(output / "contact_sheet.png", shown, masks, found.finetuning.get("palette"))
     found.lines += ["", *(f"PROBLEM    {problem}" for problem in found.problems)]
     found.lines += [f"written    contact_sheet.png and the recipes, in {output}", "next       " + commands[0]]
     found.lines += [" " * 11 + command for command in commands[1:]]
@@ -432,12 +371,19 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run. User mistakes end with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", help="folder of images, nested as it is")
+    parser.add_argument("folder", nargs="?", help="folder of images, nested as it is, or of parquet files or tars")
     parser.add_argument("--masks", help="masks, named as the images, or labels (COCO, LabelMe, YOLO, CVAT)")
     parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
     parser.add_argument("--palette", help="YAML file of class names and colours, or `binary` for 0/255 masks")
     parser.add_argument(
         "--channel_files", nargs="+", help="a file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'"
     )
+    parser.add_argument("--dataset_name", help="in place of a folder: Hub id of a data set, or wire_bonding")
+    parser.add_argument("--dataset_config_name", help="configuration of the Hub data set")
+    parser.add_argument("--image_column_name", help="column of the images in parquet, tars or a Hub data set")
+    parser.add_argument("--annotation_column_name", help="column of the masks there")
     parser.add_argument("--output_dir", default="outputs/inspection", help="where recipes and contact sheet go")
-    print("\n".join(inspect_folder(parser.parse_args(arguments)).lines))
+    args = parser.parse_args(arguments)
+    if (args.folder is None) == (args.dataset_name is None):
+        raise UserError("name what to inspect: a folder, or --dataset_name HUB_ID (not both)")
+    print("\n".join(inspect_folder(args).lines))

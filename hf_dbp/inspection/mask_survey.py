@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from hf_dbp.data.decoding import DECODING_ERRORS, stored
-from hf_dbp.data.folders import Samples
+from hf_dbp.data.images import value_name
 from hf_dbp.data.masks import (
     FULL,
     MaskKind,
@@ -31,9 +31,9 @@ from hf_dbp.data.masks import (
 )
 from hf_dbp.data.shards import in_threads
 from hf_dbp.errors import UserError
-from hf_dbp.inspection.survey import file_value
+from hf_dbp.inspection.reading import Samples, value_of
 
-__all__ = ["MaskSurvey", "survey_masks", "thickness", "write_palette", "written_here"]
+__all__ = ["MaskSurvey", "crop_chances", "survey_masks", "thickness", "write_palette", "written_here"]
 
 THREADS = 4
 COLOURS = 64  # more than so many are no palette
@@ -50,6 +50,8 @@ class MaskSurvey:
         kinds: of each mask, what it shows of its meaning.
         coloured: whether the values are colours.
         objects: of each mask, how thick its objects are in pixels, see `thickness`.
+        chances: of each mask, value -> share of the crops at native resolution that hold it, see `crop_chances`.
+        names: what messages call each mask.
         errors: masks that cannot be read, and why.
     """
 
@@ -58,12 +60,21 @@ class MaskSurvey:
     kinds: dict[str, MaskKind] = field(default_factory=dict)
     coloured: bool = False
     objects: dict[str, list[float]] = field(default_factory=dict)
+    chances: dict[str, dict[int, float]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def smallest(self) -> float | None:
-        """Thickness of the smallest objects, the tenth percentile over all masks; None if there are no objects."""
-        sizes = [size for sizes in self.objects.values() for size in sizes]
+    def smallest(self, long_edge: int | None = None) -> float | None:
+        """Thickness of the smallest objects, the tenth percentile over all masks; None if there are no objects.
+
+        Args:
+            long_edge: pixels that the long side of larger masks is made smaller to; None for none.
+        """
+        sizes = [
+            size * (1.0 if long_edge is None else min(1.0, long_edge / max(self.sizes[name])))
+            for name, found in self.objects.items()
+            for size in found
+        ]
         return float(np.percentile(sizes, 10)) if sizes else None
 
     @property
@@ -100,28 +111,56 @@ def thickness(values_HW: NDArray[Any]) -> list[float]:
     return sizes
 
 
-def survey_masks(masks: Samples, coloured: bool = False) -> MaskSurvey:
-    """Read all masks; ``coloured`` if a palette file says what their colours mean."""
+def crop_chances(values_HW: NDArray[Any], crop: int) -> dict[int, float]:
+    """Of each value in a mask the share of its crops of ``crop`` pixels a side that hold it, of those on a grid.
+
+    Where the mask is smaller than a crop, so is the crop. Of more than `COLOURS` values none is looked at.
+    """
+    values, counts = np.unique(values_HW, return_counts=True)
+    height, width = (min(side, crop) for side in values_HW.shape)
+    step, found = max(1, crop // 8), {}
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True) if len(values) <= COLOURS else ():
+        if 2 * count > values_HW.size:  # nearly every crop
+            found[value] = 1.0
+            continue
+        sums = cv2.integral((values_HW == value).astype(np.uint8))
+        held = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+        found[value] = float((held[::step, ::step] > 0).mean())
+    return found
+
+
+def survey_masks(masks: Samples, coloured: bool = False, crop: int = 512) -> MaskSurvey:
+    """Read all masks.
+
+    Args:
+        masks: by the names of their images.
+        coloured: whether a palette file says what their colours mean.
+        crop: side of a training crop in pixels.
+    """
     found = MaskSurvey(coloured=coloured)
     colours: set[str] = set()
 
-    def look(files: tuple[str, ...]) -> tuple[bool, MaskKind, Any, Any, list[float]] | str:
+    def look(name: str) -> tuple[str, Any]:
+        where = name
         try:
-            value = file_value(files)
+            value = value_of(masks[name])
+            where = value_name(value, name)
             mask = stored(value)
             array = np.asarray(mask)
             rgb = array.ndim == 3 and array.shape[2] > 1
             values = rgb_codes(mask) if rgb else whole_numbers(array.reshape(array.shape[:2]))
-            return rgb, mask_kind(value, mask), values.shape, np.unique(values, return_counts=True), thickness(values)
+            counts, kind = np.unique(values, return_counts=True), mask_kind(value, mask)
+            return where, (rgb, kind, values.shape, counts, thickness(values), crop_chances(values, crop))
         except DECODING_ERRORS as error:
-            return f"{files[0]}: {error}"
+            return where, f"{where}: the mask cannot be read: {error}"
 
-    progress = tqdm(in_threads(look, list(masks.values()), THREADS), "Masks", len(masks), leave=False)
-    for name, seen in zip(masks, progress, strict=True):
+    progress = tqdm(in_threads(look, list(masks), THREADS), "Masks", len(masks), leave=False)
+    for name, (where, seen) in zip(masks, progress, strict=True):
+        found.names[name] = where
         if isinstance(seen, str):
             found.errors[name] = seen
             continue
-        rgb, found.kinds[name], found.sizes[name], (values, counts), found.objects[name] = seen
+        rgb, found.kinds[name], found.sizes[name], (values, counts), found.objects[name], found.chances[name] = seen
         colours |= {name} if rgb else set()
         found.values[name] = Counter(dict(zip(values.tolist(), counts.tolist(), strict=True)))
     unify(found, colours)
@@ -143,10 +182,13 @@ def unify(found: MaskSurvey, colours: set[str]) -> None:
         factor = 255 if name in bilevel and full else 1
         own = dict(found.kinds[name].colours)
         unified: Counter[int] = Counter()
+        chances: dict[int, float] = {}
         for value, count in counts.items():
             recoded = found.coloured and name not in colours
-            unified[own.get(value, grey_code(factor * value)) if recoded else factor * value] += count
-        found.values[name] = unified
+            new = own.get(value, grey_code(factor * value)) if recoded else factor * value
+            unified[new] += count
+            chances[new] = max(chances.get(new, 0.0), found.chances[name].get(value, 1.0))
+        found.values[name], found.chances[name] = unified, chances
 
 
 def written_here(path: Path) -> bool:

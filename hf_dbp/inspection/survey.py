@@ -1,4 +1,4 @@
-"""What a folder of images holds: every file is read once, in threads, and little of it is kept.
+"""What a source of images holds: every image is read once, in threads, and little of it is kept.
 
 `survey_images` gives size, channels, type or the error of each sample; `duplicates` the files with equal contents.
 """
@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, decode, stored
-from hf_dbp.data.folders import Samples
+from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, check_finite, encoded_bytes, stored, to_array
+from hf_dbp.data.images import value_name
 from hf_dbp.data.shards import in_threads
+from hf_dbp.inspection.reading import Row, Samples, value_of
 
-__all__ = ["ImageKind", "duplicates", "file_value", "survey_images"]
+__all__ = ["ImageKind", "copies", "duplicates", "survey_images"]
 
 THREADS = 4
 PIECE = 2**16  # bytes
@@ -29,13 +30,14 @@ PIECE = 2**16  # bytes
 
 @dataclass(frozen=True)
 class ImageKind:
-    """Height and width in pixels, channels as stored and their type; or why the sample cannot be read.
+    """What messages call it, height and width in pixels, channels and their type; or why the sample cannot be read.
 
     ``stored`` is the type in the file, ``dtype`` that in which the values are held; ``low`` and ``high`` are the least
     and the greatest value, ``bulk`` what the middle 99.8 % of the values span. Of a ``picture`` (8-bit, by Pillow) the
-    tool makes grey or RGB, of an array it takes the channels as they are.
+    tool makes grey or RGB, of an array it takes the channels as they are. ``digest`` tells rows of a table apart.
     """
 
+    name: str = ""
     size: tuple[int, int] = (0, 0)
     channels: int = 0
     dtype: str = ""
@@ -44,34 +46,47 @@ class ImageKind:
     low: float = 0.0
     high: float = 0.0
     bulk: tuple[float, float] = (0.0, 0.0)
+    digest: bytes = b""
+    finite: bool = True
     error: str = ""
 
-
-def file_value(files: Sequence[str]) -> dict[str, Any]:
-    """The files of a sample in the form that `decode` reads."""
-    return {"bytes": None, "path": files[0], "more": list(files[1:])}
+    @property
+    def counted(self) -> int:
+        """Channels without alpha, which pictures lose on reading."""
+        return (1 if self.channels < 3 else 3) if self.picture else self.channels
 
 
 def survey_images(samples: Samples) -> dict[str, ImageKind]:
     """The kind of each sample, by name."""
+    names = list(samples)
 
-    def look(files: tuple[str, ...]) -> ImageKind:
+    def look(name: str) -> ImageKind:
+        sample, where = samples[name], name
         try:
-            image = stored(file_value(files))
+            value = value_of(sample)
+            where = value_name(value, name)
+            image = stored(value)
             picture = isinstance(image, Image.Image)
             bands = (3 if image.mode == "P" else len(image.getbands())) if picture else None
-            array = decode(image, bands, "")
-        except (*DECODING_ERRORS, UnreadableImageError) as error:
-            return ImageKind(error=f"{files[0]}: {str(error).removeprefix(': ')}")
+            array = to_array(image, bands)
+        except DECODING_ERRORS as error:
+            reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+            return ImageKind(where, error=f"{where}: {reason}")
+        try:
+            check_finite(array, where)
+        except UnreadableImageError as error:
+            return ImageKind(where, finite=False, error=str(error))
         size, eight_bits = (array.shape[0], array.shape[1]), array.dtype == np.uint8
         held = str(array.dtype)
+        digest = hashlib.blake2b(encoded_bytes(value), digest_size=16).digest() if isinstance(sample, Row) else b""
         return ImageKind(
-            size, array.shape[2], held, picture and eight_bits, held if picture else str(np.asarray(image).dtype),
-            float(array.min()), float(array.max()), bulk(array),
+            where, size, array.shape[2], held, picture and eight_bits,
+            held if picture else str(np.asarray(image).dtype), float(array.min()), float(array.max()),
+            bulk(array), digest,
         )  # fmt: skip
 
-    progress = tqdm(in_threads(look, list(samples.values()), THREADS), "Images", len(samples), leave=False)
-    return dict(zip(samples, progress, strict=True))
+    progress = tqdm(in_threads(look, names, THREADS), "Images", len(names), leave=False)
+    return dict(zip(names, progress, strict=True))
 
 
 def bulk(array_HWC: NDArray[Any]) -> tuple[float, float]:
@@ -91,6 +106,16 @@ def duplicates(files: Iterable[str]) -> list[list[str]]:
                 split[key(file)].append(file)
         groups = [group for group in split.values() if len(group) > 1]
     return groups
+
+
+def copies(samples: Samples, kinds: Mapping[str, ImageKind]) -> list[list[str]]:
+    """Groups of equal images by what messages call them: of files by their bytes, of rows by what is stored in them."""
+    rows: dict[bytes, list[str]] = defaultdict(list)
+    for kind in kinds.values():
+        if kind.digest:
+            rows[kind.digest].append(kind.name)
+    files = (file for sample in samples.values() if not isinstance(sample, Row) for file in sample)
+    return [*duplicates(files), *(group for group in rows.values() if len(group) > 1)]
 
 
 def size_of(file: str) -> int:

@@ -28,7 +28,7 @@ from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.pairing import pair_folders
 from hf_dbp.data.sources import encoded_splits, read_splits, streamed_splits
 from hf_dbp.data.subset import content_key, readable_bytes
-from hf_dbp.inspection.folder import Findings, read_folders
+from hf_dbp.inspection.reading import read_source
 
 several = settings(
     max_examples=int(os.environ.get("CASES", "25")),
@@ -142,10 +142,10 @@ def test_folders_of_pictures(tree, name, links):
         assert sum(map(len, pairing.pairs.values())) == len(used)
         of_masks = sum(n for reason, n in pairing.left_out.counts.items() if reason.startswith("masks: "))
         assert pairing.left_out.counts.total() - of_masks == left_out.counts.total()
-        args = argparse.Namespace(folder=str(root), masks=None, mask_suffix="", channel_files=None)
-        images, _ = read_folders(args, findings := Findings())
-        assert sum(map(len, images.values())) == len(used)
-        assert findings.problems == left_out.lines()
+        args = argparse.Namespace(folder=str(root), dataset_name=None, masks=None, mask_suffix="", channel_files=None)
+        content = read_source(args)
+        assert sum(map(len, content.images.values())) == len(used)
+        assert content.left_out.lines() == left_out.lines()
         splits, _ = read_splits(ImageSource(train_dir=str(root), cache_dir=str(Path(place, "cache"))))
         assert sum(map(len, splits.values())) == len(used)
 

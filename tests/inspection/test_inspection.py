@@ -1,16 +1,25 @@
 """`hf-dbp inspect` says what is there; a newcomer's mistakes each get what was found and what to do."""
 
+import contextlib
+import io
+import tarfile
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
 from hf_dbp.inspection.folder import main as inspect
+from hf_dbp.inspection.mask_survey import crop_chances
 from hf_dbp.inspection.survey import duplicates
 from hf_dbp.recipes import read_yaml
 from hf_dbp.training.arguments import DataArguments, ModelArguments
@@ -149,31 +158,45 @@ def test_jpeg_masks(capsys):
     )
 
 
+def rare_class(*holders):
+    """Masks of two classes, and of a third in those of these numbers."""
+    write(8, mask=lambda n: np.arange(1280, dtype=np.uint8).reshape(32, 40) % (3 if n in holders else 2))
+
+
+def missing(caplog, **flags):
+    caplog.clear()
+    labelled(**flags)
+    return [r.getMessage() for r in caplog.records if "in none of the" in r.getMessage()]
+
+
 def test_a_class_missing_in_validation(capsys, caplog):
-    write(8, mask=lambda n: np.arange(1280, dtype=np.uint8).reshape(32, 40) % (3 if n == 3 else 2))
-    found = {}
-    for seed in range(30):
-        caplog.clear()
-        labelled(subset_seed=seed, seed=seed)
-        found[seed] = [r.getMessage() for r in caplog.records if "in none of the" in r.getMessage()]
+    rare_class(3, 5)
+    found = {seed: missing(caplog, subset_seed=seed, seed=seed) for seed in range(30)}
     lost = [message for messages in found.values() for message in messages]
     assert any("images (validation): class 2 in none of the 1 masks" in message for message in lost)
-    assert any("cannot be learned" in message for message in lost)
     assert all("--subset_seed or give --validation_dir" in message for message in lost)
-    out = report(capsys, "--masks", "masks")
-    assert "PROBLEM" not in out
+    assert "PROBLEM" not in report(capsys, "--masks", "masks")
     seed = int(read_yaml(Path("outputs/inspection/finetune.yaml"))["subset_seed"])
-    assert not any("(validation)" in message for message in found.get(seed, []))
+    assert not missing(caplog, subset_seed=seed, seed=seed)
+
+
+def test_a_class_in_one_mask_is_learned_and_what_training_says_of_it_is_said(capsys, caplog):
+    rare_class(3)
+    out = report(capsys, "--masks", "masks")
+    seed = int(read_yaml(Path("outputs/inspection/finetune.yaml"))["subset_seed"])
+    (message,) = missing(caplog, subset_seed=seed, seed=seed)
+    assert "(validation)" in message and f"PROBLEM    {message}" in out
 
 
 def test_masks_smaller_than_images(capsys):
     write(mask_size=(16, 20))
     out = report(capsys, "--masks", "masks")
-    assert (
-        "6 masks are of another size than their images, e.g. 0: 16 x 20 for 32 x 40; such pairs will be left out" in out
-    )
-    with pytest.raises(ValueError, match=r"masks/.*has 16 x 20 pixels .* the image 32 x 40; .*scale it without"):
+    assert "6 masks are of another size than their images, with which they will be left out of fine-tuning" in out
+    with pytest.raises(
+        ValueError, match=r"masks/.*has 16 x 20 pixels .* the image 32 x 40; .*scale it without"
+    ) as error:
         labelled()
+    assert str(error.value).partition(".png): ")[2] in out
 
 
 @pytest.mark.parametrize(
@@ -251,7 +274,7 @@ def test_splits_without_masks_or_without_a_class(capsys, caplog):
     in_splits()
     for number in (6, 7):
         cv2.imwrite(f"masks/validation/{number}.png", np.zeros((32, 40), np.uint8) + number % 2)
-    assert "class 2 is in no mask of the validation folder" in report(capsys, "--masks", "masks")
+    assert "images (validation): class 2 in none of the 2 masks" in report(capsys, "--masks", "masks")
     for number in (6, 7):
         Path(f"masks/validation/{number}.png").unlink()
     Path("masks/validation").rmdir()
@@ -300,3 +323,152 @@ def test_photographs_turned_by_exif_whose_masks_are_not(capsys, caplog, orientat
     assert message in report(capsys, "--masks", "masks")
     labelled(train_val_split=0.2, seed=3)
     assert "turned upright by their EXIF data" in caplog.text
+
+
+# ---- every source that training reads ----
+
+
+def png(array):
+    return cv2.imencode(".png", array)[1].tobytes()
+
+
+def in_table(kind, count=6):
+    """The pictures and masks of a table of this kind, in the folder ``table``."""
+    Path("table").mkdir()
+    ids = (np.arange(1280).reshape(32, 40) // 100 % 3).astype(np.uint8)
+    samples = [(RNG.integers(0, 256, (32, 40, 3), dtype=np.uint8), ids) for _ in range(count)]
+    if kind == "parquet":
+        columns = {name: [png(sample[n]) for sample in samples] for n, name in enumerate(("image", "mask"))}
+        pq.write_table(pa.table(columns | {"label": list(range(count))}), "table/part.parquet")
+        return ["table"], {}
+    with tarfile.open("table/part.tar", "w") as tar:
+        for number, sample in enumerate(samples):
+            for extension, array in zip(("png", "seg.png"), sample, strict=True):
+                member = tarfile.TarInfo(f"{number}.{extension}")
+                member.size = len(png(array))
+                tar.addfile(member, io.BytesIO(png(array)))
+    return ["table", "--annotation_column_name", "seg.png"], {"annotation_column_name": "seg.png"}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_tables_are_inspected_by_the_reading_of_training(capsys, kind):
+    flags, recipe_flags = in_table(kind)
+    inspect(flags)
+    out = capsys.readouterr().out
+    for line in (f"6 in 1 files: .{kind} (1)", "32 x 40 (6)", "masks      6; 0 images have none", "class 2"):
+        assert line in out
+    assert "PROBLEM" not in out
+    recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert {name: recipe[name] for name in recipe_flags} == recipe_flags
+    own = {name: recipe[name] for name in ("train_dir", "annotation_column_name")}
+    train, validation = load_labelled_images(SegmentationSource(**own, num_labels=int(recipe["num_labels"])))
+    assert (len(train), len(validation)) == (5, 1) and set(np.unique(train[0][1])) == {0, 1, 2}
+
+
+def test_the_built_in_images_are_inspected(capsys):
+    inspect(["--dataset_name", "wire_bonding"])
+    out = capsys.readouterr().out
+    assert "images     250\n" in out and "2 of uint8 (250)" in out and "masks      250; 0 images have none" in out
+    recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert (recipe["dataset_name"], recipe["num_labels"]) == ("wire_bonding", "5") and "train_dir" not in recipe
+
+
+def test_damaged_rows_and_copies_are_named_as_training_names_them(capsys):
+    in_table("parquet")
+    table = pq.read_table("table/part.parquet")
+    images = table["image"].to_pylist()
+    images[1], images[4] = images[1][:60], images[0]
+    pq.write_table(table.set_column(0, "image", pa.array(images)), "table/part.parquet")
+    inspect(["table"])
+    out = capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"image 1: ") as error:
+        images = load_images(ImageSource(train_dir="table", num_channels=3, max_unreadable=0))[0]
+        [images[index] for index in range(len(images))]
+    reason = str(error.value).partition("image 1: ")[2].partition(";")[0]
+    assert f"1 of 6 images cannot be read and will be left out of training, e.g. image 1: {reason}" in out
+    assert "1 images are copies of others, e.g. image 0 = image 4" in out
+
+
+def test_what_cannot_be_inspected(capsys):
+    in_table("parquet")
+    for flags, message in (
+        ([], "name what to inspect: a folder, or --dataset_name HUB_ID (not both)"),
+        (["table", "--dataset_name", "wire_bonding"], "(not both)"),
+        (["--dataset_name", "wire_bonding", "--masks", "masks"], "--masks belongs to a folder of pictures"),
+        (["table", "--masks", "table"], "say by --mask_suffix"),
+        (["table", "--image_column_name", "photo"], "no column 'photo'"),
+    ):
+        with pytest.raises(SystemExit):
+            inspect(flags)
+        assert message in capsys.readouterr().err
+
+
+# ---- what it says of images ----
+
+
+def test_aspect_by_both_sides_and_the_smallest_objects(capsys):
+    for number, size in enumerate([(32, 640), (32, 640), (640, 32), (64, 64)]):
+        mask = np.zeros(size, np.uint8)
+        mask[4:8, 4:20] = mask[20, 20] = 1  # 4 pixels thick, and a single pixel, which is none
+        for folder, array in (("images", RNG.integers(0, 255, size, dtype=np.uint8)), ("masks", mask)):
+            Path(folder).mkdir(exist_ok=True)
+            cv2.imwrite(f"{folder}/{number}.png", array)
+    out = report(capsys, "--masks", "masks")
+    assert "the long side is 20 times the short one (1 to 20); sides of 32 and 640 pixels (medians)" in out
+    assert "objects    4 outside the commonest class; the smallest are 4.0 pixels thick" in out
+    assert "native resolution (long_edge: 0), crops of 32: 3 of 4 images are long and thin" in out
+
+
+@pytest.mark.parametrize(("share", "wanted"), [(0.05, True), (0.6, False)])
+def test_crops_are_drawn_around_classes_that_few_crops_hold(capsys, share, wanted):
+    """By the crops, not by the masks: every mask holds the class."""
+
+    def strip(number):
+        mask = np.zeros((32, 1000), np.uint8)
+        mask[10:13, : round(1000 * share)] = 1
+        return mask
+
+    write(size=(32, 1000), mask=strip)
+    out = report(capsys, "--masks", "masks")
+    assert ("class 1: in less than 20% of the crops" in out) == wanted
+    assert ("rare_crops" in read_yaml(Path("outputs/inspection/finetune.yaml"))) == wanted
+
+
+@given(st.integers(0, 2**31), st.integers(4, 40), st.integers(4, 60), st.integers(2, 64))
+@settings(max_examples=40, deadline=None)
+def test_the_share_of_the_crops_that_hold_a_class(seed, height, width, crop):
+    mask = (np.random.default_rng(seed).random((height, width)) < 0.02).astype(np.uint8)
+    tall, wide, step = min(height, crop), min(width, crop), max(1, crop // 8)
+    corners = [
+        mask[top : top + tall, left : left + wide].any()
+        for top in range(0, height - tall + 1, step)
+        for left in range(0, width - wide + 1, step)
+    ]
+    assert crop_chances(mask, crop).get(1, 0.0) == pytest.approx(np.mean(corners))
+
+
+def test_mixed_kinds_and_channels_in_the_words_of_training(capsys):
+    write(4)
+    np.save("images/9.npy", RNG.random((32, 40, 2), dtype=np.float32))
+    np.save("images/8.npy", RNG.integers(0, 9, (32, 40, 5), dtype=np.uint8))
+    out = report(capsys)
+    images = load_images(ImageSource(train_dir="images", train_val_split=0.01, num_channels=2))
+    said = {name: reason for part in images for name, reason in unreadable(part).items()}
+    assert f"1 of 6 images will be left out, e.g. images/9.npy: {said['images/9.npy']}" in out
+    assert f"1 of 6 images will be left out, e.g. images/8.npy: {said['images/8.npy']}" in out
+
+
+def unreadable(images):
+    for index in range(len(images)):
+        with contextlib.suppress(ValueError):
+            images[index]
+    return images.unreadable_images()
+
+
+def test_what_training_says_is_said(capsys):
+    """A mistake that no line of the inspection is made for: the loader's own message."""
+    write(4, mask=lambda number: np.full((32, 40), 3, np.uint8))
+    out = report(capsys, "--masks", "masks")
+    with pytest.raises(ValueError, match="nothing to learn") as error:
+        labelled(num_labels=4)
+    assert f"PROBLEM    {error.value}" in out

@@ -26,6 +26,7 @@ from hf_dbp.data.decoding import (
     DECODING_ERRORS,
     UnreadableImageError,
     UnreadableImages,
+    check_fit,
     check_kind,
     decode,
     stored,
@@ -39,6 +40,7 @@ from hf_dbp.data.shards import in_threads
 from hf_dbp.data.sources import UNUSED_SPLIT, any_split
 from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.tables import encoded_column
+from hf_dbp.data.tars import OTHER_PICTURES
 from hf_dbp.data.values import UNIT
 from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.segmentation.rare import RareCrops, a_pixel
@@ -46,7 +48,14 @@ from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.errors import UserError
 
-__all__ = ["LabelledImages", "SegmentationSource", "TrainingCrops", "load_labelled_images"]
+__all__ = [
+    "LabelledImages",
+    "SegmentationSource",
+    "TrainingCrops",
+    "built_in_pairs",
+    "load_labelled_images",
+    "mask_column",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +144,9 @@ class LabelledImages:
         sample = self.samples[int(index)]
         value = sample[self.columns[0]]
         image_HWC = decode(value, self.num_channels, self._where(value, index))
-        check_kind(image_HWC, self.kind, self._where(value, index))
+        check_kind(image_HWC.dtype, self.kind, self._where(value, index))
         mask_HW = self._ids(sample[self.columns[1]], index)
-        if mask_HW.shape != image_HWC.shape[:2]:
-            raise UnreadableImageError(
-                f"{self._where(sample[self.columns[1]], index)}: the mask has {mask_HW.shape[0]} x {mask_HW.shape[1]} "
-                f"pixels (height x width) but the image {image_HWC.shape[0]} x {image_HWC.shape[1]}; a mask must label "
-                "every pixel of its image: make it again at that size, or scale it without interpolation"
-            )
+        check_fit(mask_HW.shape, image_HWC.shape, self._where(sample[self.columns[1]], index))
         return image_HWC, mask_HW
 
     def images_alone(self) -> ImageList:
@@ -239,11 +243,12 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
     """
     left_out = LeftOut()
     if source.dataset_name == BUILT_IN:
-        splits, columns = _built_in(source), ("image", "annotation")
+        splits, columns = built_in_pairs(source), ("image", "annotation")
     else:
         pairs, left_out = _paired_folders(source) if source.train_mask_dir is not None else read_splits(source)
-        left_out.warn(source.name)
         columns = _find_columns(pairs["train"], source)
+        left_out.use(OTHER_PICTURES, f".{columns[1]}", sum(map(len, pairs.values())))
+        left_out.warn(source.name)
         splits = _drawn({split: _encoded(data, columns) for split, data in pairs.items()}, source)
     lists: list[LabelledImages] = []
     for split, samples in splits.items():
@@ -315,7 +320,8 @@ def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool
     return np.bincount(mask_HW[mask_HW >= 0], minlength=ids)[:ids] > 0  # an ignore_index may be negative
 
 
-def _built_in(source: SegmentationSource) -> dict[str, WireBonding]:
+def built_in_pairs(source: SegmentationSource) -> dict[str, WireBonding]:
+    """The built-in images with their masks: training and validation render different scenes."""
     counts = {"train": (source.max_train_samples or 200, 0), "validation": (source.max_eval_samples or 50, 10_000_000)}
     how = {"size": source.built_in_size, "seed": source.seed}
     return {split: WireBonding(count, first=first, **how) for split, (count, first) in counts.items()}
@@ -330,14 +336,24 @@ def _encoded(data: datasets.Dataset, columns: tuple[str, str]) -> datasets.Datas
 
 def _find_columns(data: datasets.Dataset, source: SegmentationSource) -> tuple[str, str]:
     image_column = find_column(data, source.image_column_name)
-    wanted = [source.annotation_column_name] if source.annotation_column_name else ANNOTATION_COLUMNS
-    for column in wanted:
+    column = mask_column(data, image_column, source.annotation_column_name)
+    if column is None:
+        raise UserError(
+            f"no column {source.annotation_column_name or ANNOTATION_COLUMNS[0]!r} of masks; pass "
+            f"--annotation_column_name with one of {', '.join(data.column_names)}, "
+            "or --train_mask_dir for a folder of masks"
+        )
+    return image_column, column
+
+
+def mask_column(data: datasets.Dataset, image_column: str, wanted: str | None) -> str | None:
+    """The column of the masks: that of the name wanted, or else the first of the usual names that holds no numbers."""
+    for column in (wanted,) if wanted else ANNOTATION_COLUMNS:
         if column in data.column_names and column != image_column:
-            return image_column, column
-    raise UserError(
-        f"no column {wanted[0]!r} of masks; pass --annotation_column_name with one of {', '.join(data.column_names)}, "
-        "or --train_mask_dir for a folder of masks"
-    )
+            feature = data.features[column]
+            if wanted or not isinstance(feature, datasets.Value | datasets.ClassLabel) or feature.dtype == "binary":
+                return column
+    return None
 
 
 def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> dict[str, datasets.Dataset]:

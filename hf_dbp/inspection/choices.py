@@ -1,0 +1,190 @@
+"""What an inspection finds, and the flags that it chooses for the recipes: views, scale, length, balance, split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hf_dbp.data.decoding import UnreadableImageError, check_kind, wrong_channels
+from hf_dbp.data.subset import split_rows
+from hf_dbp.inspection.mask_survey import MaskSurvey
+from hf_dbp.inspection.survey import ImageKind
+from hf_dbp.recipes import read_yaml, recipe_path
+
+__all__ = [
+    "VALIDATION",
+    "Findings",
+    "choose_balance",
+    "choose_length",
+    "choose_pretraining",
+    "choose_scale",
+    "choose_split",
+    "common",
+]
+
+THIN = 2  # from this ratio of the sides on, an image made smaller to the view has lost most of its short side
+FEW = 0.1  # of the images: what goes for more of them counts
+STEPS = 1000  # of fine-tuning, at least
+SELDOM = 0.2  # of the crops: a rare class in fewer is sought out by crops
+VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
+
+
+@dataclass
+class Findings:
+    """Lines of the report, things to put right, and flags for the recipes."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    finetuning: dict[str, Any] = field(default_factory=dict)
+
+
+def common(counts: Counter[Any], shown: int = 4) -> str:
+    """The commonest entries with their counts, and how many others there are."""
+    first = ", ".join(f"{entry} ({count})" for entry, count in counts.most_common(shown))
+    return first + (f" and {len(counts) - shown} other kinds" if len(counts) > shown else "")
+
+
+def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findings) -> None:
+    """Channels, view size, native tiles or not, batch for so many images: what the recipe says and why."""
+    pictures = all(kind.picture for kind in readable)
+    counts = Counter(kind.counted for kind in readable)
+    channels = 3 if counts.keys() == {1, 3} else counts.most_common(1)[0][0]  # grey becomes RGB
+    others = [kind for kind in readable if kind.counted != channels and {kind.counted, channels} != {1, 3}]
+    if others:
+        shape = (*others[0].size, others[0].counted)
+        found.problems.append(
+            f"{len(others)} of {len(readable)} images will be left out, e.g. {others[0].name}: "
+            f"{wrong_channels(shape, channels)}"
+        )
+    mixed = Counter(np.dtype(kind.dtype).kind for kind in readable)
+    first = np.dtype(readable[0].dtype).kind
+    odd = next((kind for kind in readable if np.dtype(kind.dtype).kind != first), None)
+    if odd is not None:
+        try:
+            check_kind(np.dtype(odd.dtype), first, odd.name)
+        except UnreadableImageError as error:
+            found.problems.append(
+                f"{mixed.total() - mixed[first]} of {len(readable)} images will be left out, e.g. {error}"
+            )
+    elif len({kind.dtype for kind in readable}) > 1:
+        found.problems.append(
+            f"pixel types {common(Counter(kind.dtype for kind in readable))} are mixed; each is scaled by its full "
+            "range: convert them to one type if they show the same brightness by different values"
+        )
+    short = int(np.median([min(kind.size) for kind in readable]))
+    patch = 16 if short >= 128 else 8
+    size = max(patch, min(512, short // patch * patch))
+    native = short >= 2 * size
+    found.pretraining = {
+        "image_size": size,
+        "patch_size": patch,
+        "num_channels": channels,
+        "native_tiles": native,
+        "per_device_train_batch_size": max(1, min(16, trained)),
+    }
+    statistics = "ImageNet's" if channels == 3 and pictures else "measured once on the training images"
+    found.lines += [
+        f"views      {'random tiles of ' if native else 'random parts, made smaller to '}{size} x {size} pixels"
+        f"{' at native resolution (native_tiles: false for whole images made smaller)' if native else ''}",
+        f"input      {channels} channels, mean and standard deviation {statistics}",
+    ]
+
+
+def choose_scale(readable: Sequence[ImageKind], survey: MaskSurvey, found: Findings) -> int:
+    """`long_edge` for fine-tuning, 0 for native resolution, by both sides and the smallest objects; says why."""
+    size, stride = found.pretraining["image_size"], found.pretraining["patch_size"] / 4  # stride of the finest features
+    native, scaled = survey.smallest(), survey.smallest(size)
+    objects = "" if native is None else f"the smallest objects ({native:.1f} pixels thick)"
+    thin = [kind.size for kind in readable if max(kind.size) >= THIN * min(kind.size) and max(kind.size) > size]
+    if found.pretraining["native_tiles"]:
+        reason = f"images are at least {2 * size} pixels a side"
+    elif len(thin) > FEW * len(readable):
+        short, long = (int(np.median([side(sides) for sides in thin])) for side in (min, max))
+        which = "images are" if len(thin) == len(readable) else f"{len(thin)} of {len(readable)} images are"
+        high = max(1, short * size // long)
+        reason = f"{which} long and thin, made smaller to {size} pixels they would be {high} high"
+    elif native is not None and scaled is not None and scaled < min(native, stride):
+        reason = f"made smaller to {size} pixels {objects} would be {scaled:.1f}"
+    else:
+        found.lines.append(
+            f"scale      the long edge at {size} pixels (long_edge: {size}), crops of {found.finetuning['crop_size']}"
+            + (f"; {objects} are then {scaled:.1f}" if scaled is not None else "")
+        )
+        return int(size)
+    found.lines.append(
+        f"scale      native resolution (long_edge: 0), crops of {found.finetuning['crop_size']}: {reason}"
+    )
+    if native is not None and native < stride:
+        found.lines.append(f"           {objects} are less than a cell of the feature maps, {stride:g} pixels")
+    return 0
+
+
+def choose_length(epoch_steps: int, found: Findings) -> dict[str, Any]:
+    """Flags for few labelled images, of which the recipe's epochs are too few steps to learn from; says so."""
+    epochs = int(read_yaml(recipe_path("industrial_upernet.yaml"))["num_train_epochs"])
+    if epochs * epoch_steps >= STEPS:
+        return {}
+    found.lines.append(
+        f"length     {-(-STEPS // epoch_steps)} epochs (num_train_epochs), {STEPS} steps: the recipe's {epochs} of "
+        f"so few images are {epochs * epoch_steps} steps"
+    )
+    steps = {"eval_strategy": "steps", "eval_steps": STEPS // 20, "save_strategy": "steps", "save_steps": STEPS // 20}
+    return {"num_train_epochs": -(-STEPS // epoch_steps), **steps}
+
+
+def choose_balance(
+    classes: Sequence[str], pixels: Mapping[str, int], chances: Mapping[str, float], found: Findings
+) -> None:
+    """Weights and crops for rare classes, as `hf_dbp.downstream.segmentation.rare` has them; says why.
+
+    Args:
+        classes: those that are learned.
+        pixels: of each class in the masks.
+        chances: the share of the crops that hold a class by chance.
+        found: takes flags and lines.
+    """
+    counts = {name: pixels.get(name, 0) for name in classes}
+    share = 1 / (4 * max(1, len(classes)))
+    rare = [name for name, count in counts.items() if 0 < count < share * sum(counts.values())]
+    if not rare:
+        return
+    found.finetuning["class_weights"] = "sqrt"
+    found.lines.append(
+        f"balance    {', '.join(rare)}: less than {share:.2%} of the pixels each, a quarter of an even share, so the "
+        "loss weighs classes by one over the root of their share (class_weights: sqrt)"
+    )
+    seldom = [name for name in rare if chances[name] < SELDOM]
+    if seldom:
+        found.finetuning["rare_crops"] = 0.33
+        found.lines.append(
+            f"           {', '.join(seldom)}: in less than {SELDOM:.0%} of the crops, so a third of them is drawn "
+            "around rare classes (rare_crops: 0.33)"
+        )
+
+
+def choose_split(balance: Mapping[str, Mapping[str, int]], found: Findings) -> None:
+    """`subset_seed` of a draw that leaves every class in both parts, or else in the training masks, if there is one.
+
+    Args:
+        balance: of each mask, class -> pixels, in the order of training; nothing of one that cannot be read.
+        found: takes the flag.
+    """
+    names = list(balance)
+    if len(names) < 2:
+        return
+    every, second = set().union(*balance.values()), None
+    for seed in range(100):
+        parts = [
+            set().union(*(balance[names[row]] for row in rows)) for rows in split_rows(len(names), VALIDATION, seed)
+        ]
+        if parts == [every, every]:
+            found.finetuning["subset_seed"] = seed
+            return
+        second = seed if second is None and parts[0] == every else second
+    if second is not None:
+        found.finetuning["subset_seed"] = second
