@@ -21,6 +21,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_dbp.downstream.segmentation import arguments as segmentation
+from hf_dbp.downstream.segmentation.evaluated import EVALUATED
 from hf_dbp.errors import UserError, command
 from hf_dbp.natures import Nature, natures
 from hf_dbp.training import arguments as pretraining
@@ -73,9 +74,10 @@ def write_card(folder: Path, name: str | None = None) -> Path:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     record_file = next((folder / file for file in RECORDS if (folder / file).is_file()), None)
     record = {} if record_file is None else json.loads(record_file.read_text(encoding="utf-8"))
-    facts = card_facts(config, record, name or str(folder))
+    processor = read_processor(folder)
+    facts = card_facts(config, record, processor, name or str(folder))
     card = ModelCard.from_template(
-        card_data=metadata(config, record, facts["title"]),
+        card_data=metadata(config, record, processor, facts["title"]),
         template_path=str(TEMPLATE),
         pictures=[(file, caption) for file, caption in PICTURES.items() if (folder / file).is_file()],
         record_file=record_file and record_file.name,
@@ -88,7 +90,16 @@ def write_card(folder: Path, name: str | None = None) -> Path:
 # ---- what the card says ----
 
 
-def card_facts(config: Mapping[str, Any], record: Mapping[str, Any], name: str) -> dict[str, Any]:
+def read_processor(folder: Path) -> dict[str, Any]:
+    """The settings of the image processor in a folder; empty if there is none."""
+    file = folder / "preprocessor_config.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def card_facts(
+    config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any], name: str
+) -> dict[str, Any]:
     """The values of the template but for metadata and pictures."""
     kind = config["model_type"]
     if kind not in LOADING:
@@ -107,7 +118,7 @@ def card_facts(config: Mapping[str, Any], record: Mapping[str, Any], name: str) 
             for label, row in record.get("per_class", {}).items()
         ],
         "training": training(record),
-        "limits": limits(config, record),
+        "limits": limits(config, record, processor),
     }
 
 
@@ -121,6 +132,11 @@ from transformers import AutoImageProcessor, Dinov2Model
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = Dinov2Model.from_pretrained("{name}")""",
     "upernet": """\
+import hf_dbp
+found = hf_dbp.predict("{name}", "photos", "predictions")  # a folder of images or one image; masks and a table
+print(found.rows[0])
+
+# stock, without hf_dbp
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = UperNetForSemanticSegmentation.from_pretrained("{name}")""",
@@ -175,6 +191,8 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     given = "images" if encoder["num_channels"] == 3 else 'images, input_data_format="channels_last"'
     result = "logits" if kind in ("upernet", "vit_mae") else "last_hidden_state"
     text = f'`model(**processor({given}, return_tensors="pt")).{result}` is its output'
+    if kind == "upernet":
+        text = f"{windows(config)} Of the stock model {text}"
     if encoder["num_channels"] in (1, 3):
         return f"{text}."
     text += f" for arrays of {encoder['num_channels']} channels. Stock resizing would take one of them for alpha"
@@ -189,6 +207,32 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     size = encoder["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return f"{text}: bring them to {height} x {width} pixels before."
+
+
+def windows(config: Mapping[str, Any]) -> str:
+    """How prediction gives the figures of the card, and what a stock pipeline leaves out."""
+    how = config.get(EVALUATED)
+    seen = ""
+    if how:
+        scale = f"scaled to a long edge of {how['long_edge']} pixels" if how["long_edge"] else "at native resolution"
+        seen = f" (windows of {how['crop_size']} pixels with at least a third of overlap, over images {scale})"
+    return (
+        f"`hf_dbp.predict` and `hf-dbp predict` treat images as the evaluation did{seen}, and give its mean IoU to all "
+        "digits. A stock pipeline or forward pass sends the whole image through the model at once, at a size that it "
+        "was not trained at: its mean IoU is another one."
+    )
+
+
+def stock_pipeline(config: Mapping[str, Any], processor: Mapping[str, Any]) -> bool:
+    """Whether a stock pipeline fits: it makes 8-bit RGB of every image, so the model must take that.
+
+    Args:
+        config: of the model.
+        processor: what its `preprocessor_config.json` says; empty if there is none.
+    """
+    channels = (config.get("backbone_config") or config)["num_channels"]
+    eight_bits = math.isclose(processor.get("rescale_factor", 0), 1 / 255) and "value_range" not in processor
+    return bool(channels == 3 and processor.get("do_rescale", True) and eight_bits)
 
 
 def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -212,7 +256,7 @@ def told(flag: Nature, value: Any, method: str | None) -> bool:
     return bool(flag.card) and counts and value is not None and (value is not False or flag.card_if_off)
 
 
-def limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any]) -> list[str]:
     """What the model is not good for or was not measured, as sentences."""
     kind = config["model_type"]
     channels = (config.get("backbone_config") or config)["num_channels"]
@@ -235,18 +279,25 @@ def limits(config: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
         found.append(
             f"It takes {channels} channels; the pipelines of transformers turn every image into RGB and do not fit."
         )
+    elif processor and not stock_pipeline(config, processor):
+        found.append(
+            "It takes images of other values than 8 bits; the pipelines of transformers make 8-bit RGB of every image "
+            "and do not fit."
+        )
     return found
 
 
 # ---- metadata ----
 
 
-def metadata(config: Mapping[str, Any], record: Mapping[str, Any], title: str) -> ModelCardData:
+def metadata(
+    config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any], title: str
+) -> ModelCardData:
     """The YAML block: results as ``model-index``, emissions, tags."""
     kind = config["model_type"]
     segments = kind == "upernet"
     fields: dict[str, Any] = {"library_name": "hf_dbp" if kind == "dbp_vit_mae" else "transformers"}
-    if kind in ("vit", "dinov2", "upernet"):
+    if kind in ("vit", "dinov2", "upernet") and stock_pipeline(config, processor):
         fields["pipeline_tag"] = "image-segmentation" if segments else "image-feature-extraction"
     fields["tags"] = ["vision", "masked-auto-encoding" if not segments else "semantic-segmentation"]
     if record.get("method") == "dbp":

@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from transformers import ViTConfig, ViTModel
+from PIL import Image
+from transformers import BeitImageProcessorPil, ViTConfig, ViTImageProcessorPil, ViTModel, pipeline
 
+from hf_dbp.data.values import processor_scaling
+from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.hub.model_card import main, write_card
 from hf_dbp.records import RunRecord
 
@@ -168,3 +172,51 @@ def test_folders_that_hold_none_of_our_models_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="not of bert"):
         write_card(tmp_path)
+
+
+# ---- what a stock pipeline can do ----
+
+PICTURES = {
+    mode: Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).convert(mode)
+    for mode in ("RGB", "L", "RGBA", "P", "CMYK", "1")
+}
+
+
+def written(folder, kind, channels, dtype):
+    """A model of this kind with the image processor that training writes, and its card."""
+    shape = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 1, "intermediate_size": 8}
+    vit = ViTModel(ViTConfig(**shape, image_size=32, patch_size=8, num_channels=channels), add_pooling_layer=False)
+    scaling = processor_scaling(np.dtype(dtype), (-1000.0, 2000.0), [0.5] * channels, [0.25] * channels)
+    if kind == "vit":
+        vit.save_pretrained(folder)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}, **scaling).save_pretrained(folder)
+    else:
+        names = {0: "road", 1: "sky"}
+        model = build_upernet(vit, names, ignore_index=255, hidden_size=8, auxiliary_channels=8)
+        model.save_pretrained(folder)
+        BeitImageProcessorPil(do_center_crop=False, do_resize=False, **scaling).save_pretrained(folder)
+    return ModelCard.load(write_card(folder))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["vit", "upernet"])
+def test_a_pipeline_is_promised_where_one_works(tmp_path, kind, channels, dtype):
+    card = written(tmp_path, kind, channels, dtype)
+    tag = "image-segmentation" if kind == "upernet" else "image-feature-extraction"
+    if (channels, dtype) == (3, "uint8"):
+        assert card.data.pipeline_tag == tag and "pipelines of transformers" not in card.text
+        works = pipeline(tag, model=str(tmp_path), device="cpu")
+        for picture in PICTURES.values():
+            works(picture)
+        return
+    assert card.data.pipeline_tag is None and "pipelines of transformers" in card.text
+    if channels != 3:
+        with pytest.raises(Exception):  # noqa: B017  # whatever transformers stumbles over
+            pipeline(tag, model=str(tmp_path), device="cpu")(PICTURES["RGB"])
+
+
+def test_without_an_image_processor_no_pipeline_is_promised(tmp_path):
+    written(tmp_path, "vit", 3, "uint8")
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert ModelCard.load(write_card(tmp_path)).data.pipeline_tag is None
