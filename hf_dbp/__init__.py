@@ -7,9 +7,9 @@ configuration_, modeling_     the ViT-MAE
 callbacks, training           when R is updated; the Trainer around it
 pretraining, fusing, cli      from flags to a folder; from a run to a stock ViT; `hf-dbp`
 data, recipes, records        images, flags, run.json
-downstream, inspection, comparison, hub    what is done with an encoder, a folder, a method, a model
+downstream, inspection, comparison, hub    use an encoder, describe a folder, compare methods, publish a model
 
-Importing the package imports nothing else: a public name is imported when it is first used.
+Importing the package imports nothing else: a public name is imported on first use.
 """
 
 import importlib
@@ -86,7 +86,7 @@ _moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from its module (PEP 562)."""
+    """Import a public name from its module on first use (PEP 562)."""
     if name not in _SOURCES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_SOURCES[name]), name)

@@ -1,7 +1,7 @@
-"""Modules of 0.1.0 under their old names, for one version, with a DeprecationWarning.
+"""The old names of 0.1.0's modules, which keep working for one version, with a DeprecationWarning.
 
 `import hf_dbp.segmentation.upernet` gives the module `hf_dbp.downstream.segmentation.upernet` itself, not a copy, and
-`python -m hf_dbp.model_card` runs it. To be removed with 0.3.
+`python -m hf_dbp.model_card` runs it. Remove this module with 0.3.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["MOVED", "install"]
 
-#: name in 0.1.0 -> name today, below hf_dbp; the modules of a package move with it
+#: name in 0.1.0 -> name now, below hf_dbp; a package moves with all its modules
 MOVED = {
     **{
         name: f"training.{name}"
@@ -37,7 +37,7 @@ MOVED = {
 
 
 def new_name(name: str) -> str | None:
-    """The present name of a module of 0.1.0; None for any other."""
+    """The new name of a module of 0.1.0; None for any other module."""
     package, _, rest = name.partition(".")
     if package != "hf_dbp":
         return None
@@ -48,7 +48,7 @@ def new_name(name: str) -> str | None:
 
 
 class Alias(Loader):
-    """Gives the module that has taken a name's place."""
+    """Loads the module that has replaced an old name."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -59,10 +59,10 @@ class Alias(Loader):
         return sys.modules[self.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec  # which the import system has replaced
+        module.__spec__ = self.spec  # the import system has overwritten it
 
     def get_code(self, name: str) -> CodeType | None:
-        """For ``python -m``."""
+        """The module's code, for ``python -m``."""
         spec = importlib.util.find_spec(self.name)
         loader: Any = spec.loader if spec is not None else None
         code: CodeType | None = loader.get_code(self.name)
@@ -70,7 +70,7 @@ class Alias(Loader):
 
 
 class Finder(MetaPathFinder):
-    """Finds the names of 0.1.0."""
+    """Finds modules by their names in 0.1.0."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -81,6 +81,6 @@ class Finder(MetaPathFinder):
 
 
 def install() -> None:
-    """Let the names of 0.1.0 be imported; before the finder of files, which would load a second copy of a submodule."""
+    """Make the names of 0.1.0 importable, ahead of the file finder, which would load a second copy of a submodule."""
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

@@ -1,14 +1,14 @@
-"""Decorrelation of any torch model, in two lines of a script that is there already:
+"""Decorrelate any torch model with two lines in an existing script:
 
     decorrelate(model, batch=next(iter(loader)))                      # swap: R = I, so nothing changes yet
     trainer.add_callback(DecorrelationCallback())                     # in a loop: update_decorrelation(model, eta=...)
 
-One forward on the batch shows which layers share an input, and so an R, and which must stay plain (`probing`). Padding
-never enters C where the model is given attention masks (`padding`). Checkpoints of the decorrelated model are right in
-its stock class (`sharing`), and `fuse(model)` gives a model of that class.
+One forward pass on the batch shows which layers share an input, and thus an R, and which must stay plain (`probing`).
+If the model is given attention masks, padding never enters C (`padding`). Checkpoints of the decorrelated model load
+correctly in its stock class (`sharing`), and `fuse(model)` returns a model of that class.
 
-Layers behind dropout see, and decorrelate, what dropout leaves of their input. A layer that is called several times a
-step gathers the rows of all its calls. Experts that are layers of their own have an R each (`update`: few tokens).
+A layer behind dropout sees, and decorrelates, the output of the dropout. A layer that is called several times per step
+gathers the rows of all calls. Experts that are separate layers have one R each (see "Few tokens" in `update`).
 """
 
 from __future__ import annotations
@@ -36,38 +36,37 @@ logger = logging.getLogger(__name__)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Predicate = Callable[[nn.Module, str], bool]
 
-PROBED = RowSampling(fraction=1.0, cap=2.0)  # tokens that the correlations are measured on
+PROBED = RowSampling(fraction=1.0, cap=2.0)  # the tokens used to measure correlations
 
 
 def decorrelate(model: ModuleT, layers: str | Predicate = "auto", *, batch: Any) -> ModuleT:
-    """Swap linear layers of any model for decorrelated ones, in place, with R = I: nothing of its outputs changes.
+    """Swap linear layers of any model for decorrelated ones, in place, with R = I: its outputs do not change.
 
-    Call it before the optimizer, the Trainer or DistributedDataParallel is made, on every process. Parameters keep
+    Call it on every process, before you create the optimizer, the Trainer or DistributedDataParallel. Parameters keep
     their names and stay the same objects.
 
     Args:
         model: any torch model.
-        layers: which layers, as far as they can be decorrelated:
-            "auto": those whose input is correlated enough for the gain to pay for the cost (`hf_dbp.probing`), printed
-            as a table;
-            "all": every one; "block_inputs": those fed by a normalisation, as q, k, v and the first layer of an MLP;
-            a predicate ``(module, name) -> bool``.
-        batch: what the model is called with in training: a mapping of keyword arguments, a tuple of arguments, or one
-            argument. Its number of tokens and its correlations decide "auto"; otherwise any batch will do.
+        layers: which of the layers that can be decorrelated:
+            "auto": those whose input is correlated enough for the gain to outweigh the cost (`hf_dbp.probing`), printed
+            as a table; "all": every one; "block_inputs": those fed by a normalisation, such as q, k, v and the first
+            layer of an MLP; a predicate ``(module, name) -> bool``.
+        batch: the model's input in training: a mapping of keyword arguments, a tuple of arguments, or one argument. Its
+            number of tokens and its correlations decide "auto"; for the other choices any batch will do.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: nothing was chosen, the predicate chose a layer that must stay plain (the reason is named), or
-            ``model`` is decorrelated already or is itself a layer.
+        UserError: no layer was chosen, the predicate chose a layer that must stay plain (the message says why),
+            ``model`` is already decorrelated, or it is itself a layer.
     """
     if layers not in ("auto", "all", "block_inputs") and not callable(layers):
         raise UserError(f"layers is auto, all, block_inputs or a predicate (module, name) -> bool, got {layers!r}")
     if any(True for _ in decorrelated_layers(model)):
-        raise UserError(f"{type(model).__name__} is decorrelated already; hf_dbp.fuse(model) gives a plain one")
+        raise UserError(f"{type(model).__name__} is already decorrelated; hf_dbp.fuse(model) gives a plain one")
     if isinstance(model, nn.Linear | nn.Conv2d) or is_conv1d(model):
-        raise UserError("the model is itself a layer, which cannot be swapped in place; put it into nn.Sequential")
+        raise UserError("the model is itself a layer, which cannot be swapped in place; wrap it in nn.Sequential")
     inputs = survey_layers(model, batch) if layers == "auto" else probe(model, batch)
     chosen = {name for one in inputs for name in one.names if is_chosen(model, one, name, layers)}
     refuse_plain(inputs, chosen)
@@ -83,25 +82,25 @@ def decorrelate(model: ModuleT, layers: str | Predicate = "auto", *, batch: Any)
 
 
 def is_chosen(model: nn.Module, one: LayerInput, name: str, layers: str | Predicate) -> bool:
-    """Whether the layer of this name and input is chosen."""
+    """Whether the layer with this name and input is chosen."""
     if callable(layers):
         return layers(model.get_submodule(name), name)
     return not one.plain and (layers == "all" or (one.pays() if layers == "auto" else one.block_input))
 
 
 def refuse_plain(inputs: list[LayerInput], chosen: set[str]) -> None:
-    """ValueError if a layer that must stay plain was chosen."""
+    """Raise a UserError if a layer that must stay plain was chosen."""
     for one in inputs:
         if one.plain and one.names[0] in chosen:
             raise UserError(f"{one.names[0]} cannot be decorrelated: {one.plain}; let the predicate leave it out")
 
 
 def survey_layers(model: nn.Module, batch: Any) -> list[LayerInput]:
-    """The inputs of all linear layers of ``model`` with their correlations, gain and cost; ``model`` stays as it is.
+    """The inputs of all linear layers of ``model`` with their correlations, gain and cost; ``model`` does not change.
 
     Args:
         model: any torch model that is not decorrelated.
-        batch: as for `decorrelate`; with several processes each gives its own and all get the same list.
+        batch: as for `decorrelate`; with several processes each passes its own batch and all get the same list.
     """
     inputs = probe(model, batch)
     fit = {one.names[0]: one for one in inputs if not one.plain}
@@ -112,7 +111,7 @@ def survey_layers(model: nn.Module, batch: Any) -> list[LayerInput]:
         with evaluating(model), torch.no_grad():
             configure_sampling(model, PROBED)
             for _, decorrelation in decorrelations(model):
-                decorrelation.train()  # gathers, while dropout is off
+                decorrelation.train()  # so that it gathers rows; dropout stays off
             call(model, batch)
             rows = torch.tensor(
                 [0 if d.rows is None else len(d.rows) for _, d in decorrelations(model)],
@@ -130,7 +129,7 @@ def survey_layers(model: nn.Module, batch: Any) -> list[LayerInput]:
 
 
 def swap(model: nn.Module, groups: list[list[str]]) -> dict[nn.Module, nn.Module]:
-    """Decorrelate these layers, each group with one R; returns new layer -> plain layer."""
+    """Decorrelate these layers, with one R per group, and return a mapping from new layer to plain layer."""
     padding = watch_padding(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for names in filter(None, groups):

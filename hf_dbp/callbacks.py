@@ -1,6 +1,7 @@
 """When R is updated: `DecorrelationCallback` for any `transformers.Trainer`, set by `DecorrelationArguments`.
 
-Symbols (paper section 2.1): eta is R's learning rate, kappa the weight of the whitening pull, M the sampled rows.
+Symbols (paper section 2.1): eta is R's learning rate, kappa the weight of the whitening term, M the number of sampled
+rows.
 """
 
 from __future__ import annotations
@@ -98,30 +99,30 @@ class DecorrelationArguments:
             raise UserError(f"--kappa lies in [0, 1], got {self.kappa}; the paper uses 0")
         if self.update_interval < 1:
             raise UserError(f"--update_interval is a number of steps, at least 1, got {self.update_interval}")
-        self.sampling(1)  # refuses a bad fraction, floor or cap
+        self.sampling(1)  # raises on a bad fraction, floor or cap
 
     def sampling(self, shares: int) -> RowSampling:
-        """The row sampling, split among ``shares`` forwards (micro-batches x processes) per step."""
+        """The row sampling, split among ``shares`` forward passes (micro-batches x processes) per step."""
         return RowSampling(self.sample_fraction, self.row_floor, self.row_cap, shares)
 
 
 class ShareCounts:
-    """How often each layer took less than all of eta (`update_decorrelation`), counted on the device."""
+    """Counts, on the device, how often each layer took less than the full eta (`update_decorrelation`)."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.last = torch.ones(1)  # shares of the last update (layers,)
-        self.judged = True  # whether `pop_left` has seen them
+        self.last = torch.ones(1)  # shares taken in the last update (layers,)
+        self.judged = True  # whether `pop_left` has reported them
         self.counts = torch.empty(0)  # (3, layers): reduced steps, skipped steps, smallest positive share
         self.before: dict[str, Any] = {}
         self.told = 0
 
     def preset(self, results: dict[str, Any]) -> None:
-        """Go on from the results of an earlier part of the run."""
+        """Continue from the counts of an earlier part of the run."""
         self.before = {"reduced_eta": {}, "skipped_R": {}} | results
 
     def add(self, shares: dict[str, Tensor]) -> None:
-        """The shares of one update."""
+        """Add the shares of one update."""
         self.last, self.judged = torch.stack(list(shares.values())), False
         if not self.names:
             self.names = list(shares)
@@ -132,14 +133,14 @@ class ShareCounts:
         self.counts[2] = torch.minimum(self.counts[2], self.last.masked_fill(skipped, 1.0))
 
     def pop_left(self) -> Tensor:
-        """Whether the last update left an R as it was, a scalar on the device; each update is told once."""
+        """Whether the last update left an R unchanged, as a scalar on the device; each update is reported once."""
         left = (self.last == 0).any() & (not self.judged)
         self.judged = True
         return left
 
     @property
     def last_left(self) -> dict[str, bool]:
-        """Whether the last update left its R, by layer."""
+        """For each layer, whether the last update left its R unchanged."""
         return dict(zip(self.names, (self.last == 0).tolist(), strict=False))
 
     def results(self) -> dict[str, Any]:
@@ -155,10 +156,8 @@ class ShareCounts:
         return {"reduced_eta": reduced, "skipped_R": skipped}
 
     def logs(self) -> dict[str, float]:
-        """What to log once eta was reduced: layers, their steps in all, the largest factor. Warns of more layers.
-
-        And updates of R that were skipped, summed over layers.
-        """
+        """What to log once eta was reduced: layers, their steps in total, the largest factor, and the skipped updates
+        of R summed over layers. Warns when further layers are affected."""
         results = self.results()
         reduced, skipped = results["reduced_eta"], sum(results["skipped_R"].values())
         found = {"skipped_R": float(skipped)} if skipped else {}
@@ -181,22 +180,22 @@ class ShareCounts:
 
 
 class ReportingCallback(TrainerCallback):  # type: ignore[misc]
-    """A callback whose figures join the logs of a training step before TensorBoard, W&B and the like see them.
+    """A callback that adds figures to the logs of a training step before TensorBoard, W&B and others see them.
 
-    A `ResumingTrainer` asks for the figures. A stock Trainer calls its reporters first, whatever the order that it is
-    given, so the callback moves to the head of its list when training begins.
+    A `ResumingTrainer` asks for the figures. A stock Trainer calls its reporters first, whatever order it is given, so
+    the callback moves to the head of the list when training begins.
     """
 
-    asked = False  # whether the Trainer asks for the figures; a ResumingTrainer sets it
+    asked = False  # whether the Trainer asks for the figures; set by ResumingTrainer
 
     def figures(self, state: TrainerState) -> dict[str, float]:
-        """What joins the logs now, by name."""
+        """The figures to add to the logs now, by name."""
         raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self.asked:
             return
-        for callbacks in gc.get_referrers(self):  # a callback is not told which Trainer it belongs to
+        for callbacks in gc.get_referrers(self):  # a callback does not know its Trainer
             if isinstance(callbacks, list) and any(isinstance(other, DefaultFlowCallback) for other in callbacks):
                 callbacks.sort(key=lambda other: other is not self)
 
@@ -214,24 +213,24 @@ class DecorrelationCallback(ReportingCallback):
 
     eta_t = eta * update_interval * (learning rate / peak learning rate if it decays, else 1), zero after ``eta_stop``.
     Rows are drawn from all micro-batches of the step. A step that was skipped, by the gradient scaler or by a guard
-    that took the gradients away, updates nothing. Each layer takes the share of eta_t that is stable, unless
+    that removed the gradients, updates nothing. Each layer takes the share of eta_t that is stable, unless
     ``bound_eta`` is off.
 
-    Before each log the decorrelation loss and the mean squared correlation, averaged over layers, join the logs;
-    `per_layer` holds them for every layer. So does what the bound on eta did, once it acted; `shares` holds the counts.
+    Each log includes the decorrelation loss and the mean squared correlation, averaged over layers; `per_layer` holds
+    them for every layer. Once the bound on eta has acted, the logs also include what it did; `shares` holds the counts.
 
     Args:
-        arguments: eta, kappa, schedule, sample.
-        seed: of the sampling of rows.
+        arguments: eta, kappa, schedule and sampling.
+        seed: seed of the row sampling.
     """
 
     def __init__(self, arguments: DecorrelationArguments | None = None, seed: int = 0) -> None:
         self.arguments = arguments or DecorrelationArguments()
         self.seed = seed
-        self.restorable = False  # whether the Trainer restores models that are not fused; a ResumingTrainer sets it
+        self.restorable = False  # whether the Trainer can restore models that are not fused; set by ResumingTrainer
         self.last_step = 0
-        self.log_steps: int | None = None  # the correlations are measured every so many steps, and at the first
-        self.switches = ExitStack()  # of torch, set back at the end
+        self.log_steps: int | None = None  # correlations are measured at the first step and every so many steps
+        self.switches = ExitStack()  # torch settings, restored at the end
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}
         self.shares = ShareCounts()
 
@@ -249,13 +248,13 @@ class DecorrelationCallback(ReportingCallback):
         if not self.restorable:
             refuse_restoring(args, model, resumed=state.global_step > 0)
         self.switches.close()
-        if args.torch_compile:  # else every checkpointed block breaks the graph: gathering rows is a side effect
+        if args.torch_compile:  # gathering rows is a side effect: else every checkpointed block breaks the graph
             switch = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
             self.switches.enter_context(switch)
         configure_sampling(model, self.arguments.sampling(args.gradient_accumulation_steps * args.world_size))
         discard_rows(model)
         self.last_step = int(self.arguments.eta_stop * state.max_steps)
-        fresh = ShareCounts()  # of a second run
+        fresh = ShareCounts()  # for a second run
         fresh.before = self.shares.before if state.global_step else {}
         self.shares = fresh
         self.log_steps = steps_between_logs(args, state, kwargs.get("train_dataloader"))
@@ -292,7 +291,7 @@ class DecorrelationCallback(ReportingCallback):
             discard_rows(model)
 
     def figures(self, state: TrainerState) -> dict[str, float]:
-        """Correlations averaged over layers, as last measured, and what the bound on eta did."""
+        """The last correlations, averaged over layers, and what the bound on eta did."""
         return mean_correlations(self.per_layer) | self.shares.logs() if self.measured else {}
 
     def is_update_step(self, step: int) -> bool:
@@ -300,7 +299,7 @@ class DecorrelationCallback(ReportingCallback):
         return step < self.last_step and (step + 1) % self.arguments.update_interval == 0
 
     def is_log_step(self, step: int) -> bool:
-        """Whether the correlations are measured at this step: where the Trainer logs, and at the first."""
+        """Whether correlations are measured at this step: the first, and every step at which the Trainer logs."""
         return self.log_steps is not None and (step == 0 or (step + 1) % self.log_steps == 0)
 
     def decay(self, args: TrainingArguments, state: TrainerState, optimizer: torch.optim.Optimizer) -> float:
@@ -308,7 +307,7 @@ class DecorrelationCallback(ReportingCallback):
         if self.arguments.eta_schedule == "constant" or state.global_step < args.get_warmup_steps(state.max_steps):
             return 1.0
         group = optimizer.param_groups[0]
-        peak = group.get("initial_lr", args.learning_rate)  # not every schedule notes it
+        peak = group.get("initial_lr", args.learning_rate)  # not every schedule records it
         return float(group["lr"] / peak) if peak else 1.0
 
     @property
@@ -318,7 +317,7 @@ class DecorrelationCallback(ReportingCallback):
 
 
 def refuse_sharding(args: TrainingArguments) -> None:
-    """UserError where FSDP or DeepSpeed would split the weights over processes."""
+    """Raise a UserError if FSDP or DeepSpeed would split the weights over processes."""
     launched = [name for name in ("FSDP", "DEEPSPEED") if strtobool(os.environ.get(f"ACCELERATE_USE_{name}", "false"))]
     if args.fsdp or args.deepspeed or launched:
         flag = "--deepspeed" if args.deepspeed or "DEEPSPEED" in launched else "--fsdp"
@@ -330,20 +329,19 @@ def refuse_sharding(args: TrainingArguments) -> None:
 
 
 def refuse_restoring(args: TrainingArguments, model: nn.Module, *, resumed: bool) -> None:
-    """ValueError if a stock Trainer is to go back to a checkpoint of which it would lose tensors.
-
-    Of our models it finds no ``model.safetensors``. Of some of transformers' it saves tensors under older names and
-    restores by the present ones, with no more than a warning; that is so for plain models too.
+    """Raise a UserError if a stock Trainer would lose tensors when it restores a checkpoint. For our models it finds no
+    ``model.safetensors``. For some of transformers' models, even plain ones, it saves tensors under older names but
+    restores them by the current ones, and only warns.
     """
     if isinstance(model, DBPViTMAEModel | DBPViTMAEForPreTraining):
         reason = (
-            "transformers.Trainer restores no checkpoint of this model (model.unfused.safetensors, so named that no "
-            "stock class takes W for W R)"
+            "transformers.Trainer restores no checkpoint of this model (it is named model.unfused.safetensors so that "
+            "no stock class mistakes W for W R)"
         )
     elif isinstance(model, PreTrainedModel) and (renamed := renamed_by_saving(model)):
         reason = (
-            f"transformers.Trainer saves {renamed} tensors of {type(model).__name__} under other names than it "
-            "restores them by, and would lose them"
+            f"transformers.Trainer saves {renamed} tensors of {type(model).__name__} under names that it does not "
+            f"look for when it restores, and would lose them"
         )
     else:
         return
@@ -357,16 +355,16 @@ def refuse_restoring(args: TrainingArguments, model: nn.Module, *, resumed: bool
 
 
 def renamed_by_saving(model: PreTrainedModel) -> int:
-    """How many tensors ``save_pretrained`` writes under other names than the model has."""
+    """How many tensors ``save_pretrained`` writes under names other than the model's own."""
     state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     return len(state.keys() - revert_weight_conversion(model, dict(state)).keys())
 
 
 def steps_between_logs(args: TrainingArguments, state: TrainerState, loader: Any) -> int | None:
-    """After how many optimizer steps the Trainer logs the loss; None if it never does."""
+    """The number of optimizer steps between two logs of the loss; None if the Trainer never logs it."""
     if args.logging_strategy == "no":
         return None
     if args.logging_strategy == "steps":
         return int(state.logging_steps)
-    # an epoch; of a stream that has no length the last step of all
+    # once per epoch; for a stream without a length, only at the last step
     return math.ceil(len(loader) / args.gradient_accumulation_steps) if has_length(loader) else int(state.max_steps)

@@ -1,12 +1,12 @@
-"""`hf-dbp`: the installed front door to the mains that `training_scripts/` runs.
+"""`hf-dbp`: the installed command, which runs the same mains as `training_scripts/`.
 
-hf-dbp inspect FOLDER        what is there, what the tool will do with it, the recipe to start from
+hf-dbp inspect FOLDER        what it contains, how it will be used, and a recipe to start from
 hf-dbp pretrain ...          masked autoencoding            = training_scripts/run_dbp_mae.py
-hf-dbp pretrain IMAGES --budget 2h  the same, with all choices made for you, in that time
+hf-dbp pretrain IMAGES --budget 2h  the same within that time, with all choices made for you
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
-hf-dbp retrieve ...          segmentation without training: the labels of the patches most alike
-hf-dbp predict MODEL IMAGES  masks, overlays and a table of new images
+hf-dbp retrieve ...          segmentation without training, by the labels of the most similar patches
+hf-dbp predict MODEL IMAGES  masks, overlays and a table for new images
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp select TABLE --budget 40  which images to label first
@@ -14,7 +14,7 @@ hf-dbp export MODEL IMAGES ...   as ONNX, checked against PyTorch on these image
 hf-dbp compare ...           methods side by side           = training_scripts/run_comparison.py
 hf-dbp demo [FOLDER]         pretrain, fuse and finetune on the built-in images
 
-A mistake that you can mend ends with one line; HF_DBP_DEBUG=1 shows its traceback too.
+If you make a mistake, one line says what to do; HF_DBP_DEBUG=1 also shows its traceback.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ COMMANDS = {
 
 
 def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Run a command under its name, by which argparse and the reports call it."""
+    """Run a command under its own name, which argparse and the reports print."""
     program, sys.argv[0] = sys.argv[0], f"hf-dbp {name}"
     try:
         with noted_beginning():
@@ -57,13 +57,13 @@ def run_command(name: str, arguments: Sequence[str]) -> None:
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """Pre-train, fuse and fine-tune on the built-in images, under ``outputs`` or the folder given.
+    """Pre-train, fuse and fine-tune on the built-in images, in ``outputs`` or the given folder.
 
     Raises:
-        UserError: flags, or more than one folder.
+        UserError: flags or more than one folder were given.
     """
     if len(arguments) > 1 or any(one.startswith("-") for one in arguments):
-        raise UserError(f"demo takes a folder alone, hf-dbp demo [FOLDER]; got {' '.join(arguments)}")
+        raise UserError(f"demo takes only a folder, hf-dbp demo [FOLDER]; got {' '.join(arguments)}")
     folder = Path(arguments[0] if arguments else "outputs")
     encoder, fused, segmenter = (str(folder / name) for name in ("demo", "demo-fused", "demo-upernet"))
     run_command("pretrain", ["--config", "demo.yaml", "--output_dir", encoder])
@@ -73,7 +73,7 @@ def demo(arguments: Sequence[str]) -> None:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. An unknown one ends with the list of commands and exit status 2."""
+    """Run one command. An unknown one prints the list of commands and ends with exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, rest = (given[0], given[1:]) if given else ("", [])
     if name in COMMANDS:

@@ -1,9 +1,9 @@
-"""`DBPViTMAEConfig`: a `ViTMAEConfig` plus which layers are decorrelated.
+"""`DBPViTMAEConfig`: a `ViTMAEConfig` that also says which layers are decorrelated.
 
 How R is trained (eta, subsample, schedule) belongs to the run, not to the model: see `hf_dbp.callbacks`.
 
-Whoever writes a config.json decides how much memory a model takes: `check_fields` refuses what no ViT has, before any
-is taken.
+A config.json decides how much memory a model takes, and anyone can write one: `check_fields` refuses values that no ViT
+has before any memory is allocated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _size(layers: int, width: int, heads: int, decoder_width: int = 512, decoder
     }
 
 
-#: Named model sizes: encoder of ViT-Tiny, Small, Base and Large, and a mini one for small images on a few cores.
+#: Named model sizes: encoder of ViT-Tiny, Small, Base and Large, and a mini one for small images on few cores.
 SIZES: dict[str, dict[str, int]] = {
     "mini": _size(4, 128, 4, 64, 4),
     "tiny": _size(12, 192, 3, 192, 3),
@@ -51,15 +51,15 @@ class DBPViTMAEConfig(ViTMAEConfig):  # type: ignore[misc]
     """Configuration of a ViT-MAE with decorrelated layers.
 
     Args:
-        decorrelated_layers: ``"encoder"`` (default): the patch projection and in every encoder block q/k/v (one R),
-            attention output, both MLP linears. ``"block_inputs"``, the cheap form: patch projection, q/k/v and first
-            MLP linear. ``"full"``: the encoder and every linear of the decoder, for the paper's ablation (appendix B).
-            ``"none"``: plain backprop.
-        naive_decorrelation: form z = R x for every token instead of A = W R; same function, for checks.
+        decorrelated_layers: ``"encoder"`` (default): the patch projection and, in every encoder block, q/k/v (one R),
+            the attention output and both MLP linears. ``"block_inputs"``, the cheap form: the patch projection, q/k/v
+            and the first MLP linear. ``"full"``: the encoder and every linear of the decoder, for the paper's ablation
+            (appendix B). ``"none"``: plain backprop.
+        naive_decorrelation: compute z = R x for every token instead of A = W R; the same function, for checks.
         kwargs: everything else, as in `ViTMAEConfig`. ``image_size`` may be (height, width).
 
     Raises:
-        ValueError: an unknown choice, or a size that is not a multiple of the patch.
+        UserError: an unknown choice, or a size that is not a multiple of the patch size.
     """
 
     model_type = "dbp_vit_mae"
@@ -73,7 +73,7 @@ class DBPViTMAEConfig(ViTMAEConfig):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, which `AutoConfig` calls with the content of a config.json; ValueError as above."""
+        """As in transformers, where `AutoConfig` calls it with the content of a config.json; raises as above."""
         check_fields(config_dict)
         try:
             return super().from_dict(config_dict, **kwargs)
@@ -84,7 +84,7 @@ class DBPViTMAEConfig(ViTMAEConfig):  # type: ignore[misc]
 
 
 def check_image_size(image_size: int | list[int] | tuple[int, int], patch_size: int) -> None:
-    """Refuse an image size that the patches do not tile. ValueError with the nearest sizes that would do."""
+    """Raise a UserError, with the nearest valid sizes, if patches do not tile the image size (pixels)."""
     if not isinstance(patch_size, int) or patch_size < 1:
         raise UserError(f"patch_size is one positive number of pixels; got {patch_size!r}")
     for side in (image_size,) if isinstance(image_size, int) else image_size:
@@ -95,7 +95,7 @@ def check_image_size(image_size: int | list[int] | tuple[int, int], patch_size: 
 
 
 WIDTH, LAYERS, HEADS = (1, 2**15), (1, 1000), (1, 1024)
-#: Fields that are whole numbers: lowest and highest; the largest ViT published has 48 layers, 6,144 wide.
+#: Fields that are whole numbers: lowest and highest value; the largest published ViT has 48 layers and is 6,144 wide.
 WHOLE = {
     "hidden_size": WIDTH,
     "intermediate_size": (1, 2**17),
@@ -108,7 +108,7 @@ WHOLE = {
     "num_channels": (1, 4096),
     "patch_size": (1, 4096),
 }
-#: Fields that are numbers: lowest and highest, both allowed.
+#: Fields that are numbers: lowest and highest allowed value.
 NUMBERS = {
     "hidden_dropout_prob": (0.0, 1.0),
     "attention_probs_dropout_prob": (0.0, 1.0),
@@ -117,21 +117,21 @@ NUMBERS = {
     "mask_ratio": (0.0, 1.0 - 1e-6),
 }
 FLAGS = ("qkv_bias", "norm_pix_loss", "naive_decorrelation")
-#: Every field that makes a ViT or a ViT-MAE, of ours or stock.
+#: Every field that defines a ViT or a ViT-MAE, ours or stock.
 CHECKED = (*WHOLE, *NUMBERS, *FLAGS, "hidden_act", "image_size", "decorrelated_layers")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SIDE, TOKENS, PARAMETERS, LABELS = 2**16, 2**20, 2**35, 2**20
 
 
 def check_fields(fields: Mapping[str, Any], name: str = "the configuration") -> None:
-    """Refuse what no ViT has: sizes that would take all memory, values of the wrong kind; nothing is allocated.
+    """Refuse values that no ViT has, such as sizes that would take all memory or the wrong type; allocates nothing.
 
     Args:
-        fields: of a configuration; absent ones have their defaults, unknown ones are not looked at.
-        name: what error messages call it.
+        fields: the fields of a configuration; absent ones have their defaults, unknown ones are ignored.
+        name: how error messages refer to it.
 
     Raises:
-        ValueError: names the field, its value and what is allowed.
+        UserError: names the field, its value and what is allowed.
     """
 
     def wrong(field: str, expected: str) -> ValueError:
@@ -173,7 +173,7 @@ def check_fields(fields: Mapping[str, Any], name: str = "the configuration") -> 
 
 
 def parameters(fields: Mapping[str, Any]) -> int:
-    """About how many numbers the model of these checked fields holds, R included."""
+    """The approximate number of parameters, R included, of a model with these checked fields."""
 
     decorrelated = fields.get("decorrelated_layers", "none") != "none"
 

@@ -1,12 +1,12 @@
-"""Plain modules to decorrelated ones and back, on any tree of `nn.Linear`.
+"""Convert plain modules to decorrelated ones and back, in any tree of `nn.Linear`.
 
     convert_to_decorrelated(model, lambda module, name: ".layer." in name)   # swap, in place; R = I changes nothing
     for name, layer in decorrelated_layers(model): ...                       # look
     plain = fuse(model)                                                      # W <- W R, a plain copy
 
-Which layers: a predicate ``(module, name) -> bool`` on the names inside the given module; `nn.Linear` and patch
-projections (`nn.Conv2d` with stride = kernel size) are offered to it. Every layer gets an R of its own;
-`hf_dbp.decorrelate` finds the layers that share an input and gives them one.
+A predicate ``(module, name) -> bool`` chooses the layers; it is called with every `nn.Linear` and patch projection
+(`nn.Conv2d` with stride = kernel size) and its name inside the given module. Every layer gets its own R;
+`hf_dbp.decorrelate` finds layers that share an input and gives them one R.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def all_linears(module: nn.Module, name: str) -> bool:
-    """The predicate that takes every `nn.Linear` and leaves convolutions alone."""
+    """The predicate that chooses every `nn.Linear` and no convolution."""
     return isinstance(module, nn.Linear)
 
 
@@ -39,14 +39,14 @@ def convert_to_decorrelated(
     Args:
         module: any tree of modules; it keeps its parameters, their names and their values.
         predicate: called with each plain `nn.Linear` and `nn.Conv2d` and its dotted name; subclasses, which compute
-            something else, are left alone.
-        naive: take the form z = R x, y = W z instead of the fused one.
+            something else, are skipped.
+        naive: use the form z = R x, y = W z instead of the fused one.
 
     Returns:
         ``module`` itself.
 
     Raises:
-        ValueError: no layer was chosen, ``module`` is itself a layer, a chosen convolution is no patch projection.
+        UserError: no layer was chosen, ``module`` is itself a layer, or a chosen convolution is not a patch projection.
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
         raise UserError("a layer cannot be swapped in place of itself; use DecorrelatedLinear.from_linear(layer)")
@@ -65,7 +65,7 @@ def convert_to_decorrelated(
 
 
 def decorrelated(name: str, layer: nn.Module, naive: bool) -> nn.Module:
-    """The decorrelated layer that adopts this layer's parameters; ValueError naming the layer where there is none."""
+    """The decorrelated layer that adopts this layer's parameters; a UserError names a layer that has none."""
     if isinstance(layer, nn.Linear):
         return DecorrelatedLinear.from_linear(layer, naive=naive)
     assert isinstance(layer, nn.Conv2d)
@@ -76,7 +76,7 @@ def decorrelated(name: str, layer: nn.Module, naive: bool) -> nn.Module:
 
 
 def replace_submodules(module: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
-    """Put ``replacements[child]`` in place of each child, under every name that leads to it."""
+    """Replace each child by ``replacements[child]``, under every name that leads to it."""
     for name, child in list(module.named_modules(remove_duplicate=False)):
         if child in replacements:
             parent, _, leaf = name.rpartition(".")
@@ -86,7 +86,7 @@ def replace_submodules(module: nn.Module, replacements: Mapping[Any, nn.Module])
 def decorrelated_layers(module: nn.Module) -> Iterator[tuple[str, DecorrelatedLayer]]:
     """The decorrelated layers below ``module`` (itself included) with their names, in a fixed order.
 
-    Each is a module with a `decorrelation`, whose R is shared by all weights of the layer.
+    Each is a module with a `decorrelation`, whose R all weights of the layer share.
     """
     for name, child in module.named_modules():
         if isinstance(child, DecorrelatedLayer):
@@ -101,33 +101,35 @@ def fuse_layer(name: str, layer: DecorrelatedLayer) -> nn.Module:
 
 
 def fuse(module: nn.Module) -> nn.Module:
-    """A plain copy of ``module`` in which W R stands in place of (W, R); ``module`` itself stays as it is.
+    """A plain copy of ``module`` in which W R replaces (W, R); ``module`` itself does not change.
 
-    A `DBPViTMAEForPreTraining` gives a stock `ViTMAEForPreTraining`, decoder kept. Products are taken in float64.
+    A `DBPViTMAEForPreTraining` becomes a stock `ViTMAEForPreTraining`, decoder included. Products are computed in
+    float64.
 
     Raises:
-        ValueError: a fused weight is not finite (the layer is named), or nothing below ``module`` is decorrelated.
+        UserError: a fused weight is not finite (the message names the layer), or nothing below ``module`` is
+            decorrelated.
     """
     if isinstance(module, Fusable):
         return module.fuse()
     plain = copy.deepcopy(module)
     fused = {layer: fuse_layer(name, layer) for name, layer in decorrelated_layers(plain)}
     if not fused:
-        raise UserError(f"{type(module).__name__} has no decorrelated layer to fuse; it is plain already")
+        raise UserError(f"{type(module).__name__} has no decorrelated layer to fuse; it is already plain")
     replace_submodules(plain, fused)
     remove_watches(plain)
     return plain
 
 
 def fused_state_dict(module: nn.Module, keep: Container[str] = ()) -> dict[str, Tensor]:
-    """The state dict of the plain module that ``module`` stands for: W R in place of (W, R), no key of ours.
+    """The state dict of the plain module equivalent to ``module``: W R in place of (W, R), and none of our keys.
 
     Args:
         module: any tree of modules.
-        keep: names of decorrelated layers that are left as they are.
+        keep: names of decorrelated layers to leave unfused.
 
     Raises:
-        ValueError: a fused weight is not finite; the layer is named.
+        UserError: a fused weight is not finite; the message names the layer.
     """
     state = module.state_dict()
     layers = [(name, layer) for name, layer in decorrelated_layers(module) if name not in keep]

@@ -1,8 +1,8 @@
-"""How correlated the inputs of an encoder's layers are, by one yardstick for every method (paper Fig. 12).
+"""How correlated the inputs of an encoder's layers are, measured the same way for every method (paper Fig. 12).
 
-`measure_correlations` lets a fixed batch through the model and measures z = R x at every layer that DBP can decorrelate
-in the encoder, with R = I where the model has none: BP and DBP, and DBP on fewer layers, give comparable figures. It
-takes no part in training and is meant to run while the clock stands still.
+`measure_correlations` sends a fixed batch through the model and measures z = R x at every layer of the encoder that DBP
+can decorrelate, with R = I where the model has none. The figures of BP, DBP and DBP on fewer layers are therefore
+comparable. It does not affect training; call it while the clock is stopped.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def measure_correlations(model: PreTrainedModel, batch: dict[str, Tensor]) -> di
 
     Args:
         model: a ViT-MAE, stock or ours, decorrelated or not; it is not changed.
-        batch: pixel_values (B, C, H, W) and noise (B, T), always the same for curves that compare.
+        batch: pixel_values (B, C, H, W) and noise (B, T), the same every time if curves are to be comparable.
 
     Returns:
-        layer name -> {"decorrelation_loss", "mean_squared_correlation"}, over all tokens of the batch; in every process
-        over the batches of all of them.
+        layer name -> {"decorrelation_loss", "mean_squared_correlation"}, over all tokens of the batch, and with several
+        processes over the batches of all of them.
     """
     probe = probing_copy(model).train()
     configure_sampling(probe, RowSampling(fraction=1.0))
@@ -39,7 +39,7 @@ def measure_correlations(model: PreTrainedModel, batch: dict[str, Tensor]) -> di
 
 
 def probing_copy(model: PreTrainedModel) -> DBPViTMAEForPreTraining:
-    """The model as one whose whole encoder is decorrelated, sharing the parameters; R = I where there was none."""
+    """The model with its whole encoder decorrelated, sharing its parameters; R = I where it had none."""
     fields = {key: getattr(model.config, key) for key in type(model.config).__dataclass_fields__ if key != "model_type"}
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = DBPViTMAEConfig(**(fields | without_dropout | {"decorrelated_layers": "encoder"}))
@@ -56,7 +56,7 @@ def probing_copy(model: PreTrainedModel) -> DBPViTMAEForPreTraining:
 
 
 def correlation_values(measured: dict[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
-    """What `measure_decorrelation` found, as numbers by name; one synchronisation."""
+    """The result of `measure_decorrelation` as numbers by name; synchronises once."""
     if not measured:
         return {}
     values = torch.stack([torch.stack(pair) for pair in measured.values()]).tolist()
@@ -67,7 +67,7 @@ def correlation_values(measured: dict[str, tuple[Tensor, Tensor]]) -> dict[str, 
 
 
 def mean_correlations(layers: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The two figures averaged over the layers."""
+    """Both figures, averaged over the layers."""
     return {
         key: sum(layer[key] for layer in layers.values()) / len(layers)
         for key in ("decorrelation_loss", "mean_squared_correlation")

@@ -1,12 +1,12 @@
-"""What a user can mend ends in one line; a bug of ours ends in its traceback.
+"""A user's mistake ends in one line; a bug of ours ends in its traceback.
 
-`UserError` is raised where we mean it: flags, data, checkpoints and settings that cannot be. `command` wraps the main
-of every command. Three kinds of error end with one line on stderr and exit status 2:
+We raise `UserError` on purpose, for flags, data, checkpoints and settings that cannot work. `command` wraps the main of
+every command. Three kinds of error end with one line on stderr and exit status 2:
 
 - `UserError`;
-- an error of the file system that names a file of the user's and is listed in `REMEDIES`: no permission, read-only ...;
-- a package that a flag asks for and that is not installed (W&B, MLflow, bitsandbytes ...), as the library that needs it
-  reports it.
+- a file system error that concerns one of the user's files and is listed in `REMEDIES`: no permission, read-only ...;
+- a package that a flag needs and that is not installed (W&B, MLflow, bitsandbytes ...), as reported by the library that
+  needs it.
 
 Any other exception keeps its traceback and says where to report it. ``--log_level debug``, or the environment variable
 HF_DBP_DEBUG=1 for commands without that flag, shows the traceback of a user's mistake above its line.
@@ -35,7 +35,7 @@ REPORT = "This is a bug in hf_dbp, not a mistake of yours. Please report it with
 WRITABLE = "choose a place that you may write to, or change its permissions"
 PLACE = "check the path"
 ROOM = "make room, or choose another place"
-#: errors of the file system that a user can mend, and how
+#: file system errors that a user can put right, and how
 REMEDIES = {
     errno.EACCES: WRITABLE, errno.EPERM: WRITABLE, errno.EROFS: WRITABLE,
     errno.ENOENT: PLACE, errno.ENOTDIR: PLACE, errno.EISDIR: PLACE, errno.EEXIST: PLACE, errno.ENAMETOOLONG: PLACE,
@@ -44,23 +44,23 @@ REMEDIES = {
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; the message names the value and what to do."""
+    """A mistake that the user can correct; the message names the value and what to do."""
 
 
 def message_of(error: BaseException) -> str:
-    """The error in one piece: what a loader worker wraps in its traceback is taken out of it."""
+    """The error's message, without the traceback that a loader worker wraps around it."""
     text = str(error).strip()
     return re.split(r"\n[\w.]*Error: ", text)[-1] if text.startswith("Caught ") else text
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether the line that raised the error is in this package."""
+    """Whether a line of this package raised the error."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
 
 
 def mistake(error: BaseException) -> str | None:
-    """The line that tells a user how to mend this error; None if it is not theirs to mend."""
+    """The line that tells users how to correct this error; None if it is not their mistake."""
     if isinstance(error, UserError):
         return message_of(error)
     if isinstance(error, OSError):
@@ -75,16 +75,16 @@ def mistake(error: BaseException) -> str | None:
 
 
 def missing_package(error: ImportError | RuntimeError) -> str | None:
-    """The line about a package that a library reports as not installed; None for any other error."""
+    """The line about a package that a library reports as missing; None for any other error."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         name = error.name.partition(".")[0]
         return None if name == "hf_dbp" else f"these flags need the package {name}: pip install {name}"
     text = " ".join(str(error).split())
-    return f"these flags need a package that is not there: {text}" if re.search(r"\bpip install\b", text) else None
+    return f"these flags need a package that is not installed: {text}" if re.search(r"\bpip install\b", text) else None
 
 
 def debugging(arguments: Sequence[str]) -> bool:
-    """Whether tracebacks of user mistakes are asked for."""
+    """Whether the user asked for tracebacks of mistakes."""
     pairs = itertools.pairwise(arguments)
     asked = ("--log_level", "debug") in pairs or "--log_level=debug" in arguments
     return asked or os.environ.get("HF_DBP_DEBUG", "0") not in ("", "0")

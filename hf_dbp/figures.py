@@ -1,4 +1,4 @@
-"""Pictures of what a run did: original, masked and reconstructed images, and its curves."""
+"""Pictures of a run: original, masked and reconstructed images, and its curves."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def displayed(pixels_CHW: Tensor, data: MaskedImages) -> list[NDArray[Any]]:
 
 @torch.no_grad()
 def plot_reconstructions(model: Any, data: MaskedImages, path: str | os.PathLike[str], *, num_images: int = 6) -> None:
-    """Write a PNG with one row per image and channel: original, what the encoder saw, what the decoder filled in.
+    """Write a PNG with one row per image and channel: the original, the encoder's input, the reconstruction.
 
     Args:
         model: a ViT-MAE for pre-training (any method).
-        data: evaluation views; the first ``num_images`` are shown with the masks that evaluation uses.
+        data: evaluation views; the first ``num_images`` are shown, with the masks that evaluation uses.
         path: PNG file to write.
-        num_images: how many.
+        num_images: how many images to show.
     """
     model = model.eval()
     rows = []
@@ -68,7 +68,7 @@ def plot_curves(
     reference: float | None = None,
     loss: str = "mean squared error",
 ) -> None:
-    """Write a PNG of training and validation loss by step, with a dashed line at ``reference`` if there is one."""
+    """Write a PNG of training and validation loss by step, with a dashed line at ``reference`` if it is given."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for key, label in (("train_loss", "training"), ("eval_loss", "validation")):

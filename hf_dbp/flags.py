@@ -1,8 +1,8 @@
-"""Flags are fields of dataclasses: the parser that reads them, and a help text that shows our own first.
+"""Flags are fields of dataclasses: a parser for them, and a help text that shows our own flags first.
 
-A class of arguments is a group of flags; the first sentence of its docstring is the group's title. ``--help`` shows the
-fields that classes of this package declare, and the most used ones of transformers' `TrainingArguments`;
-``--help-all`` shows its other flags too.
+A class of arguments is a group of flags, and the first sentence of its docstring is the group's title. ``--help`` shows
+the fields that this package declares and the most used ones of transformers' `TrainingArguments`; ``--help-all`` shows
+the others too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["FlagParser", "own_flags", "title_of"]
 
 
 def own_flags(group: type) -> list[str]:
-    """The fields of a class of arguments that this package declares, in their order."""
+    """The fields of a class of arguments that this package declares, in order."""
     ours = {
         name for kind in group.__mro__ if kind.__module__.startswith("hf_dbp") for name in vars(kind)["__annotations__"]
     }
@@ -28,12 +28,12 @@ def own_flags(group: type) -> list[str]:
 
 
 def title_of(group: type) -> str:
-    """What a group of flags is called: the first sentence of its docstring."""
+    """The title of a group of flags: the first sentence of its docstring."""
     return str(group.__doc__).partition(".\n")[0].splitlines()[0].rstrip(".")
 
 
 class ShowAll(argparse.Action):
-    """``--help-all``: the whole help, and the end."""
+    """``--help-all``: print the whole help text and exit."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         assert isinstance(parser, FlagParser)
@@ -56,7 +56,7 @@ class FlagParser(HfArgumentParser):  # type: ignore[misc]
             tuple(groups), description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter
         )
         for action in self._actions:
-            if action.dest != "help":  # --image-size is read as --image_size is, and not shown
+            if action.dest != "help":  # --image-size means --image_size and is not shown
                 action.option_strings = action.option_strings[:1]
             if action.default not in (None, "", argparse.SUPPRESS) and "efault" not in str(action.help):
                 action.help = f"{action.help or ''} (default: %(default)s)"
@@ -64,9 +64,9 @@ class FlagParser(HfArgumentParser):  # type: ignore[misc]
         self.add_argument("--help-all", action=ShowAll, nargs=0, help=text)
 
     def sections(self) -> Iterator[tuple[str, list[argparse.Action]]]:
-        """Title and flags of each group: ours, the most used of transformers', all others."""
+        """Title and flags of each group: ours, the most used ones of transformers, all others."""
         waiting: dict[str, list[argparse.Action]] = {}
-        for action in self._actions:  # a switch that is on by default has --no_NAME too
+        for action in self._actions:  # a switch that is on by default also has --no_NAME
             waiting.setdefault(action.dest, []).append(action)
 
         def taken(names: Iterable[str]) -> list[argparse.Action]:

@@ -1,25 +1,25 @@
-"""The mathematics of decorrelated backpropagation (DBP) on plain tensors; everything else in the package calls this.
+"""The mathematics of decorrelated backpropagation (DBP) on plain tensors; the rest of the package calls it.
 
 One layer computes (paper eq. 1 to 3)
 
     z = R x                decorrelated input
-    y = W z + b = A x + b  with A = W R                 the same function, one small product instead of a large one
+    y = W z + b = A x + b  with A = W R                 the same function with a small product instead of a large one
 
-and after every optimizer step R takes one plain SGD step, from M sampled rows of x and without autograd (eq. 4):
+After every optimizer step, R takes one plain SGD step from M sampled rows of x, without autograd (eq. 4):
 
     S = z^T z / M          second moments of z, with d = diag(S)
     C = (1 - kappa) * offdiag(S) + kappa * diag(d - 1)  kappa = 0 is the paper's eq. 5, read with z (see below)
     R <- R - eta * C R
 
-C is taken from z, not from x as eq. 5 prints it: offdiag(x^T x) has zero trace, hence negative eigenvalues, and R would
-grow without bound. It is a mean over rows, so eta does not depend on the batch size. In the whitening term diag(d - 1)
-multiplies the rows of R.
+C is computed from z, not from x as printed in eq. 5: offdiag(x^T x) has zero trace and hence negative eigenvalues, so R
+would grow without bound. C is a mean over rows, so eta does not depend on the batch size. In the whitening term, the
+factor diag(d - 1) multiplies the rows of R.
 
 C R = (1 - kappa) * (S R - d * R) + kappa * (d - 1) * R needs S only through S R = z^T (z R) / M, which is cheaper than
 (z^T z) R when there are fewer rows than features.
 
-The step is stable while eta times the largest eigenvalue of S stays below about 1. `largest_eigenvalue` estimates it
-from z, `step_share` says which share of eta may be taken: 1 as long as that product is at most `STABLE`.
+The step is stable while eta times the largest eigenvalue of S stays below about 1. `largest_eigenvalue` estimates that
+eigenvalue from z; `step_share` says which share of eta may be taken: 1 as long as the product is at most `STABLE`.
 
 Shapes: N tokens, M sampled tokens, D = in_features, O = out_features, L layers of one shape, K start vectors.
 A leading ``...`` may be L: layers of one shape are updated as one batched product.
@@ -44,21 +44,21 @@ __all__ = [
     "step_share",
 ]
 
-STABLE = 1.0  # eta times the largest eigenvalue of S that a step may reach; it overshoots from 1, diverges from 2
+STABLE = 1.0  # limit of eta times the largest eigenvalue of S: a step overshoots above 1 and diverges above 2
 STARTS, PRODUCTS = 4, 2  # of the power iteration that estimates the eigenvalue
 
 
 def decorrelated_linear(
     x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None, R_DD: Tensor, *, naive: bool = False
 ) -> Tensor:
-    """``y = W (R x) + b`` in the fused form ``(W R) x + b`` or, with ``naive``, as it is written (paper eq. 1 to 3).
+    """``y = W (R x) + b`` in the fused form ``(W R) x + b`` or, with ``naive``, literally (paper eq. 1 to 3).
 
     Args:
         x_ND: inputs, any number of leading dimensions.
         weight_OD: weights W.
         bias_O: bias b or None.
         R_DD: decorrelation matrix, float32 (or float64 with float64 weights).
-        naive: decorrelate every token instead of the weights: for checks, and cheaper only when N < O.
+        naive: decorrelate every token instead of the weights; for checks, and cheaper only if N < O.
 
     Returns:
         y_NO in the dtype that ``F.linear`` gives for x (autocast included).
@@ -72,15 +72,15 @@ def decorrelated_linear(
 def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
     """``A = W R`` (paper eq. 3), differentiable in W alone.
 
-    Outside autocast the product is taken in the wider dtype of W and R (float32 on a GPU follows
+    Outside autocast the product is computed in the wider dtype of W and R (float32 on a GPU follows
     ``torch.backends.cuda.matmul.allow_tf32``). Inside autocast it is W + W (R - I), where only the correction is
-    rounded to the autocast dtype: R = I leaves W untouched to the bit, and a product in strict float32 would cost more
-    than the layer itself on a fast GPU.
+    rounded to the autocast dtype: R = I leaves W unchanged bit for bit, and on a fast GPU a product in strict float32
+    would cost more than the layer itself.
 
     Returns:
         A_OD in the wider dtype of W and R.
     """
-    device, R_DD = weight_OD.device.type, R_DD.detach()  # even if someone made R trainable: its rule is another
+    device, R_DD = weight_OD.device.type, R_DD.detach()  # even if R was made trainable: it has its own update rule
     dtype = torch.promote_types(weight_OD.dtype, R_DD.dtype)
     if not torch.is_autocast_enabled(device):
         return weight_OD.to(dtype) @ R_DD.to(dtype)
@@ -91,7 +91,7 @@ def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
 
 
 def covariance_sums(x_MD: Tensor, R_DD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums over rows that a step of R needs; sums over ranks are again such sums.
+    """The sums over rows that a step of R needs; they may be added up over ranks.
 
     Args:
         x_MD: sampled layer inputs (..., M, D), any floating dtype.
@@ -99,7 +99,7 @@ def covariance_sums(x_MD: Tensor, R_DD: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     Returns:
         ``sum_m z z^T R`` (..., D, D), ``sum_m z**2`` (..., D) and the `largest_eigenvalue` of ``sum_m z z^T`` (...), in
-        R's dtype. That of all ranks' rows is at most the sum of those of each rank's.
+        R's dtype. The eigenvalue over all ranks' rows is at most the sum of the ranks' eigenvalues.
     """
     z_MD = x_MD.to(R_DD.dtype) @ R_DD.mT
     rows, features = z_MD.shape[-2:]
@@ -114,11 +114,11 @@ def second_moment_sums(x_MD: Tensor, R_DD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def largest_eigenvalue(z_MD: Tensor) -> Tensor:
-    """The largest eigenvalue of ``z^T z`` (...), estimated from below by a short power iteration.
+    """A lower estimate of the largest eigenvalue of ``z^T z`` (...), by a short power iteration over z (..., M, D).
 
-    It starts afresh from a few mixtures of the rows, so that nothing is carried along or saved, and costs about 7 / D
-    of an update's FLOPs. An eigenvalue that stands out, which is one that limits eta, is found to a few per cent; in a
-    flat spectrum up to half of it may be missed, which leaves the step below twice `STABLE`.
+    It starts from a few mixtures of the rows, keeps no state, and costs about 7 / D of an update's FLOPs. It finds an
+    eigenvalue that stands out, as one that limits eta does, to a few per cent; in a flat spectrum it may miss up to
+    half, which keeps the step below twice `STABLE`.
     """
     m_M1 = torch.arange(z_MD.shape[-2], device=z_MD.device, dtype=z_MD.dtype).unsqueeze(-1)
     starts = torch.arange(STARTS, device=z_MD.device, dtype=z_MD.dtype)
@@ -141,8 +141,8 @@ def step_share(zzR_DD: Tensor, largest: Tensor | None, count: Tensor, *, eta: fl
         eta: learning rate of R.
 
     Returns:
-        (...): exactly 1 while ``eta * largest / count <= STABLE``, else what makes them equal, and 0 where the sums
-        are not finite or so large (beyond 1e19) that the step might not be.
+        (...): exactly 1 while ``eta * largest / count <= STABLE``, else the share that makes them equal, and 0 if the
+        sums are not finite or so large (beyond 1e19) that the step might not be.
     """
     finite = torch.linalg.vector_norm(zzR_DD, dim=(-2, -1)).isfinite()
     share = torch.ones_like(count) if largest is None else (STABLE * count / (eta * largest)).clamp_max(1.0)
@@ -161,7 +161,7 @@ def decorrelation_step_(
 ) -> Tensor:
     """``R <- R - eta * C R``, in place (paper eq. 4 and 5; kappa from arXiv 2405.02385).
 
-    C R is linear in S R and R, so the step is a scaling of R's rows and one sum:
+    C R is linear in S R and R, so the step scales R's rows and adds one term:
     ``R <- (1 + eta * ((1 - kappa) * d - kappa * (d - 1))) * R - eta * (1 - kappa) * S R``.
 
     Args:
@@ -170,8 +170,8 @@ def decorrelation_step_(
         zz_D: sums of z**2 over rows (..., D).
         count: rows in the sums, broadcastable to (...).
         eta: learning rate of R.
-        kappa: 0 decorrelates only, 1 normalises the variances to 1 only.
-        share: of eta (...), as of `step_share`; where it is 0, R stays as it is to the bit, whatever the sums hold.
+        kappa: 0 only decorrelates, 1 only normalises the variances to 1.
+        share: share of eta (...), from `step_share`; where it is 0, R does not change by a bit, whatever the sums hold.
 
     Returns:
         ``R_DD``.
@@ -182,16 +182,16 @@ def decorrelation_step_(
     if share is not None:
         factor = factor * share
         change_D = change_D.nan_to_num(0.0, 0.0, 0.0) * share.unsqueeze(-1)
-        zzR_DD.nan_to_num_(0.0, 0.0, 0.0)  # what is not finite is not 0 when taken 0 times
+        zzR_DD.nan_to_num_(0.0, 0.0, 0.0)  # 0 times a value that is not finite is not 0
     return R_DD.mul_((1.0 + change_D).unsqueeze(-1)).addcmul_(zzR_DD, factor[..., None, None], value=-1)
 
 
 def decorrelation_metrics(S_DD: Tensor) -> tuple[Tensor, Tensor]:
-    """How correlated the inputs of a layer are, from the second moments S = z^T z / M (..., D, D).
+    """How correlated the inputs of a layer are, computed from the second moments S = z^T z / M (..., D, D).
 
     Returns:
         The decorrelation loss ``sum(offdiag(S)**2) / D**2`` (paper Fig. 12), and the mean squared correlation, the mean
-        of ``S_ij**2 / (S_ii S_jj)`` over i != j, which a mere change of scale does not move. Shapes (...).
+        of ``S_ij**2 / (S_ii S_jj)`` over i != j, which does not depend on the scale. Shapes (...).
     """
     features = S_DD.shape[-1]
     d_D = S_DD.diagonal(dim1=-2, dim2=-1)
@@ -204,21 +204,21 @@ def decorrelation_metrics(S_DD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
-    """Indices of a stratified random sample: the rows, turned by a random shift, give one of each equal run of them.
+    """Indices of a stratified random sample: shift the rows by a random offset, then draw one from each equal run.
 
-    Every row has the same chance (the shift evens out runs of unequal length), none is drawn twice, images and
-    positions are spread evenly. The draw is a hash of (key, index): the same on every device, compiled or not, with no
-    generator state and no host synchronisation.
+    Every row is equally likely (the offset evens out runs of unequal length), none is drawn twice, and the sample
+    spreads evenly over images and positions. The draw is a hash of (key, index): the same on every device, compiled or
+    not, without generator state or host synchronisation.
 
     Args:
-        num_rows: rows to choose from.
-        num_samples: rows to draw, at most ``num_rows``.
+        num_rows: number of rows to choose from.
+        num_samples: number of rows to draw, at most ``num_rows``.
         key: int64 scalar tensor; another key gives an independent sample.
 
     Returns:
         int64 indices (num_samples,) on ``key``'s device.
     """
-    # taken as a value, not as an index: torch.compile computes indices in 32 bits on a GPU
+    # made a value, not an index: torch.compile computes indices in 32 bits on a GPU
     i_M = torch.arange(num_samples, device=key.device) + key.bitwise_and(0)
     first_M = i_M * num_rows // num_samples
     width_M = (i_M + 1) * num_rows // num_samples - first_M
@@ -230,7 +230,7 @@ LOW_32 = 0xFFFFFFFF
 
 
 def hashed(h: Tensor) -> Tensor:
-    """A mix of 64-bit integers to 32 bits. No product exceeds 63 bits: signed overflow crashes compiled C++ loops."""
+    """Hash 64-bit integers to 32 bits. No product exceeds 63 bits: signed overflow crashes compiled C++ loops."""
     h = (h ^ (h >> 32)).bitwise_and(LOW_32)
     h = ((h ^ (h >> 16)) * 0x7FEB352D).bitwise_and(LOW_32)
     h = ((h ^ (h >> 15)) * 0x31848BAB).bitwise_and(LOW_32)

@@ -1,8 +1,8 @@
-"""From a pre-training run to a stock ViT or DINOv2: the main of `training_scripts/fuse_checkpoint.py`.
+"""Turn a pre-training run into a stock ViT or DINOv2: the main of `training_scripts/fuse_checkpoint.py`.
 
-W R takes the place of (W, R) in every layer (paper section 2.2), the decoder is dropped, and the result is compared
-with the unfused encoder on real images before anything is written. Beside the model come image processor, record,
-curves, reconstructions and card: what is pushed to the Hub.
+W R replaces (W, R) in every layer (paper section 2.2), the decoder is dropped, and the result is compared with the
+unfused encoder on real images before anything is written. The folder also gets image processor, record, curves,
+reconstructions and card: everything that is pushed to the Hub.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def largest_difference(
     mae: ViTMAEForPreTraining, vit: ViTModel | Dinov2Model, pixels_BCHW: Tensor
 ) -> tuple[float, float]:
-    """Compare the unfused encoder, all patches visible, with the fused ViT on images.
+    """Compare the unfused encoder, with all patches visible, with the fused ViT on images (B, C, H, W).
 
     Returns:
         The largest absolute difference of their last hidden states (B, 1 + T, D), and the largest absolute state.
@@ -58,13 +58,13 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
     """Up to ``count`` validation views of the run's own data, or of a folder of images.
 
     Raises:
-        ValueError: neither a folder nor a run record to say which data it was, or the data is gone.
+        UserError: there is neither a folder nor a run record that names the data, or the data is gone.
     """
     folder = model_folder(run)
     config = read_config(folder)
     statistics = read_statistics(folder)
     if statistics is None:
-        raise UserError(f"{folder} has no preprocessor_config.json, which tells mean and std")
+        raise UserError(f"{folder} has no preprocessor_config.json, which states mean and std")
     channels, size = config.get("num_channels", 3), config.get("image_size", 224)
     record = RunRecord.read(folder / RECORD) if (folder / RECORD).is_file() else None
     seed = 0
@@ -78,7 +78,7 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
         given |= {"cache_dir": None} if given.get("streaming") else {}
         source = ImageSource(**given, seed=seed)
     else:
-        raise UserError(f"{folder} has no {RECORD}, which tells the data of the run; pass --image_dir FOLDER")
+        raise UserError(f"{folder} has no {RECORD}, which names the data of the run; pass --image_dir FOLDER")
     _, images = load_images(source)
     share_value_range(images, kept=read_value_range(folder))
     return MaskedImages(
@@ -92,38 +92,38 @@ def check_views(run: Path, image_dir: str | None = None, count: int = 8) -> Mask
     )
 
 
-#: what a fused encoder is written as
+#: the classes that a fused encoder can be written as
 EXTRACT = {"vit": extract_vit, "dinov2": extract_dinov2}
 
 
 def fuse_run(
     run: Path, output_dir: Path, views: MaskedImages, count: int = 8, name: str | None = None, kind: str = "vit"
 ) -> float:
-    """Fuse a run, check it on images, and write the stock ViT and what goes with it.
+    """Fuse a run, check it on images, and write the stock ViT and the files that go with it.
 
     Args:
-        run: output folder of a run, of which the best checkpoint is taken if it is unfinished, or a checkpoint.
-        output_dir: where stock model, image processor, record, curves, reconstructions and card are written.
-        views: evaluation views to check on.
-        count: how many of them.
+        run: a checkpoint, or the output folder of a run (its best checkpoint if it is unfinished).
+        output_dir: folder for the stock model, image processor, record, curves, reconstructions and card.
+        views: evaluation views for the check.
+        count: how many of them to use.
         name: Hub id for the card.
-        kind: what the encoder is written as, ``vit`` or ``dinov2``.
+        kind: class of the written encoder, ``vit`` or ``dinov2``.
 
     Returns:
         The largest difference between fused and unfused outputs, both computed in float32.
 
     Raises:
-        ValueError: no checkpoint there, ``output_dir`` holds a run, or fused and unfused outputs disagree; nothing was
+        UserError: there is no checkpoint, ``output_dir`` holds a run, or fused and unfused outputs disagree. Nothing is
             written then.
     """
     folder = model_folder(run)
     if output_dir.resolve() in (run.resolve(), folder.resolve()):
-        raise UserError("--output_dir must be another folder than the run's")
+        raise UserError("--output_dir must not be the run's own folder")
     if any(output_dir.glob(f"model.{UNFUSED}*")):
         raise UserError(f"--output_dir {output_dir} holds the model of a run; choose another folder")
     mae = load_model(folder, "dbp_vit_mae", "vit_mae")
     vit = EXTRACT[kind](mae)
-    mae = mae.float()  # what is compared: in bfloat16 every product rounds in another place
+    mae = mae.float()  # for the comparison: in bfloat16 every product rounds differently
     pixels_BCHW = torch.stack([views[index]["pixel_values"] for index in range(min(count, len(views)))])
     difference, scale = largest_difference(mae, EXTRACT[kind](mae), pixels_BCHW)
     if not difference <= 1e-4 * max(scale, 1.0):
@@ -151,10 +151,10 @@ def fuse_run(
 
 
 def push_run(run: Path, fused: Path, destination: Destination, *, unfused: bool = False) -> None:
-    """Push a fused run and, if asked for, the unfused model to a repository of its own; prints the addresses.
+    """Push a fused run and, if asked for, the unfused model to a second repository; print their addresses.
 
     Raises:
-        ValueError: as `Destination.push`.
+        UserError: as for `Destination.push`.
     """
     print(f"pushed: {destination.push(fused)}")
     if unfused:
@@ -165,22 +165,22 @@ def push_run(run: Path, fused: Path, destination: Destination, *, unfused: bool 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse arguments, fuse, and push if asked to. User mistakes end with one line on stderr and exit status 2."""
+    """Parse arguments, fuse, and push if asked to. A user's mistake ends with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(description="Fuse a pre-training run to a stock ViTModel.")
     parser.add_argument("run", type=Path, help="output folder of run_dbp_mae.py, or one of its checkpoints")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the stock model is written")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the stock model")
     parser.add_argument(
-        "--as", dest="kind", choices=list(EXTRACT), default="vit", help="stock class that the encoder is written as"
+        "--as", dest="kind", choices=list(EXTRACT), default="vit", help="stock class of the written encoder"
     )
     parser.add_argument("--image_dir", help="folder of images to check on (default: the run's validation images)")
     parser.add_argument("--num_images", type=int, default=8, help="how many images to check on")
-    parser.add_argument("--push_to_hub", action="store_true", help="push the stock model; the login's token is used")
+    parser.add_argument("--push_to_hub", action="store_true", help="push the stock model, with the token of your login")
     parser.add_argument("--hub_model_id", help="its name on the Hub (default: that of the output folder)")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     parser.add_argument("--push_unfused", action="store_true", help="push the unfused model too, to NAME-unfused")
     args = parser.parse_args(arguments)
     if args.num_images < 1:
-        raise UserError(f"--num_images is how many images to check on, at least 1, got {args.num_images}")
+        raise UserError(f"--num_images is the number of images to check on, at least 1, got {args.num_images}")
     destination = None
     if args.push_to_hub or args.push_unfused:
         repo_id = args.hub_model_id or args.output_dir.resolve().name

@@ -1,10 +1,10 @@
 """Layers that decorrelate their input: y = W (R x) + b.
 
-- `Decorrelation` holds R and keeps a sample of the rows it sees; it is what an update works on.
+- `Decorrelation` holds R and keeps a sample of the rows it sees; an update works on it.
 - `DecorrelatedLinear` is an `nn.Linear` and `DecorrelatedPatchProjection` an `nn.Conv2d` (stride = kernel size) with a
-  `decorrelation`; both adopt the plain layer's parameters, under the same names, and turn back into it with `fuse()`.
+  `decorrelation`; both adopt the plain layer's parameters under the same names, and `fuse()` turns them back into it.
 
-A forward in train mode gathers rows; `hf_dbp.update_decorrelation` uses and drops them. R is a Parameter with
+A forward pass in train mode gathers rows; `hf_dbp.update_decorrelation` uses and drops them. R is a Parameter with
 ``requires_grad=False``: it is saved, moved and sharded like any other, but no optimizer updates it, no weight decay
 shrinks it, and DDP neither broadcasts nor reduces it (buffers are broadcast before every forward).
 
@@ -40,10 +40,14 @@ class RowSampling:
     """How many of a layer's rows one optimizer step uses to estimate C.
 
     Args:
-        fraction: of all token rows, in (0, 1]; the paper's subsample, 0.1.
-        floor: at least ``floor * D`` rows where the batch has them; None for no floor.
-        cap: at most ``cap * D`` rows; None for no cap.
-        shares: forwards that contribute to one step (micro-batches x processes); floor and cap are split among them.
+        fraction: share of all token rows, in (0, 1]; the paper's subsample is 0.1.
+        floor: use at least ``floor * D`` rows if the batch has them; None for no floor.
+        cap: use at most ``cap * D`` rows; None for no cap.
+        shares: number of forward passes that contribute to one step (micro-batches x processes); floor and cap are
+            split among them.
+
+    Raises:
+        UserError: a value outside its range, or a floor above the cap.
     """
 
     fraction: float = 0.1
@@ -58,12 +62,12 @@ class RowSampling:
             if value is not None and value <= 0:
                 raise UserError(f"the row {name} is a positive multiple of the layer's in_features, got {value}")
         if self.shares < 1:
-            raise UserError(f"shares counts the forwards of one optimizer step, at least 1; got {self.shares}")
+            raise UserError(f"shares counts the forward passes of one optimizer step, at least 1; got {self.shares}")
         if self.floor is not None and self.cap is not None and self.floor > self.cap:
             raise UserError(f"the row floor ({self.floor}) must not exceed the row cap ({self.cap})")
 
     def num_samples(self, num_rows: int, num_features: int) -> int:
-        """Rows to draw from one forward with ``num_rows`` rows of ``num_features`` features."""
+        """The number of rows to draw from one forward pass with ``num_rows`` rows of ``num_features`` features."""
         count = round(self.fraction * num_rows)
         if self.floor is not None:
             count = max(count, -int(-self.floor * num_features // self.shares))
@@ -73,16 +77,17 @@ class RowSampling:
 
 
 class Decorrelation(nn.Module):
-    """The decorrelation matrix R of one layer input, and the rows sampled from that input for the next update of R.
+    """The decorrelation matrix R of one layer input, and the rows sampled from it for the next update of R.
 
     Attributes:
-        R: Parameter (D, D), float32, identity at the start, never touched by autograd or an optimizer.
-        sampling: how many rows each forward contributes.
-        gathering: whether forwards in train mode gather rows (an update schedule switches it).
+        R: Parameter (D, D), float32, initially the identity, never changed by autograd or an optimizer.
+        sampling: how many rows each forward pass contributes.
+        gathering: whether forward passes in train mode gather rows (switched by an update schedule).
         rows: (M, D) rows gathered since the last update, or None.
-        padding: knows which rows are tokens, where the model is given masks; None counts every row.
-        name: the layer's, for warnings.
-        key: int64 scalar tensor that decides which rows are drawn next; `hf_dbp.seed_sampling` sets it, a draw adds 1.
+        padding: tells which rows are tokens if the model is given masks; None counts every row.
+        name: name of the layer, for warnings.
+        key: int64 scalar tensor that decides which rows are drawn next; `hf_dbp.seed_sampling` sets it, each draw adds
+            1.
     """
 
     R: nn.Parameter
@@ -95,7 +100,7 @@ class Decorrelation(nn.Module):
         self.rows: Tensor | None = None
         self.padding: Padding | None = None
         self.name = ""
-        self.key = torch.zeros((), dtype=torch.int64, device="cpu")  # real even where R is still on the meta device
+        self.key = torch.zeros((), dtype=torch.int64, device="cpu")  # not on the meta device, even if R still is
         self.reset_parameters()
 
     @property
@@ -103,19 +108,20 @@ class Decorrelation(nn.Module):
         return self.R.shape[0]
 
     def reset_parameters(self) -> None:
-        """Set R to the identity, at which the layer is the plain layer."""
+        """Set R to the identity, which makes the layer equal to the plain layer."""
         with torch.no_grad():
             nn.init.eye_(self.R)
 
     def wants_rows(self) -> bool:
-        """Whether this forward contributes rows; the repeat by gradient checkpointing, inside backward, does not."""
+        """Whether this forward pass contributes rows; its repetition by gradient checkpointing, in backward, does
+        not."""
         if not (self.training and self.gathering):
             return False
-        # As torch.utils.module_tracker does; under torch.compile the recomputation is not traced by this code.
+        # As in torch.utils.module_tracker; torch.compile does not trace the recomputation through this code.
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def choose_rows(self, num_rows: int) -> Tensor | None:
-        """Indices (M,) of the rows that this forward contributes, or None for all of them."""
+        """Indices (M,) of the rows that this forward pass contributes, or None for all of them."""
         num_samples = self.sampling.num_samples(num_rows, self.num_features)
         if num_samples == num_rows:
             return None
@@ -124,11 +130,11 @@ class Decorrelation(nn.Module):
         return sample_rows(num_rows, num_samples, key)
 
     def keep(self, x_MD: Tensor) -> None:
-        """Add rows to those that the next update uses."""
+        """Add rows (M, D) to those that the next update uses."""
         self.rows = x_MD if self.rows is None else torch.cat([self.rows, x_MD])
 
     def gather(self, x: Tensor) -> None:
-        """Keep a sample of the rows of ``x`` (..., D) when this forward contributes any."""
+        """Keep a sample of the rows of ``x`` (..., D) if this forward pass contributes any."""
         if not self.wants_rows():
             return
         known, tokens = (True, None) if self.padding is None else self.padding.tokens(x)
@@ -145,7 +151,7 @@ class Decorrelation(nn.Module):
         self.keep(x_ND if rows_M is None else x_ND.index_select(0, rows_M))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decorrelation:
-        """R moves with the model but is never cast below float32, in which its small updates would be lost."""
+        """Move R with the model, but never cast it below float32, where its small updates would be lost."""
 
         def move(tensor: Tensor) -> Tensor:
             target = fn(tensor[:0])
@@ -161,11 +167,11 @@ class Decorrelation(nn.Module):
 
 
 class Fusable(ABC):
-    """A module that stands for a plain one."""
+    """A module that can be turned into a plain one."""
 
     @abstractmethod
     def fuse(self) -> nn.Module:
-        """The plain module, W R in place of (W, R); products in float64. ValueError if one is not finite."""
+        """The plain module with W R in place of (W, R), computed in float64. UserError if it is not finite."""
 
 
 class DecorrelatedLayer(Fusable):
@@ -175,7 +181,7 @@ class DecorrelatedLayer(Fusable):
 
 
 def fuse_parameter(weight: Tensor, R_DD: Tensor) -> nn.Parameter:
-    """W R of a weight (O, ...) whose flattened rows have D entries: taken in float64, stored in the weight's dtype."""
+    """W R for a weight (O, ...) whose flattened rows have D entries, computed in float64, in the weight's dtype."""
     fused = fused_weight(weight.detach().flatten(1).double(), R_DD.detach().double())
     fused = fused.to(weight.dtype).view_as(weight)
     if not torch.isfinite(fused).all():
@@ -194,7 +200,7 @@ def fuse_linear(linear: nn.Linear, R_DD: Tensor) -> nn.Linear:
 class DecorrelatedLinear(nn.Linear, DecorrelatedLayer):
     """`nn.Linear` on a decorrelated input: y = W (R x) + b, weight (O, D), bias (O), x (..., D).
 
-    Make one with `from_linear`.
+    Create one with `from_linear`.
     """
 
     def __init__(self, *args: object, naive: bool = False, **kwargs: object) -> None:
@@ -226,7 +232,7 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
     """A patch projection, `nn.Conv2d` with stride = kernel size, on decorrelated patches.
 
     It is a linear layer on flattened patches: D = C * p * p, in the (channel, row, column) order of the kernel. Pixels
-    (B, C, H, W) -> (B, O, H / p, W / p). Make one with `from_conv`.
+    (B, C, H, W) -> (B, O, H / p, W / p). Create one with `from_conv`.
     """
 
     decorrelation: Decorrelation
@@ -234,7 +240,7 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, *, naive: bool = False) -> DecorrelatedPatchProjection:
-        """The same layer with R = I; it adopts ``conv``'s Parameters. ValueError unless it is a patch projection."""
+        """The same layer with R = I; it adopts ``conv``'s Parameters. UserError unless it is a patch projection."""
         if conv.stride != conv.kernel_size or conv.groups != 1 or conv.padding not in ((0, 0), "valid"):
             raise UserError(f"only a convolution with stride = kernel size and no padding is a linear layer: {conv}")
         with torch.device("meta"):
@@ -261,7 +267,7 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
         return F.conv2d(pixels_BCHW, A_OD.view_as(self.weight), self.bias, stride=self.stride)
 
     def gather_patches(self, pixels_BCHW: Tensor) -> None:
-        """Keep a sample of the patches; only the sampled ones are copied out of the image."""
+        """Keep a sample of the patches; only sampled patches are copied out of the image."""
         batch, channels, height, width = pixels_BCHW.shape
         p, q = self.weight.shape[2:]
         h, w = height // p, width // q

@@ -1,13 +1,13 @@
-"""ViT-MAE with a decorrelated encoder, on transformers' own modules.
+"""ViT-MAE with a decorrelated encoder, built on transformers' own modules.
 
 `DBPViTMAEForPreTraining` is transformers' `ViTMAEForPreTraining` (He et al. 2022) in which chosen linear layers see a
 decorrelated input (paper section 2.2): the patch projection and, in every encoder block, q/k/v with one shared R, the
 attention output and both MLP linears. With ``decorrelated_layers="none"`` it is the plain-backprop baseline.
 
-It starts from the stock model put right (`hf_dbp.stock_vit_mae`): He et al.'s initialisation, images of any shape.
+It builds on the corrected stock model (`hf_dbp.stock_vit_mae`): He et al.'s initialisation, images of any shape.
 
-Weights are saved as ``model.unfused.safetensors``: a stock `ViTModel` asked to load such a folder fails; under the
-usual name it would take W for the weights of the network and ignore R. `fuse` gives the stock model.
+Weights are saved as ``model.unfused.safetensors``, so a stock `ViTModel` fails to load such a folder; under the usual
+name it would use W and ignore R. `fuse` returns the stock model.
 
 Shapes: B images, C channels, T patches, V visible tokens, D hidden size.
 """
@@ -56,7 +56,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-UNFUSED = "unfused"  # the weights' variant name: model.unfused.safetensors
+UNFUSED = "unfused"  # variant name of the weights: model.unfused.safetensors
 
 
 class JoinedAttention(ViTMAEAttention):  # type: ignore[misc]
@@ -91,9 +91,8 @@ class JoinedAttention(ViTMAEAttention):  # type: ignore[misc]
 
 
 class DBPViTMAEAttention(JoinedAttention, DecorrelatedLayer):
-    """Joined self-attention whose q, k and v share one R for their one input: [q; k; v] = [W_q; W_k; W_v] R x + b.
-
-    The attention owns R: a tensor under three names could not be saved.
+    """Joined self-attention whose q, k and v share one R for their common input: [q; k; v] = [W_q; W_k; W_v] R x + b.
+    The attention owns R, because a tensor with three names could not be saved.
     """
 
     decorrelation: Decorrelation
@@ -118,17 +117,17 @@ class DBPViTMAEAttention(JoinedAttention, DecorrelatedLayer):
             stock = ViTMAEAttention(self.config)
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(stock, name, fuse_linear(getattr(self, name), self.decorrelation.R))
-        stock.o_proj = self.o_proj  # a layer of its own
+        stock.o_proj = self.o_proj  # not part of the shared input
         return stock.train(self.training)
 
 
 def named(names: tuple[str, ...]) -> Callable[[nn.Module, str], bool]:
-    """The predicate that takes the layers with these names."""
+    """The predicate that chooses the layers with these names."""
     return lambda _, name: name in names
 
 
 def decorrelate_blocks(blocks: nn.ModuleList, choice: str, naive: bool) -> None:
-    """Swap the chosen layers of transformer blocks for decorrelated ones; q, k, v are joined whatever the choice."""
+    """Swap the chosen layers of transformer blocks for decorrelated ones; always join q, k and v."""
     for block in blocks:
         if choice == "none":
             block.attention = JoinedAttention.from_attention(block.attention)
@@ -139,7 +138,7 @@ def decorrelate_blocks(blocks: nn.ModuleList, choice: str, naive: bool) -> None:
 
 
 class DBPPreTrainedMixin(Fusable):
-    """Initialisation, loading, saving and fusion that the decorrelated encoder and the whole model share."""
+    """Initialisation, loading, saving and fusion, shared by the decorrelated encoder and the whole model."""
 
     stock_class: type[PreTrainedModel]
     config_class = DBPViTMAEConfig
@@ -158,12 +157,12 @@ class DBPPreTrainedMixin(Fusable):
             pretrained_model_name_or_path: folder or Hub id.
             model_args: as in transformers.
             kwargs: as in transformers; fields of `DBPViTMAEConfig` such as ``decorrelated_layers`` override the
-                checkpoint's. The function stays the same: a layer that is no longer to be decorrelated gets W R in
-                place of (W, R), one that is to be so from now on starts at R = I.
+                checkpoint's. The function stays the same: a layer that loses its R gets W R in place of (W, R), and a
+                layer that gains one starts at R = I.
 
         Raises:
-            ValueError: one of our checkpoints lacks a tensor, R included, or has a configuration that no ViT has.
-            OSError: no weights under that name in safetensors.
+            UserError: one of our checkpoints lacks a tensor (R included) or has a configuration that no ViT has.
+            OSError: there are no safetensors weights under that name.
         """
         with_info = kwargs.pop("output_loading_info", False)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
@@ -171,7 +170,9 @@ class DBPPreTrainedMixin(Fusable):
         ours = raw.get("model_type") == DBPViTMAEConfig.model_type
         if kwargs.get("config") is None:
             known = DBPViTMAEConfig.__dataclass_fields__.keys() - {"model_type", "architectures"}
-            raw = {key: value for key, value in raw.items() if key in known}  # nothing that names code or kernels
+            raw = {
+                key: value for key, value in raw.items() if key in known
+            }  # drop everything that names code or kernels
             fields = {key: kwargs.pop(key) for key in list(kwargs) if key in DBPViTMAEConfig.__dataclass_fields__}
             kwargs["config"] = DBPViTMAEConfig.from_dict(raw | fields)
         config, choice = kwargs["config"], raw.get("decorrelated_layers", DBPViTMAEConfig.decorrelated_layers)
@@ -184,7 +185,7 @@ class DBPPreTrainedMixin(Fusable):
             kwargs.setdefault("variant", UNFUSED)
         kwargs.setdefault("use_safetensors", True)
         report = logging.getLogger("transformers.modeling_utils")
-        report.disabled = True  # it would report every R that rightly starts at I; check_loaded says what matters
+        report.disabled = True  # it would report every R that correctly starts at I; check_loaded reports what matters
         try:
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -196,23 +197,23 @@ class DBPPreTrainedMixin(Fusable):
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save config and ``model.unfused.safetensors`` under present key names; arguments as in transformers.
-
-        Legacy key names, transformers' default, are not restored by its Trainer on resume.
+        """Save config and ``model.unfused.safetensors`` under current key names; arguments as in transformers. The
+        legacy key names that transformers uses by default are not restored by its Trainer on resume.
 
         Raises:
-            ValueError: another variant of a model with R, which under the usual name would be read as a stock one.
+            UserError: another variant was given for a model with R; under the usual name it would be read as a stock
+                one.
         """
         if kwargs.get("variant", UNFUSED) != UNFUSED and any(True for _ in decorrelated_layers(self)):  # type: ignore[arg-type]
             raise UserError(
-                f"variant={kwargs['variant']!r}: weights with R are saved as {UNFUSED!r} alone, other names pass for a "
-                "stock model's; save fuse(model) or extract_vit(model)"
+                f"variant={kwargs['variant']!r}: weights with R are saved only as {UNFUSED!r}, because other names "
+                f"pass for a stock model's; save fuse(model) or extract_vit(model)"
             )
         kwargs = {"variant": UNFUSED, "save_original_format": False} | kwargs
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
     def fuse(self) -> PreTrainedModel:
-        """The stock model with W R in place of (W, R), as `stock_class` (`RectangularViTMAE` for other images)."""
+        """The stock model with W R in place of (W, R), as `stock_class` (`RectangularViTMAE` for non-square images)."""
         config = ViTMAEConfig(**stock_fields(self.config, ViTMAEConfig))  # type: ignore[attr-defined]
         config._attn_implementation = self.config._attn_implementation  # type: ignore[attr-defined]
         rows, columns = patch_grid(config)
@@ -222,7 +223,7 @@ class DBPPreTrainedMixin(Fusable):
 
 
 def stock_fields(config: ViTMAEConfig, stock_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    """The fields of a ViT-MAE configuration that a stock configuration class has too."""
+    """The fields of a ViT-MAE configuration that a stock configuration class also has."""
     known = stock_class.__dataclass_fields__.keys() & ViTMAEConfig.__dataclass_fields__.keys() - NOT_STOCK
     return {key: value for key, value in config.to_dict().items() if key in known}
 
@@ -242,7 +243,8 @@ def with_layers_of(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The same function as ``model`` with the decorrelated layers that ``config`` chooses.
 
-    ``info``, its loading info, gets the R that start at I as missing and those that were fused as unexpected keys.
+    The loading info lists each R that starts at I among the missing keys and each R that was fused among the
+    unexpected.
     """
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
@@ -266,16 +268,21 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 
 
 def check_loaded(name: str, missing: list[str], ours: bool) -> None:
-    """Refuse one of our checkpoints that lacks a tensor; say what a foreign one leaves at its initialisation."""
+    """Refuse one of our checkpoints that lacks a tensor; log which tensors a foreign one leaves at initialisation."""
     if ours and missing:
         raise UserError(f"{name} lacks {len(missing)} tensors, among them {missing[0]}; the checkpoint is incomplete")
     fresh = [key for key in missing if not key.endswith("decorrelation.R")]
     if fresh:
-        logger.warning("%s has no weights for %d tensors, which start afresh: %s", name, len(fresh), ", ".join(fresh))
+        logger.warning(
+            "%s has no weights for %d tensors, which start from their initialisation: %s",
+            name,
+            len(fresh),
+            ", ".join(fresh),
+        )
 
 
 class DBPViTMAEModel(DBPPreTrainedMixin, ViTMAEModel):  # type: ignore[misc]
-    """transformers' `ViTMAEModel` (the encoder) with the layers decorrelated that its config chooses."""
+    """transformers' `ViTMAEModel` (the encoder), with the layers that its config chooses decorrelated."""
 
     stock_class = ViTMAEModel
 
@@ -306,10 +313,10 @@ class DBPViTMAEForPreTraining(DBPPreTrainedMixin, RectangularViTMAE):
 
 
 def extract_vit(mae: PreTrainedModel) -> ViTModel:
-    """The encoder as a stock `ViTModel` without pooler, from a stock, plain or decorrelated (then fused) ViT-MAE.
+    """The encoder of a stock, plain or decorrelated ViT-MAE (which is fused) as a stock `ViTModel` without pooler.
 
     Raises:
-        ValueError: a fused weight is not finite (the layer is named), or ``mae`` is not a ViT-MAE.
+        UserError: a fused weight is not finite (the message names the layer), or ``mae`` is not a ViT-MAE.
     """
     if not isinstance(mae, ViTMAEForPreTraining | ViTMAEModel):
         raise UserError(f"expected a ViT-MAE model, got {type(mae).__name__}")
@@ -324,4 +331,4 @@ AutoModelForPreTraining.register(DBPViTMAEConfig, DBPViTMAEForPreTraining)
 for _ours, _stock in ((DBPViTMAEModel, "ViTMAEModel"), (DBPViTMAEForPreTraining, "ViTMAEForPreTraining")):
     register_checkpoint_conversion_mapping(
         _ours.__name__, get_checkpoint_conversion_mapping(_stock), overwrite=True
-    )  # checkpoints with the key names of transformers v4
+    )  # so that checkpoints with the key names of transformers v4 load

@@ -1,16 +1,16 @@
-"""Which rows of a layer's input are tokens and which are padding, in any model that is given a mask.
+"""Tell which rows of a layer's input are tokens and which are padding, in any model that takes a mask.
 
-What a transformer computes for the padding of a short sequence means nothing and must not enter C. `watch_padding` puts
-a hook on every module whose forward takes a mask. While such a module runs, `Padding` knows its mask, and
+What a transformer computes for the padding of a short sequence is meaningless and must not enter C. `watch_padding`
+puts a hook on every module whose forward takes a mask. While such a module runs, `Padding` knows its mask, and
 `Padding.tokens` finds the rows of a layer's input x that count, from the innermost module outwards:
 
-1. x is the ``encoder_hidden_states`` that an ``encoder_attention_mask`` came with;
-2. a mask (B, T) fits x (B, T, D) or (B * T, D);
-3. x has one row per sequence (B, D), as a pooler's input: every row counts;
-4. the innermost module that takes a mask was given none, as the vision part beside a text part: every row counts;
-5. otherwise tokens cannot be told from padding: no row counts, and a warning names the layer once.
+1. x is the ``encoder_hidden_states`` that came with an ``encoder_attention_mask``: the mask decides;
+2. a mask (B, T) fits x (B, T, D) or (B * T, D): the mask decides;
+3. x has one row per sequence (B, D), like a pooler's input: every row counts;
+4. the innermost module that takes a mask was given none, like the vision part beside a text part: every row counts;
+5. otherwise tokens cannot be told from padding: no row counts, and one warning names the layer.
 
-Masks of more than two dimensions, which a model makes of its mask, say nothing new and are passed over.
+Masks of more than two dimensions, which a model derives from its mask, add nothing and are ignored.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Padding", "remove_watches", "watch_padding"]
 
 logger = logging.getLogger(__name__)
 
-TOKENS = ("attention_mask", "encoder_attention_mask")  # as transformers has them: 1, or True, is a token
-PADDED = ("src_key_padding_mask", "tgt_key_padding_mask")  # as torch's own layers do: True, or -inf, is padding
+TOKENS = ("attention_mask", "encoder_attention_mask")  # transformers' convention: 1, or True, is a token
+PADDED = ("src_key_padding_mask", "tgt_key_padding_mask")  # torch's convention: True, or -inf, is padding
 
 
 class Mask:
-    """One mask: which tokens count (B, T), None if none was given; and the tensor whose tokens they are, if named."""
+    """One mask: which tokens count (B, T), or None if none was given, and the tensor they belong to, if known."""
 
     def __init__(self, keep_BT: Tensor | None, owner: Tensor | None = None) -> None:
         self.keep_BT = keep_BT
@@ -45,7 +45,7 @@ class Mask:
 
     @property
     def indices(self) -> Tensor:
-        """Of the tokens among the B * T rows; waits for the device, once."""
+        """Indices of the tokens among the B * T rows; waits for the device, once."""
         assert self.keep_BT is not None
         if self.found is None:
             self.found = self.keep_BT.flatten().nonzero().squeeze(-1)
@@ -53,7 +53,7 @@ class Mask:
 
 
 class Padding:
-    """The masks of the modules that are running, innermost last."""
+    """The masks of the modules that are currently running, innermost last."""
 
     def __init__(self) -> None:
         self.masks: list[Mask] = []
@@ -70,17 +70,17 @@ class Padding:
         return one_each or self.masks[-1].keep_BT is None, None
 
     def warn(self, layer: str) -> None:
-        """Say, once, that a layer's tokens cannot be told from padding."""
+        """Warn, once per layer, that its tokens cannot be told from padding."""
         if layer not in self.named:
             self.named.add(layer)
             logger.warning(
-                "The input of %s has another shape than the attention mask, so its tokens cannot be told from padding: "
-                "no rows are gathered there, and its R stays as it is, while a mask is given", layer,
+                "The shape of %s's input does not match the attention mask, so its tokens cannot be told from "
+                "padding: while a mask is given, no rows are gathered there and its R does not change", layer,
             )  # fmt: skip
 
 
 class Watch:
-    """A pair of hooks: a module's masks are known to `Padding` from the start of its forward to the end."""
+    """A pair of hooks that register a module's masks with `Padding` while its forward runs."""
 
     def __init__(self, module: nn.Module, padding: Padding, places: dict[str, int]) -> None:
         self.padding = padding
@@ -110,12 +110,12 @@ class Watch:
                 self.padding.masks.append(Mask(keep if name in TOKENS or self.batch_first else keep.T, owner))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.lengths:  # empty where an earlier hook of the module failed
+        if self.lengths:  # empty if an earlier hook of the module failed
             del self.padding.masks[self.lengths.pop() :]
 
 
 def watch_padding(model: nn.Module) -> Padding | None:
-    """Watch the masks that ``model`` and its parts are given; None where no part takes one."""
+    """Watch the masks given to ``model`` and its parts; None if no part takes one."""
     padding, watched = Padding(), False
     for module in model.modules():
         names = list(inspect.signature(module.forward).parameters)
@@ -129,7 +129,7 @@ def watch_padding(model: nn.Module) -> Padding | None:
 
 
 def remove_watches(model: nn.Module) -> None:
-    """Take the hooks off again."""
+    """Remove the hooks."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Watch)]:

@@ -1,7 +1,7 @@
-"""Pre-training a ViT by masked autoencoding, from flags to a folder: the main of `training_scripts/run_dbp_mae.py`.
+"""Pre-train a ViT by masked autoencoding, from flags to a folder: the main of `training_scripts/run_dbp_mae.py`.
 
-The flow: flags and recipe -> images -> model -> trainer -> best checkpoint, `run.json`, pictures. What is wrong with
-flags or data fails before training starts.
+The flow: flags and recipe -> images -> model -> trainer -> best checkpoint, `run.json`, pictures. Mistakes in flags or
+data end the command before training starts.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ EVAL_RESULTS = "eval_results.json"
 
 
 def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
-    """The configuration that the flags describe. ValueError for sizes that cannot be."""
+    """The configuration that the flags describe. UserError for impossible sizes."""
     config_class = ViTMAEConfig if model_args.method == "stock" else DBPViTMAEConfig
     flags = {"mask_ratio": model_args.mask_ratio, "norm_pix_loss": model_args.norm_pix_loss}
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
@@ -84,7 +84,7 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
     if source is not None:
         hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
         fields = known_fields(read_config(source, **hub), ViTMAEConfig)
-        if not any(key.startswith("decoder_") for key in fields):  # a ViT; its decoder is that of --model_size
+        if not any(key.startswith("decoder_") for key in fields):  # a ViT: --model_size gives the decoder
             fields |= {key: value for key, value in SIZES[model_args.model_size].items() if key.startswith("decoder_")}
     else:
         fields = {**SIZES[model_args.model_size]}
@@ -101,10 +101,10 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
 
 
 def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> PreTrainedModel:
-    """A model of the chosen method, from the checkpoint or freshly drawn from ``seed``, alike for all methods.
+    """A model of the chosen method, from the checkpoint or drawn from ``seed``; all methods draw the same weights.
 
     Raises:
-        ValueError: image size and patch size do not fit, or the checkpoint does not.
+        UserError: image size and patch size do not fit together, or the checkpoint does not fit.
     """
     config = model_config(model_args, num_channels)
     model_class: type[PreTrainedModel] = DBPViTMAEForPreTraining
@@ -118,7 +118,11 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
                 model_class, model_args.model_name_or_path, config=config, dtype=torch.float32, **hub
             )
             if fresh:
-                logger.warning("%s lacks %s, which start afresh", model_args.model_name_or_path, ", ".join(fresh))
+                logger.warning(
+                    "%s lacks %s, which start from their initialisation",
+                    model_args.model_name_or_path,
+                    ", ".join(fresh),
+                )
             freeze_fixed_(model)
             return model
     model = model_class(config)
@@ -130,10 +134,11 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
 
 
 def image_processor(model: PreTrainedModel, views: MaskedImages) -> Any:
-    """The stock image processor that does to an image what evaluation does, but for its crop (it resizes).
+    """The stock image processor that preprocesses images as evaluation does, except that it resizes instead of
+    cropping.
 
-    It resizes 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
-    refuses.
+    It resizes only 8-bit images with 1 or 3 channels: it would take two channels for grey and alpha and blend them, and
+    it refuses 16 bits.
     """
     dtype, mean = views.images.readable(0).dtype, views.mean.tolist()
     size = model.config.image_size
@@ -147,7 +152,7 @@ def image_processor(model: PreTrainedModel, views: MaskedImages) -> Any:
 
 
 def kept_value_range(model_args: ModelArguments) -> ValueRange | None:
-    """The range of float values of the image processor named, else of the checkpoint."""
+    """The range of float values from the named image processor, else from the checkpoint."""
     if model_args.image_processor_name is not None:
         return read_value_range(model_args.image_processor_name, token=model_args.token)
     if model_args.model_name_or_path is None:
@@ -159,7 +164,7 @@ def kept_value_range(model_args: ModelArguments) -> ValueRange | None:
 def pixel_statistics(
     model_args: ModelArguments, images: ImageList, num_channels: int, kept_in: Path
 ) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation per channel: of the image processor named, of the checkpoint, or as asked."""
+    """Mean and standard deviation per channel: from the named image processor, the checkpoint, or as asked."""
     if model_args.image_processor_name is not None:
         found = read_statistics(model_args.image_processor_name, token=model_args.token)
         if found is None:
@@ -176,19 +181,19 @@ def pixel_statistics(
 def prepare_data(
     data_args: DataArguments, model_args: ModelArguments, seed: int
 ) -> tuple[MaskedImages, MaskedImages, int]:
-    """Training and validation views and their number of channels. ValueError if there is something wrong with them."""
+    """Training and validation views and their number of channels. UserError if something is wrong with them."""
     source = ImageSource(
         **dataclasses.asdict(data_args),
         cache_dir=model_args.cache_dir,
         token=model_args.token,
         seed=seed,
     )
-    config = model_config(model_args, data_args.num_channels or 3)  # of which only the sizes are used here
+    config = model_config(model_args, data_args.num_channels or 3)  # only its sizes are used here
     size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)
     if data_args.streaming and model_args.cache_dir is not None and data_args.cache_short_side < min(size):
         raise UserError(
             f"--cache_short_side {data_args.cache_short_side} is less than the model's input, {min(size)} pixels; "
-            f"8/7 of it is usual: pass --cache_short_side {min(size) * 8 // 7}"
+            f"8/7 of that is usual: pass --cache_short_side {min(size) * 8 // 7}"
         )
     train_images, eval_images = load_images(source)
     num_channels = train_images.readable(0).shape[2]
@@ -202,7 +207,7 @@ def prepare_data(
 
 
 def check_run(args: PretrainingArguments, train_data: MaskedImages) -> None:
-    """Refuse what would fail or do nothing after training has begun."""
+    """Raise a UserError for what would fail, or do nothing, once training has begun."""
     step = step_images(args)
     if args.do_train and args.dataloader_drop_last and len(train_data) < step:
         raise UserError(
@@ -237,15 +242,17 @@ def new_record(
 
 
 def model_to_evaluate(model_args: ModelArguments, args: PretrainingArguments) -> ModelArguments:
-    """With --do_eval alone: that of --model_name_or_path, else of the run in the output folder, else a fresh one."""
+    """For --do_eval alone: the model of --model_name_or_path, else of the run in the output folder, else a new one."""
     if args.push_to_hub:
-        raise UserError("--push_to_hub pushes what --do_train trains; a finished run: fuse_checkpoint.py --push_to_hub")
+        raise UserError(
+            "--push_to_hub pushes what --do_train trains; to push a finished run, use fuse_checkpoint.py --push_to_hub"
+        )
     if model_args.model_name_or_path is not None:
         return model_args
     try:
         return dataclasses.replace(model_args, model_name_or_path=str(model_folder(args.output_dir)))
     except UserError:
-        logger.warning("no --model_name_or_path and no run in %s: a fresh model is evaluated", args.output_dir)
+        logger.warning("no --model_name_or_path and no run in %s: evaluating an untrained model", args.output_dir)
         return model_args
 
 
@@ -255,9 +262,8 @@ def run(
     decorrelation_args: DecorrelationArguments,
     args: PretrainingArguments,
 ) -> RunRecord:
-    """Pre-train, evaluate, save; returns the record that is also written to ``output_dir/run.json``.
-
-    Without ``do_train`` a model is evaluated, and nothing but ``eval_results.json`` written.
+    """Pre-train, evaluate and save; return the record, which is also written to ``output_dir/run.json``. Without
+    ``do_train``, only evaluate a model and write ``eval_results.json``.
     """
     if not (args.do_train or args.do_eval):
         raise UserError("nothing to do: give --do_train, --do_eval or both")
@@ -268,7 +274,9 @@ def run(
     check_run(args, train_data)
     train_data.on_device = augments_on_device(model_args.augment_on_device, args, train_data.images)
     model = build_model(model_args, num_channels, args.seed)
-    task = {name: getattr(model.config, name) for name in ("mask_ratio", "norm_pix_loss")}  # a checkpoint's by default
+    task = {
+        name: getattr(model.config, name) for name in ("mask_ratio", "norm_pix_loss")
+    }  # the checkpoint's by default
     model_args = dataclasses.replace(model_args, **task)
     record = new_record(model_args, data_args, decorrelation_args, args, train_data, eval_data)
     callback = None
@@ -279,7 +287,9 @@ def run(
     record.energy = meter.description if meter is not None else {}
     budget = None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began())
     trainer = MAETrainer(
-        callbacks=None if budget is None else [budget],  # before the clock, which stops for what it asks for
+        callbacks=None
+        if budget is None
+        else [budget],  # before the clock, which stops for the evaluations and saves that it requests
         model=model,
         args=args,
         record=record,
@@ -304,16 +314,16 @@ def run(
 
 
 def evaluate_alone(trainer: MAETrainer, source: str | None) -> None:
-    """Evaluate, and write ``eval_results.json``: the weights and the record of a run stay as they are."""
+    """Evaluate and write ``eval_results.json``, leaving the weights and the record of a run unchanged."""
     metrics = trainer.evaluate()
     if trainer.args.should_save:
-        file, model = Path(trainer.args.output_dir) / EVAL_RESULTS, source or "a fresh model"
+        file, model = Path(trainer.args.output_dir) / EVAL_RESULTS, source or "an untrained model"
         write_json(file, metrics | {"model": model})
         print(f"validation loss {metrics['eval_loss']:.4f} of {model}; written to {file}")
 
 
 def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, destination: Destination | None) -> None:
-    """Save the model, the record, the pictures and the card, say where they are, and push the fused model."""
+    """Save the model, the record, the pictures and the card, print where they are, and push the fused model."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     trainer.save_model()
     if not args.should_save:
@@ -330,7 +340,7 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
     write_card(folder)
     record.results["steps"] = {"asked": trainer.state.max_steps, "taken": trainer.state.global_step}
     record.asked_used = asked_used(trainer.asked, record.arguments, record.data, record.results, record.best)
-    record.results["finished"] = True  # not before: what has finished is not run again
+    record.results["finished"] = True  # last, because a finished run is not run again
     record.write(folder / RECORD)
     print(summary(record, folder))
     if destination is not None:
@@ -339,17 +349,17 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
 
 
 def summary(record: RunRecord, folder: Path) -> str:
-    """What came out and where it lies, for the end of a run."""
+    """The results and where they are, to print at the end of a run."""
     lines = [f"\n{record.method} with {record.optimizer}, seed {record.seed}: {folder}"]
     model = record.results["model"]
     if "eval_loss" in model:
         lines.append(
-            f"  validation loss       {model['eval_loss']:.4f} of the model in that folder, of step {model['step']}"
+            f"  validation loss       {model['eval_loss']:.4f} of the model in that folder, from step {model['step']}"
         )
     if record.best is not None and record.best["step"] != model["step"]:
         lines.append(f"  lowest seen           {record.best['eval_loss']:.4f} at step {record.best['step']}, not kept")
     if "interpolation_loss" in record.results:
-        lines.append(f"  interpolated means    {record.results['interpolation_loss']:.4f} (the plainest guess)")
+        lines.append(f"  interpolated means    {record.results['interpolation_loss']:.4f} (the simplest baseline)")
     if "train_seconds" in record.results:
         lines.append(f"  training time         {record.results['train_seconds']:.1f} s")
     if "kwh" in record.results:
@@ -362,15 +372,15 @@ def summary(record: RunRecord, folder: Path) -> str:
     if record.method == "dbp":
         lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
     for name, row in record.asked_used.items():
-        lines.append(f"  {name}: {row['asked']} asked for, {row['used']} used ({row['why']})")
+        lines.append(f"  {name}: asked for {row['asked']}, used {row['used']} ({row['why']})")
     return "\n".join(lines)
 
 
 def plan_budget(given: Sequence[str]) -> Path:
-    """Write what the budget chooses for these flags to `budget.yaml` in the output folder; returns its path.
+    """Write what the budget chooses for these flags to `budget.yaml` in the output folder; return its path.
 
     Raises:
-        UserError: no such data, or the plan of another run is there.
+        UserError: there is no such data, or the folder holds the plan of another run.
     """
     model_args, data_args, _, args = parse_arguments(GROUPS, given)
     path = Path(args.output_dir) / "budget.yaml"
@@ -387,14 +397,14 @@ def plan_budget(given: Sequence[str]) -> Path:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
-    """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
+    """Parse flags and recipe, and run. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments)
     named = {part.partition("=")[0] for part in given}
     if "--budget" in named and "--config" not in named:
         given = ["--config", str(plan_budget(given)), *given]
-    parsed = parse_arguments(GROUPS, given, "Pre-train a ViT by masked autoencoding. See docs/flags.md too.")
+    parsed = parse_arguments(GROUPS, given, "Pre-train a ViT by masked autoencoding. See also docs/flags.md.")
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)
 

@@ -1,26 +1,26 @@
-"""What a forward shows of a model's linear layers: which can be decorrelated, which share an input, what it would cost.
+"""What one forward pass shows about a model's linear layers: which can be decorrelated, which share an input, the cost.
 
-`probe` runs one batch through a model, in eval mode and without gradients, and finds for every `nn.Linear`, patch
-projection and `Conv1D`
+`probe` runs one batch through a model, in eval mode and without gradients, and finds, for every `nn.Linear`, patch
+projection and `Conv1D`,
 
-- its **input**: layers that were called on the same tensor, told by its memory and not by a name, can share one R.
-  Dropout counts as a change although it is off, since in training it makes another tensor;
-- whether that input is a **block input**, the output of a normalisation, at most moved about since (views, windows,
+- its **input**: layers called on the same tensor, identified by its memory and not by a name, can share one R. Dropout
+  counts as a change although it is off, because in training it makes another tensor;
+- whether that input is a **block input**: the output of a normalisation, at most rearranged since (views, windows,
   dropout);
-- why it must stay **plain**: its weight is tied, frozen, quantised or read by other code; it is never called; its
-  tokens cannot be told from padding.
+- whether it must stay **plain**, and why: its weight is tied, frozen, quantised or read by other code; it is never
+  called; its tokens cannot be told from padding.
 
-Which layers pay, by a criterion on three measured numbers (correlation, width, tokens in a batch): with D the width,
-r2 the mean squared correlation of the input's features over M sampled tokens, O the outputs of all layers that share
-it, N the tokens of a batch and f the sampled fraction,
+Which layers are worth decorrelating depends on three measured numbers (correlation, width, tokens in a batch). With D
+the width, r2 the mean squared correlation of the input's features over M sampled tokens, O the outputs of all layers
+that share the input, N the tokens of a batch and f the sampled fraction,
 
-    excess = (D - 1) * max(r2 - 1 / M, 0)               1 / M is what M uncorrelated rows would show
-    gain   = excess / (1 + excess)                      share of the D directions that correlation takes away
+    excess = (D - 1) * max(r2 - 1 / M, 0)               M uncorrelated rows would show 1 / M
+    gain   = excess / (1 + excess)                      share of the D directions lost to correlation
     cost   = 2 D / (3 N) + update / (6 N O D)           extra work: W R and dA R^T of 2 O D^2 each against 6 N O D
     update = 2 D^2 * (m + min(2 m, m + D)), m = f N     z = R x; then z^T (z R) or (z^T z) R
 
-and a group of layers is worth it when SAVING * gain >= cost, where SAVING is the share of the steps that decorrelation
-saved where it saved least (over Muon, docs/results/methods).
+A group of layers is worth it if SAVING * gain >= cost, where SAVING is the smallest share of steps that decorrelation
+saved in our trials (over Muon, docs/results/methods).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from hf_dbp.sharing import is_conv1d
 __all__ = ["SAVING", "LayerInput", "call", "linear_table", "linears", "probe"]
 
 SAVING = 0.187
-MOVES = {  # functions of torch that move numbers about and change none
+MOVES = {  # torch functions that rearrange numbers without changing them
     "__getitem__", "chunk", "clone", "contiguous", "dropout", "expand", "flatten", "index_select", "pad", "permute",
     "reshape", "roll", "split", "squeeze", "swapaxes", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view",
 }  # fmt: skip
@@ -51,18 +51,18 @@ NORMS = {"batch_norm", "group_norm", "layer_norm", "rms_norm"}
 
 @dataclass
 class LayerInput:
-    """One input of one or several layers of a model.
+    """One input, shared by one or more layers of a model.
 
     Attributes:
-        names: of the layers that were called on it, in the model's order.
-        features: its width D.
-        outputs: of all these layers together, O.
-        tokens: rows of a batch, N, all calls together.
-        calls: in one forward.
+        names: names of the layers called on it, in the model's order.
+        features: width D.
+        outputs: outputs O of all these layers together.
+        tokens: rows N of a batch, over all calls.
+        calls: number of calls in one forward pass.
         block_input: whether it comes from a normalisation.
         plain: why these layers cannot be decorrelated; empty if they can.
-        correlation: mean squared correlation of its features; None where it was not measured.
-        rows: tokens that the correlation was measured on, M.
+        correlation: mean squared correlation of its features; None if not measured.
+        rows: number M of tokens used to measure the correlation.
     """
 
     names: list[str]
@@ -77,7 +77,7 @@ class LayerInput:
 
     @property
     def gain(self) -> float:
-        """The share of the input's directions that correlation takes away, in [0, 1)."""
+        """The share of the input's directions lost to correlation, in [0, 1)."""
         if self.correlation is None or not self.rows:
             return 0.0
         excess = (self.features - 1) * max(self.correlation - 1 / self.rows, 0.0)
@@ -91,12 +91,12 @@ class LayerInput:
         return 2 * self.features / (3 * self.tokens) + update / plain if self.tokens else float("inf")
 
     def pays(self, fraction: float = RowSampling.fraction) -> bool:
-        """Whether the gain is expected to pay for the cost."""
+        """Whether the expected gain outweighs the cost."""
         return SAVING * self.gain >= self.cost(fraction)
 
 
 def linears(model: nn.Module) -> dict[nn.Module, str]:
-    """Every layer that is, or looks like, a linear one, with its first name."""
+    """Every layer that is, or looks, linear, with its first name."""
     kinds = nn.Linear | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention
     return {
         layer: name
@@ -107,7 +107,7 @@ def linears(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def reason_to_stay_plain(layer: nn.Module, owners: Mapping[int, list[str]], name: str) -> str:
-    """Why a layer cannot be decorrelated, as far as it can be seen without a forward; empty if it can."""
+    """Why a layer cannot be decorrelated, as far as can be seen without a forward pass; empty if it can."""
     kind = type(layer).__name__
     if isinstance(layer, nn.MultiheadAttention):
         return "nn.MultiheadAttention keeps q, k and v in one parameter and calls no linear layer"
@@ -134,7 +134,7 @@ def reason_to_stay_plain(layer: nn.Module, owners: Mapping[int, list[str]], name
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model's forward on a batch: a mapping of keyword arguments, a tuple or list of arguments, or one argument."""
+    """Call the model on a batch: a mapping of keyword arguments, a tuple or list of arguments, or one argument."""
     device = next(iter(model.parameters())).device
 
     def moved(value: Any) -> Any:
@@ -148,7 +148,8 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 class Trace(TorchFunctionMode):
-    """Follows one forward: on which tensor each layer is called, what comes from a normalisation, who reads weights."""
+    """Follows one forward pass: each layer's input tensor, what comes from a normalisation, which code reads
+    weights."""
 
     def __init__(self, layers: Mapping[nn.Module, str], padding: Padding | None) -> None:
         super().__init__()
@@ -156,7 +157,7 @@ class Trace(TorchFunctionMode):
         self.identities: dict[nn.Module, list[Any]] = {layer: [] for layer in layers}
         self.inputs: dict[nn.Module, list[Tensor]] = {
             layer: [] for layer in layers
-        }  # kept, so that memory is not reused
+        }  # kept alive so that memory is not reused
         self.tokens: dict[nn.Module, int] = dict.fromkeys(layers, 0)
         self.weights = {id(layer.weight): layer for layer in layers if isinstance(layer.weight, Tensor)}
         self.refused: dict[nn.Module, str] = {}
@@ -169,7 +170,7 @@ class Trace(TorchFunctionMode):
             self.refused[layer] = "it is called with a keyword for its input"
             return
         x = args[0]
-        patches = isinstance(layer, nn.Conv2d)  # an input of their own
+        patches = isinstance(layer, nn.Conv2d)  # not shared with other layers
         if not patches and self.padding is not None and not self.padding.tokens(x)[0]:
             self.refused[layer] = "its input has another shape than the attention mask: tokens and padding look alike"
         self.inputs[layer].append(x)
@@ -195,7 +196,7 @@ class Trace(TorchFunctionMode):
                 self.refused[layer] = "other code reads its weight without calling it, and would take W for W R"
         result = function(*args, **(kwargs or {}))
         if name == "dropout" and (kwargs or {}).get("p", tensors[1:2]) not in (0.0, [0.0]):
-            result = result.clone()  # in training it is another tensor
+            result = result.clone()  # in training it would be another tensor
         if name in NORMS or (name in MOVES and tensors and id(tensors[0]) in self.normalised):
             for one in result if isinstance(result, list | tuple) else (result,):
                 self.normalised[id(one)] = one
@@ -203,20 +204,20 @@ class Trace(TorchFunctionMode):
 
 
 def outputs_of(layer: nn.Module) -> int:
-    """O of a linear-like layer."""
+    """The number of outputs O of a linear-like layer."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.shape[1] if is_conv1d(layer) else weight.shape[0]
 
 
 def features_of(layer: nn.Module) -> int:
-    """D of a linear-like layer."""
+    """The number of input features D of a linear-like layer."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.shape[0] if is_conv1d(layer) else weight[0].numel()
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside, and as it was afterwards."""
+    """Put every module in eval mode inside the block, and restore its mode afterwards."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -228,9 +229,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def probe(model: nn.Module, batch: Any) -> list[LayerInput]:
-    """The inputs of the linear layers of ``model``, found by one forward on ``batch``; alike on all processes.
-
-    Nothing of the model changes, and no random number is drawn.
+    """The inputs of the linear layers of ``model``, found by one forward pass on ``batch``; the same on all processes.
+    The model does not change, and no random number is drawn.
     """
     layers = linears(model)
     owners: dict[int, list[str]] = {}
@@ -281,7 +281,7 @@ def removed(handle: Any) -> Iterator[None]:
 
 
 def agreed(found: list[LayerInput]) -> list[LayerInput]:
-    """One list for all processes: the first one's, and what the others called and it did not, as experts."""
+    """One list for all processes: the first one's, plus layers that only others called, such as experts."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return found
     everyone: list[list[LayerInput]] = [[] for _ in range(dist.get_world_size())]
@@ -295,7 +295,8 @@ def agreed(found: list[LayerInput]) -> list[LayerInput]:
 
 
 def linear_table(inputs: list[LayerInput], chosen: set[str]) -> str:
-    """What is decorrelated and what is not, as a Markdown table: one row an input, layers that share R in one row."""
+    """A Markdown table of what is decorrelated and what is not: one row per input, so layers that share R share a
+    row."""
     header = ["layers", "D", "O", "tokens", "correlation", "gain", "cost", "decorrelated"]
     rows = [header, ["---"] * len(header)]
     for one in inputs:

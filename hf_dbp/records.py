@@ -1,4 +1,4 @@
-"""`run.json`: everything that is known about a run, written by the run itself; tables, figures and cards read it.
+"""`run.json`: everything known about a run, written by the run itself; tables, figures and cards are made from it.
 
 Schema (version 1):
 
@@ -14,19 +14,19 @@ Schema (version 1):
     energy            how kWh were measured or estimated, country, carbon_intensity_g_per_kwh
     rows              one per evaluation: step, epoch, eval_loss, train_loss (mean since the last row), train_seconds,
                       kwh, co2e_kg (all three since the start of training), step_seconds (median since the last row),
-                      load_average (of the machine, over a minute), and, of the inputs of the encoder's layers on a
+                      load_average (of the machine, over a minute), and, for the inputs of the encoder's layers on a
                       fixed validation batch, decorrelation_loss, mean_squared_correlation and, per layer,
                       decorrelation {layer: {decorrelation_loss, mean_squared_correlation}}
     best              the row with the lowest eval_loss, whether its weights were kept or not
     results           figures of the whole run by name; "model": {step, eval_loss} of the weights in the folder, no
-                      loss where they were not evaluated; "finished": true once it has come to its end; "guards":
-                      steps that were skipped (step, cause, layer), layers at which eta was reduced or R left as it was;
-                      "stopped": why the guards ended it; "resumed_with": {step: {argument: [old, new]}} of a run that
-                      went on from that step with other settings
-    asked_used        {name: {asked, used, why}} for each setting or count of which something else was used than was
-                      asked for: a batch that did not fit, images left out, steps skipped, the step of the model
+                      loss if they were not evaluated; "finished": true once the run is complete; "guards": skipped
+                      steps (step, cause, layer), layers whose eta was reduced or whose R was left unchanged;
+                      "stopped": why the guards ended it; "resumed_with": {step: {argument: [old, new]}} if the run
+                      resumed from that step with other settings
+    asked_used        {name: {asked, used, why}} for each setting or count that differs from what was asked for: a batch
+                      that did not fit, images left out, steps skipped, the step of the model
 
-Times, kWh and CO2e are those of training alone. A figure that was not measured is absent.
+Times, kWh and CO2e count training alone. A figure that was not measured is absent.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ class RunRecord:
         return min(rows, key=lambda row: row["eval_loss"]) if rows else None
 
     def add_row(self, row: dict[str, Any]) -> None:
-        """Add an evaluation; one at the same step takes the place of the earlier (a resumed run repeats its last)."""
+        """Add an evaluation, replacing an earlier one at the same step (a resumed run repeats its last)."""
         self.rows = [*(old for old in self.rows if old["step"] < row["step"]), row]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the record as JSON; a reader sees the old file or the new one, never half of one."""
+        """Write the record as JSON; a reader sees the old file or the new one, never a partial one."""
         content = (
             {"schema": SCHEMA}
             | dataclasses.asdict(self)
@@ -128,14 +128,14 @@ class RunRecord:
         """Read a record back.
 
         Raises:
-            ValueError: not a run record, or one of another schema.
+            UserError: the file is not a run record, or has another schema.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} is not JSON: {error}") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-            raise UserError(f"{path} is not a run record of schema {SCHEMA}; it was written by something else")
+            raise UserError(f"{path} is not a run record of schema {SCHEMA}; another program wrote it")
         missing = sorted(REQUIRED - content.keys())
         if missing:
             raise UserError(f"{path} is not a complete run record: it lacks {', '.join(missing)}")
@@ -145,17 +145,19 @@ class RunRecord:
         content["rows"] = [with_nan(row) for row in content.get("rows", [])]
         for row in content["rows"]:
             if not is_row(row):
-                raise UserError(f"{path}: rows hold {row!r:.200}; expected numbers by name, step and eval_loss in all")
+                raise UserError(
+                    f"{path}: rows hold {row!r:.200}; expected numbers by name, with step and eval_loss in every row"
+                )
         return cls(**{name: content[name] for name in KINDS if name in content})
 
 
 def with_nan(row: Any) -> Any:
-    """A row as it was before it was written: a number that was not finite is null in JSON."""
+    """A row as it was before writing: JSON has null for numbers that are not finite."""
     return {key: math.nan if value is None else value for key, value in row.items()} if isinstance(row, dict) else row
 
 
 def is_row(row: Any) -> bool:
-    """Whether it is an evaluation: numbers by name, among them step and eval_loss."""
+    """Whether ``row`` is an evaluation: numbers by name, among them step and eval_loss."""
     if not isinstance(row, dict) or not {"step", "eval_loss"} <= row.keys() or type(row["step"]) is not int:
         return False
     numbers = [value for name, value in row.items() if name != "decorrelation"]
@@ -164,7 +166,7 @@ def is_row(row: Any) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """The same with null for the numbers that JSON does not have (NaN, infinities), and text for keys."""
+    """The value with null for numbers that JSON lacks (NaN, infinities), and with text as keys."""
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -173,7 +175,7 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write JSON by way of a temporary file beside it, so that an interruption leaves the old file; NaN as null."""
+    """Write JSON, NaN as null, through a temporary file beside it, so that an interruption leaves the old file."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -184,11 +186,11 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)  # on a full disk
+        part.unlink(missing_ok=True)  # if the disk is full
 
 
 def arguments_record(*arguments: Any) -> dict[str, Any]:
-    """The fields of argument dataclasses as one JSON-able mapping, tokens left out."""
+    """The fields of argument dataclasses as one JSON-able mapping, without tokens."""
     record: dict[str, Any] = {}
     for group in arguments:
         fields = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
@@ -197,7 +199,7 @@ def arguments_record(*arguments: Any) -> dict[str, Any]:
 
 
 def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
-    """`arguments`, `resumed_with` and `costs` of a JSON file that holds them. ValueError if it does not."""
+    """`arguments`, `resumed_with` and `costs` from a JSON file. UserError if it does not hold them."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         parts = content["arguments"], content["resumed_with"], content.get("costs", {})
@@ -224,13 +226,13 @@ def versions() -> dict[str, str]:
     for package in ("hf-dbp", *PACKAGES):
         try:
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        except metadata.PackageNotFoundError:  # running from a checkout that is not installed
             continue
     return found
 
 
 def source_commit() -> str | None:
-    """Commit of the checkout this package runs from, with ``+`` if it was changed since; None outside of git."""
+    """Commit of the checkout this package runs from, with ``+`` if it has changes; None outside git."""
     command = [
         "git",
         "-C",
@@ -249,7 +251,7 @@ def source_commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Names of the processor and the GPUs, and their numbers."""
+    """Names and numbers of processors and GPUs."""
     found: dict[str, Any] = {"processor": processor_name(), "cores": os.cpu_count()}
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}

@@ -1,10 +1,10 @@
-"""Decorrelated layers for any model: several share the R of their one input, and a stock class reads their state.
+"""Decorrelated layers for any model: layers with the same input share one R, and a stock class can load their state.
 
-- **Sharing.** Layers with the same input, as q, k and v or the gate and up projections of a gated MLP, have one
+- **Sharing.** Layers with the same input, such as q, k and v or the gate and up projections of a gated MLP, have one
   `Decorrelation`. The first to be called owns it, gathers rows and saves R; the others refer to it.
-- **State.** Under the plain layer's own name stands W R, so that a checkpoint of a decorrelated model, whoever writes
-  it, is right in the stock class; W stands beside it as ``decorrelation.weight`` and R as ``decorrelation.R``, from
-  which the decorrelated model goes on to the bit. A plain checkpoint starts at R = I.
+- **State.** The plain layer's own key holds W R, so a checkpoint of a decorrelated model, whatever writes it, is
+  correct in the stock class. Beside it, ``decorrelation.weight`` holds W and ``decorrelation.R`` holds R, from which
+  the decorrelated model resumes bit for bit. A plain checkpoint starts at R = I.
 - **Kinds.** `nn.Linear`, patch projections (`nn.Conv2d` with stride = kernel size), and transformers' `Conv1D`, a
   linear layer whose weight is stored transposed: y = x W^T + b with ``weight`` = W^T (D, O).
 
@@ -34,22 +34,22 @@ RAW = "decorrelation.weight"  # W itself, beside W R
 
 
 class SharingLayer(nn.Module, DecorrelatedLayer):
-    """What the kinds have in common; each is a plain module with its ``weight`` and ``bias`` too."""
+    """What all kinds share; each is also a plain module with ``weight`` and ``bias``."""
 
     weight: Tensor
 
     def share(self, owner: DecorrelatedLayer) -> None:
-        """Use the owner's R, for the same input, from now on."""
+        """From now on use the R of ``owner``, which has the same input."""
         self._modules.pop("decorrelation", None)
-        object.__setattr__(self, "decorrelation", owner.decorrelation)  # not registered: one name, one tensor
+        object.__setattr__(self, "decorrelation", owner.decorrelation)  # not registered: one tensor, one name
 
     @property
     def owns(self) -> bool:
-        """Whether R is this layer's to gather for and to save."""
+        """Whether this layer gathers rows for R and saves it."""
         return "decorrelation" in self._modules
 
     def plain_weight(self) -> Tensor:
-        """W R as the plain layer stores it, taken in float64."""
+        """W R as the plain layer stores it, computed in float64."""
         weight = self.weight.detach()
         product = fused_weight(weight.flatten(1).double(), self.decorrelation.R.detach().double())
         return product.to(weight.dtype).view_as(weight)
@@ -78,7 +78,7 @@ class SharingLinear(SharingLayer, DecorrelatedLinear):
 
 
 class SharingPatchProjection(SharingLayer, DecorrelatedPatchProjection):
-    """`DecorrelatedPatchProjection` with the state of a stock class."""
+    """`DecorrelatedPatchProjection` whose state a stock class can load."""
 
 
 class SharingConv1D(SharingLayer):
@@ -87,7 +87,7 @@ class SharingConv1D(SharingLayer):
     def __init__(self, plain: Any) -> None:
         super().__init__()
         self.plain_class: type[nn.Module] = type(plain)
-        self.nf: int = plain.nf  # O, by transformers' name
+        self.nf: int = plain.nf  # O, as transformers calls it
         self.nx: int = plain.nx  # D
         self.weight = plain.weight
         self.bias: nn.Parameter = plain.bias
@@ -117,13 +117,13 @@ class SharingConv1D(SharingLayer):
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, told without importing transformers."""
+    """Whether ``layer`` is transformers' `Conv1D`, checked without importing transformers."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def sharing_layer(layer: nn.Module) -> SharingLayer:
-    """The decorrelated layer, with R = I, that adopts the parameters of this one. ValueError if there is none."""
+    """The decorrelated layer, with R = I, that adopts this layer's parameters. UserError if there is none."""
     if is_conv1d(layer):
         return SharingConv1D(layer)
     if type(layer) is nn.Linear:
@@ -131,6 +131,6 @@ def sharing_layer(layer: nn.Module) -> SharingLayer:
     elif type(layer) is nn.Conv2d:
         made = SharingPatchProjection.from_conv(layer)
     else:
-        raise UserError(f"{type(layer).__name__} is no layer that can be decorrelated")
+        raise UserError(f"{type(layer).__name__} is not a layer that can be decorrelated")
     assert isinstance(made, SharingLayer)
     return made

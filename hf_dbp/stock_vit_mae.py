@@ -1,10 +1,10 @@
-"""transformers' ViT-MAE put right, for every method alike: initialisation, what stays fixed, rectangular images.
+"""transformers' ViT-MAE, corrected for every method: initialisation, fixed parameters, rectangular images.
 
 - A fresh stock model has all-zero position tables and tokens; `initialize_mae_` draws what He et al. (2022) draw: fixed
   2-D sin-cos tables in encoder and decoder, xavier-uniform linears and patch projection, normal(0.02) class and mask
   tokens.
-- A loaded stock model has trainable position tables; `freeze_fixed_` fixes them again, and every R.
-- The stock class refuses rectangles; `RectangularViTMAE` is the stock model with that one check repaired.
+- A loaded stock model has trainable position tables; `freeze_fixed_` freezes them again, and every R.
+- The stock class refuses rectangles; `RectangularViTMAE` is the stock model without that restriction.
 
 Shapes: B images, C channels, T patches.
 """
@@ -45,9 +45,8 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Tensor:
 
 
 def initialize_mae_module(module: nn.Module, config: ViTMAEConfig) -> None:
-    """Initialise the parameters that ``module`` itself holds as He et al. do; loaded ones are left alone.
-
-    Never those of a child: transformers does not call this for a module without parameters of its own.
+    """Initialise the parameters that ``module`` itself holds as He et al. do, unless they were loaded. Those of its
+    children stay: transformers does not call this for a module that holds no parameters itself.
     """
     if isinstance(module, nn.Linear):
         init.xavier_uniform_(module.weight)
@@ -72,9 +71,8 @@ def initialize_mae_module(module: nn.Module, config: ViTMAEConfig) -> None:
 
 
 def freeze_fixed_(model: nn.Module) -> None:
-    """Make what no gradient may touch untouchable again: transformers' loading leaves every tensor trainable.
-
-    That is every R and, as in He et al., the position tables; a stock model has the same need after `from_pretrained`.
+    """Freeze again what no gradient may change, because transformers' loading leaves every tensor trainable: every R
+    and, as in He et al., the position tables. A stock model also needs this after `from_pretrained`.
     """
     for module in model.modules():
         if isinstance(module, Decorrelation):
@@ -87,17 +85,15 @@ def freeze_fixed_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def initialize_mae_(model: PreTrainedModel) -> None:
-    """Draw all weights of a ViT-MAE afresh, in place and rightly (platform trap: a fresh stock model is not).
-
-    Draws come in the order of the modules, so a stock, a plain and a decorrelated model get the same weights from one
-    seed.
+    """Initialise all weights of a ViT-MAE correctly, in place (a new stock model is not initialised correctly). Draws
+    follow the order of the modules, so a stock, a plain and a decorrelated model get the same weights from one seed.
     """
     for module in model.modules():
         initialize_mae_module(module, model.config)
 
 
 class RectangularDecoder(ViTMAEDecoder):  # type: ignore[misc]
-    """transformers' decoder; its position table follows the image's rows and columns instead of assuming a square."""
+    """transformers' decoder with a position table for any number of rows and columns instead of a square."""
 
     def initialize_weights(self, num_patches: int) -> None:
         initialize_mae_module(self, self.config)
@@ -106,7 +102,7 @@ class RectangularDecoder(ViTMAEDecoder):  # type: ignore[misc]
 class RectangularViTMAE(ViTMAEForPreTraining):  # type: ignore[misc]
     """transformers' `ViTMAEForPreTraining` for images of any height and width that the patches tile."""
 
-    accepts_loss_kwargs = False  # its loss is a mean: a Trainer must not take it for a sum over what it counted
+    accepts_loss_kwargs = False  # its loss is a mean: a Trainer must not treat it as a sum over counted items
     encoder_class: type[ViTMAEModel] = ViTMAEModel
 
     def __init__(self, config: ViTMAEConfig) -> None:
@@ -117,7 +113,8 @@ class RectangularViTMAE(ViTMAEForPreTraining):  # type: ignore[misc]
         self.post_init()
 
     def patchify(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
-        """(B, C, H, W) -> (B, T, p * p * C). The flag lifts the stock check that H = W; the embeddings check sizes."""
+        """(B, C, H, W) -> (B, T, p * p * C). The flag disables the stock check that H = W; the embeddings check
+        sizes."""
         patches: Tensor = super().patchify(pixel_values, interpolate_pos_encoding=True)
         return patches
 

@@ -1,25 +1,25 @@
-"""One step of every R from the rows gathered since the last one: R <- R - eta * C R (paper eq. 4).
+"""One step of every R from the rows gathered since the last step: R <- R - eta * C R (paper eq. 4).
 
-A hand-written loop needs one line after the optimizer's:
+A hand-written loop needs one more line after the optimizer's:
 
     loss.backward(); optimizer.step(); optimizer.zero_grad()
     update_decorrelation(model, eta=5e-4)
 
-Guards. Each layer takes the share of eta that is stable on its rows (`step_share`): all of it in the paper's regime, to
-the bit; none where a row, R or a sum is not finite, so that R stays as it is. Both are decided on the device.
+Guards. Each layer takes the share of eta that is stable on its rows (`step_share`): in the paper's regime exactly all
+of it; none if a row, R or a sum is not finite, so R does not change. Both are decided on the device.
 
-Few tokens. A layer that saw no row since the last update, as an expert that no token was sent to, keeps its R to the
-bit; from few rows C is rough, and the share of eta keeps the step stable.
+Few tokens. A layer that saw no row since the last update, such as an expert that received no token, keeps its R bit for
+bit. From few rows C is a rough estimate, and the share of eta keeps the step stable.
 
-Processes. Each adds its rows' sums (`covariance_sums`, D x D + D + 2 numbers per layer); the sums are all-reduced, so
-that R follows from all processes' rows and is the same everywhere to the bit.
+Processes. Each process sums over its rows (`covariance_sums`, D x D + D + 2 numbers per layer); the sums are
+all-reduced, so R follows from all processes' rows and is bit-identical everywhere.
 
 Speed. Layers of one width are reduced in one collective and updated by batched products, in groups of at most
 `GROUP_NUMBERS` matrix entries: many small matrices are bound by launches, few large ones by memory. A single process on
-the CPU, where a launch costs nothing, takes one layer at a time and copies nothing. Nothing here waits for the device.
+the CPU, where launches cost nothing, updates one layer at a time without copies. Nothing here waits for the device.
 
-Precision. R, the sums and the step are float32, outside autocast. On a GPU the products take TF32 inputs (10 bits) and
-accumulate in float32, whatever the global setting: strict float32 products alone could double a fast step, and the
+Precision. R, the sums and the step are in float32, outside autocast. On a GPU the products take TF32 inputs (10 bits)
+and accumulate in float32, whatever the global setting: strict float32 products alone could double a fast step, and the
 rounding is far below the sampling noise of C.
 
 Shapes: L layers of a group, M rows, D features.
@@ -58,14 +58,14 @@ __all__ = [
 
 ETA = 5e-4  # learning rate of R, in the paper and here
 
-GROUP_NUMBERS = 2**24  # matrix entries that one batched update may hold: 64 MiB in float32
+GROUP_NUMBERS = 2**24  # matrix entries per batched update: 64 MiB in float32
 
 Layers = list[tuple[Tensor, Decorrelation]]  # each with the rows gathered for it
 Sums = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # rows (L, M, D), R (L, D, D) -> sums (L, D, D), (L, D), (L,)
 
 
 def decorrelations(module: nn.Module) -> list[tuple[str, Decorrelation]]:
-    """Every `Decorrelation` with the name of its layer, the first of those that share it. ValueError if none."""
+    """Every `Decorrelation` with the name of the first layer that uses it. UserError if there is none."""
     found: dict[Decorrelation, str] = {}
     for name, layer in decorrelated_layers(module):
         found.setdefault(layer.decorrelation, name)
@@ -75,25 +75,25 @@ def decorrelations(module: nn.Module) -> list[tuple[str, Decorrelation]]:
 
 
 def configure_sampling(module: nn.Module, sampling: RowSampling) -> None:
-    """Set how many rows each forward of every decorrelated layer below ``module`` contributes."""
+    """Set how many rows each forward pass of every decorrelated layer below ``module`` contributes."""
     for _, decorrelation in decorrelations(module):
         decorrelation.sampling = sampling
 
 
 def set_gathering(module: nn.Module, gathering: bool) -> None:
-    """Let forwards in train mode gather rows, or not (steps without an update)."""
+    """Choose whether forward passes in train mode gather rows (not needed in steps without an update)."""
     for _, decorrelation in decorrelations(module):
         decorrelation.gathering = gathering
 
 
 def discard_rows(module: nn.Module) -> None:
-    """Drop the gathered rows without an update, as after an optimizer step that was skipped."""
+    """Drop the gathered rows without an update, for example after a skipped optimizer step."""
     for _, decorrelation in decorrelations(module):
         decorrelation.rows = None
 
 
 def seed_sampling(module: nn.Module, *, seed: int, step: int, rank: int = 0) -> None:
-    """Let the draws of rows follow from (seed, step, rank, layer) and their count since: a resumed run repeats them."""
+    """Make the draws of rows depend on (seed, step, rank, layer) and the draws since, so a resumed run repeats them."""
     found = [decorrelation for _, decorrelation in decorrelations(module)]
     for decorrelation in found:
         decorrelation.key = decorrelation.key.to(decorrelation.R.device)
@@ -115,16 +115,16 @@ def update_decorrelation(
     Args:
         module: a module with decorrelated layers that ran forward in train mode.
         eta: learning rate of R (paper: 5e-4).
-        kappa: weight of the pull of the variances to 1 (paper: 0).
-        bound: keep eta inside its stable range, layer by layer.
+        kappa: weight of the term that pulls variances to 1 (paper: 0).
+        bound: keep eta inside its stable range in each layer.
 
     Returns:
-        layer name -> the share of eta that was taken, a scalar on the device: 1 unless ``bound`` acted, 0 where the
-        statistics were not finite and R was left as it was. Alike on every process. Layers that share R count once,
+        layer name -> the share of eta that was taken, a scalar on the device: 1 unless ``bound`` acted, 0 if the
+        statistics were not finite and R did not change. The same on every process. Layers that share R appear once,
         under the name of the first.
 
     Raises:
-        ValueError: no rows were gathered (no forward in train mode, or gathering is off).
+        UserError: no rows were gathered (no forward pass in train mode, or gathering is off).
     """
     shares: dict[int, Tensor] = {}
     for layers in gathered_groups(module):
@@ -147,10 +147,10 @@ def measure_decorrelation(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]
 
     Returns:
         layer name -> (loss, mean squared correlation), scalars on the device (see `decorrelation_metrics`), in the
-        layers' order; over the rows of all processes.
+        layers' order, over the rows of all processes.
 
     Raises:
-        ValueError: no rows were gathered.
+        UserError: no rows were gathered.
     """
     measured: dict[int, tuple[Tensor, Tensor]] = {}
     for layers in gathered_groups(module):
@@ -162,9 +162,8 @@ def measure_decorrelation(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]
 
 
 def gathered_groups(module: nn.Module) -> Iterator[Layers]:
-    """Layers with gathered rows in groups of one width: the same groups in the same order on every process.
-
-    With several processes every layer is there, with no rows where this process gathered none: others may have some.
+    """Layers with gathered rows, in groups of one width: the same groups in the same order on every process. With
+    several processes every layer is included, even without rows, because other processes may have some.
     """
     by_width: dict[object, Layers] = defaultdict(list)
     found = [decorrelation for _, decorrelation in decorrelations(module)]
@@ -175,7 +174,7 @@ def gathered_groups(module: nn.Module) -> Iterator[Layers]:
         if rows is not None:
             by_width[decorrelation.num_features, decorrelation.R.device].append((rows, decorrelation))
     if all(decorrelation.rows is None for decorrelation in found):
-        raise UserError("no rows were gathered: run a forward in train mode before each update of R")
+        raise UserError("no rows were gathered: run a forward pass in train mode before each update of R")
     for layers in by_width.values():
         R_DD = layers[0][1].R
         size = 1 if R_DD.is_cpu and not is_distributed() else max(1, GROUP_NUMBERS // R_DD.numel())
@@ -211,7 +210,7 @@ def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, ...]:
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """One batched tensor; of a single tensor a view."""
+    """The tensors as one batched tensor; a view if there is only one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
@@ -221,7 +220,7 @@ def is_distributed() -> bool:
 
 @contextmanager
 def tf32_products(device: torch.device) -> Iterator[None]:
-    """float32 products on a GPU take TF32 inputs inside; elsewhere nothing changes."""
+    """Inside, float32 products on a GPU take TF32 inputs; on other devices nothing changes."""
     if device.type != "cuda":
         yield
         return

@@ -205,7 +205,7 @@ def test_which_rows_count_under_a_mask(caplog):
     assert rows == {
         "text.linear": 5, "pooled.linear": 2, "flat.linear": 5, "vision.linear": 10, "other": None
     }  # fmt: skip
-    assert "The input of other has another shape than the attention mask" in caplog.text
+    assert "The shape of other's input does not match the attention mask" in caplog.text
     assert torch.equal(model.text.linear.decorrelation.rows, batch["x"][mask.bool()])
     del batch["attention_mask"]
     model(**batch)
@@ -415,7 +415,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"none of the linear layers of Wide(.|\n)*correlated(.|\n)*no"):
         decorrelate(model, batch=batch)  # too few tokens
     decorrelate(model, "all", batch=batch)
-    with pytest.raises(ValueError, match=r"Wide is decorrelated already; hf_dbp\.fuse"):
+    with pytest.raises(ValueError, match=r"Wide is already decorrelated; hf_dbp\.fuse"):
         decorrelate(model, "all", batch=batch)
     with pytest.raises(ValueError, match="itself a layer"):
         decorrelate(nn.Linear(2, 2), "all", batch=torch.randn(3, 2))

@@ -170,11 +170,11 @@ def test_other_errors_of_files_are_not(number):
         ),
         (
             "raise RuntimeError('MLflowCallback requires mlflow to be installed. Run `pip install mlflow`.')",
-            "error: these flags need a package that is not there: MLflowCallback requires mlflow",
+            "error: these flags need a package that is not installed: MLflowCallback requires mlflow",
         ),
         (
             "raise ImportError('You need to install `bitsandbytes`: `pip install -U bitsandbytes`')",
-            "error: these flags need a package that is not there: You need to install `bitsandbytes`",
+            "error: these flags need a package that is not installed: You need to install `bitsandbytes`",
         ),
     ],
 )

@@ -31,8 +31,8 @@ def test_evaluation_alone_leaves_a_run_as_it_is(tmp_path, capsys):
 
 def test_evaluation_of_no_model_says_so_and_no_flag_is_a_mistake(tmp_path, caplog, capsys):
     main(flags(tmp_path / "none", do_train=False))
-    assert f"no --model_name_or_path and no run in {tmp_path / 'none'}: a fresh model is evaluated" in caplog.text
-    assert "of a fresh model" in capsys.readouterr().out
+    assert f"no --model_name_or_path and no run in {tmp_path / 'none'}: evaluating an untrained model" in caplog.text
+    assert "of an untrained model" in capsys.readouterr().out
     assert [file.name for file in contents(tmp_path / "none")] == ["eval_results.json"]
     for changed, message in (
         ({"do_eval": False, "eval_strategy": "no"}, "error: nothing to do: give --do_train, --do_eval or both"),

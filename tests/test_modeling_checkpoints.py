@@ -192,7 +192,7 @@ def test_an_encoder_only_checkpoint_says_which_weights_start_afresh(
         tmp_path, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2
     )
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("hf_dbp")]
-    assert "start afresh" in message
+    assert "start from their initialisation" in message
     assert "decoder.mask_token" in message
     assert "decorrelation" not in message
     assert "vit." not in message
@@ -300,7 +300,7 @@ def test_another_choice_of_layers_keeps_the_function_and_every_R_that_stays(
 def test_weights_with_R_are_saved_under_their_own_name_alone(mae_config: Maker, tmp_path: Path) -> None:
     model = trained(mae_config())
     for variant in (None, "fp16"):
-        with pytest.raises(ValueError, match="weights with R are saved as 'unfused' alone"):
+        with pytest.raises(ValueError, match="weights with R are saved only as 'unfused'"):
             model.save_pretrained(tmp_path, variant=variant)
     assert not list(tmp_path.iterdir())
     plain = trained(mae_config(decorrelated_layers="none"))

@@ -142,7 +142,7 @@ def test_switching_gathering_off_and_discarding() -> None:
     module = model()
     set_gathering(module, False)
     module(inputs(4))
-    with pytest.raises(ValueError, match="no rows were gathered: run a forward in train mode"):
+    with pytest.raises(ValueError, match="no rows were gathered: run a forward pass in train mode"):
         update_decorrelation(module)
     set_gathering(module, True)
     module(inputs(4))

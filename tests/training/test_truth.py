@@ -96,7 +96,7 @@ def test_the_published_loss_is_that_of_the_weights(tmp_path, capsys, settings):
     assert model["eval_loss"] == pytest.approx(found, rel=1e-6)
     (result,) = ModelCard.load(run / "README.md").data.eval_results
     assert result.metric_value == model["eval_loss"]
-    assert f"{found:.4f} of the model in that folder, of step {model['step']}" in said
+    assert f"{found:.4f} of the model in that folder, from step {model['step']}" in said
     assert [row["step"] for row in record.rows] == sorted({row["step"] for row in record.rows})
     lowest = min(record.rows, key=lambda row: row["eval_loss"])
     assert (f"{lowest['eval_loss']:.4f} at step {lowest['step']}, not kept" in said) == (
@@ -126,7 +126,7 @@ def test_what_was_asked_for_and_what_was_used_stand_side_by_side(tmp_path, capsy
     assert rows == record.asked_used == {
         "images of an epoch": {"asked": 26, "used": 24, "why": rows["images of an epoch"]["why"]}
     }  # fmt: skip
-    assert "images of an epoch: 26 asked for, 24 used (the last ones do not fill a step" in capsys.readouterr().out
+    assert "images of an epoch: asked for 26, used 24 (the last ones do not fill a step" in capsys.readouterr().out
 
 
 def test_schedule_free_weights_are_evaluated_and_saved_as_they_are_meant(tmp_path):
