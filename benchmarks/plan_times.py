@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from step_time import Method, timed_parts
 
-from hf_dbp.comparison.plans import FLAGS, PlannedRun, read_plan
+from hf_dbp.comparison.plans import PlannedRun, read_plan
 from hf_dbp.pretraining import build_model
 from hf_dbp.recipes import parse_arguments
+from hf_dbp.training.arguments import GROUPS
 from hf_dbp.training.optimizers import HiddenWithAdamW, decay_groups
 
 CHANNELS = 3
@@ -32,7 +33,7 @@ class PlannedMethod(Method):
 
     def __init__(self, planned: PlannedRun, device: str) -> None:
         flags = [*planned.arguments, "--output_dir", "unused"]
-        model_args, data_args, decorrelation_args, args = parse_arguments(FLAGS, flags)
+        model_args, data_args, decorrelation_args, args = parse_arguments(GROUPS, flags)
         model = build_model(model_args, data_args.num_channels or CHANNELS, args.seed)
         self.base = model_args.method
         self.model = model.to(device).train()

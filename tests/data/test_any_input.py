@@ -17,16 +17,17 @@ from runs import made_run
 from tiny import TINY
 from transformers import AutoConfig
 
-from hf_dbp.comparison.plans import FLAGS, collect_runs, plan_of, read_plan, variant_of
+from hf_dbp.comparison.plans import collect_runs, plan_of, read_plan, variant_of
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig, parameters
 from hf_dbp.data.images import ImageSource
-from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.downstream.segmentation import arguments as finetuning
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import known_fields, read_config
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.pretraining import model_config
 from hf_dbp.recipes import parse_arguments, recipe_arguments, recipe_names, recipe_path
 from hf_dbp.records import RunRecord
+from hf_dbp.training.arguments import GROUPS
 
 CASES = 400
 several = settings(
@@ -152,7 +153,7 @@ PRETRAINING = recipe("demo.yaml") | {
     "train_dir": None,
 }
 FINETUNING = recipe("demo_upernet.yaml") | {"model_size": "mini"}
-SEGMENTATION = (finetuning.ModelArguments, finetuning.DataArguments, finetuning.FinetuningArguments)
+SEGMENTATION = finetuning.GROUPS
 
 
 def use(groups):
@@ -173,7 +174,7 @@ def test_recipes(tmp_path, content, before):
     file = tmp_path / "recipe.yaml"
     with contextlib.suppress(yaml.YAMLError, UnicodeEncodeError):
         file.write_text(before + yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
-    groups = SEGMENTATION if "crop_size" in content else FLAGS
+    groups = SEGMENTATION if "crop_size" in content else GROUPS
     with refusing():
         use(parse_arguments(groups, ["--config", str(file), "--use_cpu", "true", "--bf16", "false"]))
 
@@ -196,7 +197,7 @@ ARGUMENTS = [(key, value) for key, value in PRETRAINING.items() if value is not 
     st.lists(st.sampled_from(ARGUMENTS), max_size=6),
     st.lists(
         st.tuples(
-            st.sampled_from([field.name for group in FLAGS for field in dataclasses.fields(group)]),
+            st.sampled_from([field.name for group in GROUPS for field in dataclasses.fields(group)]),
             st.one_of(st.sampled_from(WORDS), st.integers().map(str), st.floats().map(str), st.text(max_size=8)),
         ),
         min_size=1,
@@ -210,7 +211,7 @@ def test_flags(valid, odd, joined):
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         arguments += [f"--{key}={text}"] if joined else [f"--{key}", text]
     with refusing():
-        use(parse_arguments(FLAGS, arguments))
+        use(parse_arguments(GROUPS, arguments))
 
 
 CONFIG = json.loads(DBPViTMAEConfig(**TINY).to_json_string(use_diff=False))
