@@ -5,8 +5,9 @@ hf-dbp pretrain ...          masked autoencoding            = training_scripts/r
 hf-dbp pretrain IMAGES --budget 2h  the same within that time, with all choices made for you
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
+hf-dbp classify ...          a classifier of your images    = training_scripts/run_classification.py
 hf-dbp retrieve ...          segmentation without training, by the labels of the most similar patches
-hf-dbp predict MODEL IMAGES  masks, overlays and a table for new images
+hf-dbp predict MODEL IMAGES  masks or classes of new images, and a table
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp select TABLE --budget 40  which images to label first
@@ -36,6 +37,7 @@ COMMANDS = {
     "pretrain": "hf_dbp.pretraining",
     "fuse": "hf_dbp.fusing",
     "finetune": "hf_dbp.downstream.segmentation.finetuning",
+    "classify": "hf_dbp.downstream.classification.finetuning",
     "retrieve": "hf_dbp.downstream.segmentation.retrieval",
     "predict": "hf_dbp.downstream.predicting",
     "probe": "hf_dbp.downstream.probe",

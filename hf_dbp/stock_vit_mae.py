@@ -25,7 +25,14 @@ from hf_dbp.configuration_dbp_vit_mae import check_image_size
 from hf_dbp.errors import UserError
 from hf_dbp.layers import Decorrelation
 
-__all__ = ["RectangularViTMAE", "freeze_fixed_", "initialize_mae_", "initialize_mae_module", "patch_grid"]
+__all__ = [
+    "RectangularViTMAE",
+    "freeze_fixed_",
+    "initialize_mae_",
+    "initialize_mae_module",
+    "patch_grid",
+    "resampled_positions",
+]
 
 
 def patch_grid(config: ViTMAEConfig) -> tuple[int, int]:
@@ -124,3 +131,20 @@ class RectangularViTMAE(ViTMAEForPreTraining):  # type: ignore[misc]
         size = original_image_size or (rows * self.config.patch_size, columns * self.config.patch_size)
         pixels: Tensor = super().unpatchify(patchified_pixel_values, size)
         return pixels
+
+
+def resampled_positions(positions_1TD: Tensor, to: tuple[int, int], grid: tuple[int, int] | None = None) -> Tensor:
+    """A position table (1, 1 + T, D) for another grid of patches, bicubic; as it is for its own.
+
+    Args:
+        positions_1TD: the table, the class token first.
+        to: rows and columns of the grid that is wanted.
+        grid: those of the table; None for a square.
+    """
+    side = round((positions_1TD.shape[1] - 1) ** 0.5)
+    height, width = grid or (side, side)
+    if to == (height, width):
+        return positions_1TD
+    grid_1DHW = positions_1TD[:, 1:].transpose(1, 2).reshape(1, -1, height, width)
+    grid_1DHW = nn.functional.interpolate(grid_1DHW, size=to, mode="bicubic", align_corners=False)
+    return torch.cat([positions_1TD[:, :1], grid_1DHW.flatten(2).transpose(1, 2)], dim=1)

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from hf_dbp.downstream.classification import arguments as classify
 from hf_dbp.downstream.probe import ProbeArguments
 from hf_dbp.downstream.segmentation import arguments as finetuning
 from hf_dbp.flags import FlagParser
@@ -12,6 +13,7 @@ from hf_dbp.training import arguments as pretraining
 COMMANDS: dict[str, tuple[type, ...]] = {
     "hf-dbp pretrain": pretraining.GROUPS,
     "hf-dbp finetune": finetuning.GROUPS,
+    "hf-dbp classify": classify.GROUPS,
     "hf-dbp probe": (ProbeArguments,),
 }
 HEAD = """# Flags

@@ -49,6 +49,10 @@ COMMANDS = {
         [*RUN, "--model_name_or_path", "VIT", "--crop_size", "32", "--head_size", "8", "--output_dir", "OUT"],
         "transformers.UperNetForSemanticSegmentation.forward",
     ),
+    "classify": (
+        ["IMAGES", *RUN[8:], "--model_name_or_path", "VIT", "--output_dir", "OUT"],
+        "transformers.BeitForImageClassification.forward",
+    ),
     "probe": (
         ["--model_name_or_path", "VIT", "--train_dir", "IMAGES", "--output_file", "OUT/probe.json"],
         "hf_dbp.downstream.probe.linear_accuracy",

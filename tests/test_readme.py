@@ -15,6 +15,7 @@ from hf_dbp import cli, pretraining
 from hf_dbp.callbacks import DecorrelationArguments
 from hf_dbp.comparison import runner as comparison
 from hf_dbp.downstream import probe
+from hf_dbp.downstream.classification import finetuning as classification
 from hf_dbp.downstream.segmentation import finetuning, retrieval
 from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.training.arguments import ModelArguments, PretrainingArguments
@@ -101,7 +102,7 @@ def parsing_alone(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     for module, name in (
         (pretraining, "run"), (pretraining, "load_images"), (finetuning, "run"), (retrieval, "run"), (probe, "run"),
-        (comparison, "run_plan"),
+        (classification, "run"), (comparison, "run_plan"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, stop)
 

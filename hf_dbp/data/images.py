@@ -131,13 +131,21 @@ class ImageList:
         """The part that ``choose`` picks of the image or the next readable one, see `hf_dbp.data.parts.decode_part`."""
         return self._readable(index, decode_part, choose, view)
 
+    def part(self, index: int, choose: Callable[[tuple[int, int]], Box], view: tuple[int, int]) -> NDArray[np.generic]:
+        """The part that ``choose`` picks of the image, see `hf_dbp.data.parts.decode_part`; errors as for the image."""
+        return self._decoded(index, decode_part, choose, view)
+
+    def images_alone(self) -> ImageList:
+        """Itself; lists of images with labels give theirs."""
+        return self
+
     def _readable(self, index: int, decoder: Callable[..., NDArray[np.generic]], *how: Any) -> NDArray[np.generic]:
         for offset in range(len(self)):
             try:
                 return self._decoded((index + offset) % len(self), decoder, *how)
-            except UnreadableImageError:
-                continue
-        raise UserError(f"none of the {len(self)} images can be read")
+            except UnreadableImageError as error:
+                last = error
+        raise UserError(f"none of the {len(self)} images can be read, the last: {last}")
 
     def unreadable_images(self) -> dict[str, str]:
         """Paths, or else numbers, of the unreadable images found so far, each with the reason."""

@@ -16,10 +16,11 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTModel
 
 from hf_dbp.errors import UserError
+from hf_dbp.stock_vit_mae import resampled_positions
 
 __all__ = ["beit_fields", "beit_state", "parameter_groups", "sides"]
 
@@ -61,19 +62,10 @@ def beit_state(vit: ViTModel) -> dict[str, Tensor]:
     for layer in range(vit.config.num_hidden_layers):
         for projection in ("q_proj", "v_proj"):  # a ViT may be built without these biases, BEiT has them
             state.setdefault(f"layers.{layer}.attention.{projection}.bias", torch.zeros(vit.config.hidden_size))
-    positions_1TD = state["embeddings.position_embeddings"]
+    table = "embeddings.position_embeddings"
     height, width = (side // sides(vit.config.patch_size)[0] for side in sides(vit.config.image_size))
-    if height != width:
-        state["embeddings.position_embeddings"] = square_positions(positions_1TD, height, width)
+    state[table] = resampled_positions(state[table], (max(height, width),) * 2, (height, width))
     return state
-
-
-def square_positions(positions_1TD: Tensor, height: int, width: int) -> Tensor:
-    """The table of a height x width grid as one of a square of the longer side."""
-    grid_1DHW = positions_1TD[:, 1:].transpose(1, 2).reshape(1, -1, height, width)
-    side = max(height, width)
-    grid_1DHW = nn.functional.interpolate(grid_1DHW, size=(side, side), mode="bicubic", align_corners=False)
-    return torch.cat([positions_1TD[:, :1], grid_1DHW.flatten(2).transpose(1, 2)], dim=1)
 
 
 def parameter_groups(

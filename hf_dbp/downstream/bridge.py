@@ -16,12 +16,14 @@ with ``interpolate_pos_encoding=True``.
 
 from __future__ import annotations
 
-from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTModel
+import re
+
+from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTModel
 
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
 
-__all__ = ["extract_dinov2"]
+__all__ = ["extract_dinov2", "vit_of_dinov2"]
 
 SAME = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "hidden_dropout_prob",
@@ -76,6 +78,33 @@ def extract_dinov2(model: PreTrainedModel) -> Dinov2Model:
     dinov2.load_state_dict(state | scales)
     dinov2.train(vit.training)
     return dinov2
+
+
+def vit_of_dinov2(model: Dinov2Model) -> ViTModel:
+    """A DINOv2 as a stock `ViTModel`, the way back: LayerScale is folded into the linears before it.
+
+    s1 * (W a + b) = (s1 W) a + s1 b, in float64. The mask token is left out.
+
+    Raises:
+        ValueError: its MLP is gated (SwiGLU, as in DINOv2-giant), which no ViT has.
+    """
+    config = model.config
+    if config.use_swiglu_ffn:
+        raise UserError("this DINOv2 has a gated MLP (SwiGLU), which no ViT has: take the small, base or large one")
+    fields = {name: getattr(config, name) for name in SAME}
+    vit = ViTModel(
+        ViTConfig(**fields, intermediate_size=config.hidden_size * config.mlp_ratio), add_pooling_layer=False
+    )
+    state, folded = model.state_dict(), {}
+    for name in vit.state_dict():
+        value = state[new_name(name)]
+        match = re.fullmatch(r"layers\.(\d+)\.(attention\.o_proj|mlp\.fc2)\.(weight|bias)", name)
+        if match is not None:
+            scale = state[f"encoder.layer.{match[1]}.layer_scale{1 if 'o_proj' in match[2] else 2}.lambda1"].double()
+            value = (value.double() * (scale[:, None] if value.ndim == 2 else scale)).to(value.dtype)
+        folded[name] = value
+    vit.to(dtype=model.dtype).load_state_dict(folded)
+    return vit
 
 
 def new_name(name: str) -> str:

@@ -1,17 +1,35 @@
-"""The encoder that a task starts from: its flags, its weights, and how images are brought to it."""
+"""The encoder that a task starts from: its flags, its weights, and how images are brought to it.
+
+`load_vit` makes a stock `ViTModel` of what `--model_name_or_path` names:
+
+    vit                     the encoder of a ViT: fused DBP, BP, supervised, MoCo v3, or of a classifier
+    vit_mae, dbp_vit_mae    the encoder of a ViT-MAE, public or of a run; decorrelated ones are fused
+    dinov2                  a DINOv2 without registers and gates; LayerScale is folded into the weights
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from transformers import ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTModel
 
-from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.configuration_dbp_vit_mae import SIZES, check_fields
 from hf_dbp.data.images import channel_statistics, share_value_range
+from hf_dbp.downstream.bridge import vit_of_dinov2
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import load_model, read_config, read_statistics, read_value_range
+from hf_dbp.hub.untrusted import (
+    check_memory,
+    known_fields,
+    load_model,
+    load_weights,
+    read_config,
+    read_statistics,
+    read_value_range,
+)
+from hf_dbp.modeling_dbp_vit_mae import extract_vit
 from hf_dbp.natures import Nature
 
 __all__ = ["EncoderArguments", "check_channels", "load_vit", "pixel_statistics"]
@@ -24,7 +42,8 @@ class EncoderArguments:
     """Which encoder the model starts from."""
 
     model_name_or_path: Annotated[str | None, Nature("model")] = field(
-        default=None, metadata={"help": "Stock ViT, folder or Hub id: fused DBP, BP, supervised ..."}
+        default=None,
+        metadata={"help": "ViT, ViT-MAE (fused or not) or DINOv2, folder or Hub id: DBP, BP, supervised ..."},
     )
     from_scratch: Annotated[bool, Nature("model")] = field(
         default=False, metadata={"help": "Take that ViT's shape with random weights."}
@@ -55,18 +74,39 @@ class EncoderArguments:
 
 
 def load_vit(source: str, **hub_options: Any) -> ViTModel:
-    """Load a stock ViT from a folder or Hub id: a fused or a supervised one, a classifier's encoder.
+    """The encoder in a folder or on the Hub as a stock ViT; see the module's docstring for what it may be.
 
     Raises:
-        ValueError: the checkpoint is no ViT, or `hf_dbp.hub.untrusted` refuses it.
+        ValueError: it is none of these, or `hf_dbp.hub.untrusted` refuses it.
     """
-    kind = read_config(source, **hub_options)["model_type"]
+    content = read_config(source, **hub_options)
+    kind = content["model_type"]
+    if kind in ("vit_mae", "dbp_vit_mae"):
+        return extract_vit(load_model(source, kind, **hub_options))
+    if kind == "dinov2":
+        return vit_of_dinov2(load_dinov2(source, content, **hub_options))
     if kind != "vit":
-        remedy = "write its encoder with training_scripts/fuse_checkpoint.py" if "mae" in kind else "give one"
-        raise UserError(f"{source} holds a {kind!r} model, not a stock 'vit': {remedy}")
+        raise UserError(f"{source} holds a {kind!r} model; give a ViT, a ViT-MAE or a DINOv2")
     vit = load_model(source, "vit", add_pooling_layer=False, **hub_options)
     assert isinstance(vit, ViTModel)
     return vit
+
+
+def load_dinov2(source: str, content: Mapping[str, Any], **hub_options: Any) -> Dinov2Model:
+    """A DINOv2, of its config.json sizes alone. ValueError as `load_vit`."""
+    ratio, gated = content.get("mlp_ratio", 4), content.get("use_swiglu_ffn", False)
+    if type(ratio) is not int or not 0 < ratio <= 32 or type(gated) is not bool:
+        raise UserError(f"{source}: mlp_ratio is {ratio!r} and use_swiglu_ffn {gated!r}; expected 1 to 32 and a flag")
+    check_fields(content, source)
+    fields = known_fields(content, Dinov2Config)
+    check_memory(fields | {"intermediate_size": ratio * fields.get("hidden_size", 768)}, source)
+    masks = content.get("use_mask_token", True) is not False
+    config = Dinov2Config(**fields, mlp_ratio=ratio, use_swiglu_ffn=gated, use_mask_token=masks)
+    model, missing = load_weights(Dinov2Model, source, config=config, **hub_options)
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} tensors of the model, among them {missing[0]}")
+    assert isinstance(model, Dinov2Model)
+    return model
 
 
 def check_channels(taken: int, there: int | None) -> None:

@@ -65,6 +65,7 @@ class FinetuningTrainer(ResumingTrainer):
         self.layer_decay, self.arguments = layer_decay, arguments or {}
         self.resumed_with: dict[str, Any] = {}
         self.paid: dict[str, float] = {}  # `costs` at the last checkpoint
+        self.asked_batch = kwargs["args"].per_device_train_batch_size  # before another is found to fit
         kwargs["model"].accepts_loss_kwargs = False
         super().__init__(**kwargs)
         self.cost = ClockCallback(meter, energy)

@@ -17,7 +17,9 @@ __all__ = ["channels_of", "load_stock", "weights_digest", "without_code"]
 CODE = ("auto_map", "attn_implementation", "_attn_implementation", "quantization_config")  # of a config: never followed
 
 
-def load_stock(auto_class: Any, model: str, content: Mapping[str, Any], task: str) -> PreTrainedModel:
+def load_stock(
+    auto_class: Any, model: str, content: Mapping[str, Any], task: str, **hub_options: Any
+) -> PreTrainedModel:
     """The model of a folder or Hub id, of a class that transformers has.
 
     Args:
@@ -25,13 +27,14 @@ def load_stock(auto_class: Any, model: str, content: Mapping[str, Any], task: st
         model: folder or Hub id.
         content: of its config.json.
         task: what messages call it, such as ``semantic segmentation``.
+        hub_options: revision, cache_dir, token.
 
     Raises:
         UserError: another kind of model, or weights that are none; see `hf_dbp.hub.untrusted`.
     """
     try:
         config = AutoConfig.for_model(**without_code(content))
-        network, missing = load_weights(auto_class, model, config=config)
+        network, missing = load_weights(auto_class, model, config=config, **hub_options)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{model} is no model for {task} that is known: {error}") from error
     if missing:

@@ -47,7 +47,10 @@ logger = logging.getLogger(__name__)
 
 DONE, RECORD, TABLE = "done.jsonl", "predictions.json", "predictions"
 #: what an architecture's name in config.json ends in: the module that predicts with it
-TASKS = {"ForSemanticSegmentation": "hf_dbp.downstream.segmentation.predictor"}
+TASKS = {
+    "ForSemanticSegmentation": "hf_dbp.downstream.segmentation.predictor",
+    "ForImageClassification": "hf_dbp.downstream.classification.predictor",
+}
 Row = dict[str, Any]
 
 
@@ -95,7 +98,7 @@ def load_predictor(model: str, **settings: Any) -> Predictor:
 
     Args:
         model: folder or Hub id.
-        settings: the task's own; those of segmentation are in `hf_dbp.downstream.segmentation.predictor`.
+        settings: the task's own, see ``load`` in the modules of `TASKS`.
 
     Raises:
         UserError: no such model, or one of a task that this library does not predict.
@@ -110,7 +113,7 @@ def load_predictor(model: str, **settings: Any) -> Predictor:
             return predictor
     raise UserError(
         f"{found[0]} is of {', '.join(map(str, architectures)) or 'no architecture'}: predict takes models of "
-        f"{', '.join(TASKS)}; train one with `hf-dbp finetune`"
+        f"{', '.join(TASKS)}; train one with `hf-dbp finetune` or `hf-dbp classify`"
     )
 
 
@@ -270,8 +273,10 @@ def report(found: Predictions) -> str:
         lines.append(f"left out   {record['unreadable']['count']} that cannot be read, e.g. {first}")
     if "mean_iou" in record:
         lines.append(f"mean IoU   {record['mean_iou']:.4f} over the masks given")
-    lines.append(f"written    {found.table}, {RECORD} and {', '.join(record['files'])} in {where}")
-    return "\n".join([*lines, f"next       look at {where}/overlays; {record['next']}"])
+    for name, count in record.get("counts", {}).items():
+        lines.append(f"           {count:6d}  {name}")
+    lines.append(f"written    {', '.join([str(found.table), RECORD, *record['files']])} in {where}")
+    return "\n".join([*lines, f"next       {record['next']}"])
 
 
 @command
@@ -279,7 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and predict. User mistakes end with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     parser = argparse.ArgumentParser(prog="hf-dbp predict", description="Apply a trained model to new images.")
-    parser.add_argument("model", help="folder or Hub id of a segmentation model: of `hf-dbp finetune`, or a stock one")
+    parser.add_argument(
+        "model", help="folder or Hub id of a model of `hf-dbp finetune` or `hf-dbp classify`, or a stock one"
+    )
     parser.add_argument("images", help="a picture file, or a folder of pictures, nested as it is")
     parser.add_argument("--output_dir", required=True, help="where masks, overlays and the table go")
     parser.add_argument("--masks", help="true masks or labels of the images: the predictions are scored, too")

@@ -20,18 +20,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import ViTModel
 
+from hf_dbp.data.classes import class_labels, image_list, ordered, split_classes
 from hf_dbp.data.feeding import unreadable_images
-from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, find_column, read_splits, share_value_range
-from hf_dbp.data.tables import encoded_column
+from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, read_splits, share_value_range
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
 from hf_dbp.errors import UserError, command
@@ -195,34 +193,6 @@ def _hits(weight_KD: Tensor, bias_K: Tensor, features_MD: Tensor, truth_M: Tenso
     return int((nn.functional.linear(features_MD, weight_KD, bias_K).argmax(dim=1) == truth_M).sum())
 
 
-def class_labels(data: datasets.Dataset, args: ProbeArguments) -> list[str]:
-    """The class name of each row. ValueError if there is no such column."""
-    if args.label_column_name not in data.column_names:
-        columns = ", ".join(data.column_names)
-        raise UserError(f"no column {args.label_column_name!r}; pass --label_column_name with one of {columns}")
-    feature, labels = data.features[args.label_column_name], data[args.label_column_name][:]
-    return feature.int2str(labels) if isinstance(feature, datasets.ClassLabel) else [str(label) for label in labels]
-
-
-def split_classes(labels: Sequence[str], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and test rows, both in order: of each class ``share`` is tested, at least one image and never all.
-
-    Raises:
-        ValueError: no class has two images.
-    """
-    rng, classes = np.random.default_rng(seed), np.asarray(labels)
-    tested = np.zeros(len(classes), np.bool_)
-    for name in np.unique(classes):
-        rows = rng.permutation(np.flatnonzero(classes == name))
-        tested[rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]] = True
-    if not tested.any():
-        raise UserError(
-            f"no class of the {len(classes)} images has two, one to train and one to test on; add images, or give "
-            "those to test on by --validation_dir"
-        )
-    return np.flatnonzero(~tested), np.flatnonzero(tested)
-
-
 def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], list[str]]:
     """Training and test images, their class numbers, and the class names.
 
@@ -233,7 +203,8 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
     splits, left_out = read_splits(source, classes=True)
     left_out.warn(source.name)
     if "validation" not in splits:
-        rows = split_classes(class_labels(splits["train"], args), args.train_val_split, args.seed)
+        labels, _ = class_labels(splits["train"], args.label_column_name, source.name)
+        rows = split_classes(labels, args.train_val_split, args.seed)
         splits = {name: splits["train"].select(part) for name, part in zip(("train", "validation"), rows, strict=True)}
     images, raw = [], []
     for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples)):
@@ -241,9 +212,9 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
         if limit is not None and limit < len(data):
             data = data.shuffle(seed=args.seed).select(range(limit))
         images.append(image_list(data, source, f"{split} image"))
-        raw.append(class_labels(data, args))
+        raw.append(class_labels(data, args.label_column_name, f"{source.name} ({split})")[0])
     images[0].left_out = left_out
-    names = sorted(set(raw[0]))
+    names = ordered(raw[0])
     if len(names) < 2:
         raise UserError(f"{source.name}: the training images have {len(names)} class; a probe needs two")
     unknown = sorted(set(raw[1]) - set(names))
@@ -255,13 +226,6 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
         )
     number = {name: index for index, name in enumerate(names)}
     return images, [torch.tensor([number[name] for name in labels]) for labels in raw], names
-
-
-def image_list(data: datasets.Dataset, source: ImageSource, name: str) -> ImageList:
-    """The images of a table, left encoded, so that a damaged one is met where it is decoded."""
-    column = find_column(data, source.image_column_name)
-    data = encoded_column(data, column)
-    return ImageList(data, column, source.num_channels, source.max_unreadable, name)
 
 
 def make_room_for(file: str) -> None:

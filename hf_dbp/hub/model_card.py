@@ -3,7 +3,7 @@
     python -m hf_dbp.hub.model_card outputs/demo-fused --output_dir model_cards/demo
 
 Everything that differs between two cards is read from the files of the model's folder: `config.json`, the record
-(`run.json` of pre-training, `eval.json` of segmentation) and which pictures there are. A figure that the record lacks
+(`run.json` of pre-training, `eval.json` of fine-tuning) and which pictures there are. A figure that the record lacks
 is left out. The text around it is `model_card.md.jinja`.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_dbp.downstream.classification import arguments as classification
 from hf_dbp.downstream.segmentation import arguments as segmentation
 from hf_dbp.downstream.segmentation.evaluated import EVALUATED
 from hf_dbp.errors import UserError, command
@@ -40,6 +41,9 @@ PICTURES = {
     "curves.png": "Loss by optimizer step.",
     "reconstruction.png": "Validation images, what the encoder saw of them, and what the decoder filled in.",
     "predictions.png": "Validation images, true masks and predictions.",
+    "confusion.png": "Validation images by true and predicted class, as shares of each true class.",
+    "calibration.png": "How often a stated probability comes true.",
+    "mistakes.png": "The most confident mistakes on the validation images.",
     "worst.png": "The validation images with the lowest mean IoU of their own, worst first.",
 }
 RESULTS = {  # name in the record: how the card calls it, and as which metric the Hub knows it
@@ -49,6 +53,11 @@ RESULTS = {  # name in the record: how the card calls it, and as which metric th
     "mean_iou": ("mean IoU over the whole validation set", "mean_iou"),
     "mean_accuracy": ("mean accuracy of the classes", "mean_accuracy"),
     "overall_accuracy": ("accuracy of all pixels", "accuracy"),
+    "accuracy": ("accuracy on the validation images (top-1)", "accuracy"),
+    "top5_accuracy": ("share of the images whose class is among the five most probable", None),
+    "balanced_accuracy": ("mean recall of the classes", None),
+    "expected_calibration_error": ("expected calibration error, over 15 bins", None),
+    "majority_class_accuracy": ("accuracy of the commonest class everywhere, the plainest guess", None),
     "loss": ("validation loss", None),
     "majority_class_mean_iou": ("mean IoU of the commonest class everywhere, the plainest guess", None),
     "train_seconds": ("training time in seconds, validation and checkpoints excluded", None),
@@ -56,7 +65,11 @@ RESULTS = {  # name in the record: how the card calls it, and as which metric th
     "co2e_kg": ("CO2-equivalent of training in kg", None),
     "fusion_largest_difference": ("largest difference between fused and unfused outputs", None),
 }
-CLASS_FIGURES = ("iou", "dice", "precision", "recall", "accuracy")  # a record of 0.1.0 has the first and the last
+CLASS_FIGURES = {  # task: figures of each class and their titles; a record of 0.1.0 has the first and the last
+    "segmentation": {"iou": "IoU", "dice": "Dice", "precision": "precision", "recall": "recall", "accuracy": "accuracy",
+                     "pixels": "pixels"},
+    "classification": {"recall": "recall", "precision": "precision", "f1": "F1", "images": "images"},
+}  # fmt: skip
 
 
 def write_card(folder: Path, name: str | None = None) -> Path:
@@ -113,13 +126,24 @@ def card_facts(
         "results": [
             (label, f"{figures(record)[key]:.4g}") for key, (label, _) in RESULTS.items() if key in figures(record)
         ],
+        "class_columns": ["class", *class_columns(record).values()],
         "per_class": [
-            (label, *("-" if row.get(key) is None else f"{row[key]:.4f}" for key in CLASS_FIGURES), row["pixels"])
+            (label, *(cell(row.get(key)) for key in class_columns(record)))
             for label, row in record.get("per_class", {}).items()
         ],
         "training": training(record),
         "limits": limits(config, record, processor),
     }
+
+
+def class_columns(record: Mapping[str, Any]) -> dict[str, str]:
+    """The figures of each class, by name, and their titles."""
+    return CLASS_FIGURES.get(record.get("task", ""), {})
+
+
+def cell(value: float | int | None) -> str:
+    """A figure or a count in a table."""
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 LOADING = {
@@ -140,6 +164,10 @@ print(found.rows[0])
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = UperNetForSemanticSegmentation.from_pretrained("{name}")""",
+    "beit": """\
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = AutoModelForImageClassification.from_pretrained("{name}")""",
     "dbp_vit_mae": """\
 from hf_dbp import load_fused_vit
 model = load_fused_vit("{name}")  # a stock ViTModel; W R takes the place of (W, R)""",
@@ -161,6 +189,7 @@ def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "vit": f"A stock Vision Transformer ({shape})",
         "dinov2": f"A Vision Transformer as a stock DINOv2 whose LayerScale is 1 ({shape})",
         "upernet": f"UperNet for semantic segmentation over a Vision Transformer ({shape}), stock transformers",
+        "beit": f"An image classifier over a Vision Transformer ({shape}), stock transformers",
         "dbp_vit_mae": f"A masked autoencoder with the unfused matrices of decorrelated training ({shape})",
         "vit_mae": f"A masked autoencoder ({shape})",
     }[kind]
@@ -189,7 +218,7 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             "matrices R the network is another one."
         )
     given = "images" if encoder["num_channels"] == 3 else 'images, input_data_format="channels_last"'
-    result = "logits" if kind in ("upernet", "vit_mae") else "last_hidden_state"
+    result = "logits" if kind in ("upernet", "beit", "vit_mae") else "last_hidden_state"
     text = f'`model(**processor({given}, return_tensors="pt")).{result}` is its output'
     if kind == "upernet":
         text = f"{windows(config)} Of the stock model {text}"
@@ -240,7 +269,8 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if not record:
         return []
     arguments, hardware = record["arguments"], record["hardware"]
-    given = [(flag, arguments.get(name)) for name, flag in natures(*pretraining.GROUPS, *segmentation.GROUPS).items()]
+    flags = natures(*pretraining.GROUPS, *segmentation.GROUPS, *classification.GROUPS)
+    given = [(flag, arguments.get(name)) for name, flag in flags.items()]
     rows = [(flag.card, value) for flag, value in given if told(flag, value, record.get("method"))]
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * hardware["processes"]
     rows += [("images per optimizer step", batch), ("seed", record["seed"]), ("hardware", hardware_used(record))]
@@ -253,7 +283,7 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
 def told(flag: Nature, value: Any, method: str | None) -> bool:
     """Whether a setting is worth a row: what is off or not given is not, unless its nature says so."""
     counts = method == "dbp" or not flag.dbp
-    return bool(flag.card) and counts and value is not None and (value is not False or flag.card_if_off)
+    return bool(flag.card) and counts and value not in (None, "none") and (value is not False or flag.card_if_off)
 
 
 def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any]) -> list[str]:
@@ -268,6 +298,10 @@ def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapp
             "Scores are those of the validation images named above, which also chose the checkpoint.",
             "It is stock UperNet over a plain ViT: no relative position bias and no LayerScale, with which the "
             "published segmentation results of masked autoencoders were reached.",
+        ],
+        "beit": [
+            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            "It knows the classes above alone: an image of anything else gets one of them, perhaps confidently.",
         ],
         "dbp_vit_mae": ["It reconstructs masked patches. For features or fine-tuning take the fused model."],
         "vit_mae": ["It reconstructs masked patches. For features take its encoder."],
@@ -295,11 +329,13 @@ def metadata(
 ) -> ModelCardData:
     """The YAML block: results as ``model-index``, emissions, tags."""
     kind = config["model_type"]
-    segments = kind == "upernet"
+    purposes = {"upernet": "image-segmentation", "beit": "image-classification"}
+    tuned = kind in purposes
     fields: dict[str, Any] = {"library_name": "hf_dbp" if kind == "dbp_vit_mae" else "transformers"}
-    if kind in ("vit", "dinov2", "upernet") and stock_pipeline(config, processor):
-        fields["pipeline_tag"] = "image-segmentation" if segments else "image-feature-extraction"
-    fields["tags"] = ["vision", "masked-auto-encoding" if not segments else "semantic-segmentation"]
+    if kind in ("vit", "dinov2", *purposes) and stock_pipeline(config, processor):
+        fields["pipeline_tag"] = purposes.get(kind, "image-feature-extraction")
+    tags = {"upernet": "semantic-segmentation", "beit": "image-classification"}
+    fields["tags"] = ["vision", tags.get(kind, "masked-auto-encoding")]
     if record.get("method") == "dbp":
         fields["tags"].append("decorrelated-backpropagation")
     source = record.get("data", {}).get("source")
@@ -314,7 +350,7 @@ def metadata(
         fields["co2_eq_emissions"] = {
             "emissions": kilograms * 1000,  # the Hub counts grams
             "source": energy_source(record),
-            "training_type": "fine-tuning" if segments else "pre-training",
+            "training_type": "fine-tuning" if tuned else "pre-training",
             "geographical_location": record["energy"]["country"],
             "hardware_used": hardware_used(record),
         }
@@ -324,7 +360,8 @@ def metadata(
 def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     """The measured figures that the Hub has a metric for."""
     source = record["data"]["source"]
-    task = "image-segmentation" if record["task"] == "segmentation" else "masked-auto-encoding"
+    tasks = {"segmentation": "image-segmentation", "classification": "image-classification"}
+    task = tasks.get(record["task"], "masked-auto-encoding")
     return [
         EvalResult(
             task_type=task,

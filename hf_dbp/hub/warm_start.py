@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, ViTMAEConfig
 from hf_dbp.conversion import decorrelated_layers, fuse
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import KINDS, load_model, read_config
-from hf_dbp.stock_vit_mae import patch_grid
+from hf_dbp.stock_vit_mae import patch_grid, resampled_positions
 
 __all__ = ["adapted_channels", "fits", "warm_start_"]
 
@@ -100,7 +100,7 @@ def _adapt_(
             state[name] = state[name] if same else rows.repeat_interleave(config.num_channels, dim=0)
     table = "vit.embeddings.position_embeddings"
     if learned_positions and state[table].shape != target[table].shape:
-        state[table] = resampled(state[table], patch_grid(config))
+        state[table] = resampled_positions(state[table], patch_grid(config))
     for name in (table, "decoder.decoder_pos_embed"):
         if name in state and state[name].shape != target[name].shape:
             state[name] = target[name]
@@ -112,11 +112,3 @@ def adapted_channels(weight_DCpp: Tensor, channels: int) -> Tensor:
     if own == channels:
         return weight_DCpp
     return weight_DCpp.mean(dim=1, keepdim=True).repeat(1, channels, 1, 1) * (own / channels)
-
-
-def resampled(table_1TD: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A position table (1, 1 + T, D) of a square grid at another grid of patches."""
-    side = round((table_1TD.shape[1] - 1) ** 0.5)
-    grid_1DHW = table_1TD[:, 1:].transpose(1, 2).reshape(1, -1, side, side)
-    grid_1DHW = nn.functional.interpolate(grid_1DHW, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([table_1TD[:, :1], grid_1DHW.flatten(2).transpose(1, 2)], dim=1)

@@ -14,8 +14,9 @@ from PIL import Image
 from scipy.stats import binomtest
 from transformers import ViTConfig, ViTModel
 
+from hf_dbp.data.classes import split_classes
 from hf_dbp.downstream import probe
-from hf_dbp.downstream.probe import knn_accuracy, linear_accuracy, main, split_classes, wilson_interval
+from hf_dbp.downstream.probe import knn_accuracy, linear_accuracy, main, wilson_interval
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 10), (7, 10), (10, 10), (412, 1000)])

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
-from hf_dbp.hub.warm_start import adapted_channels, fits, resampled, warm_start_
+from hf_dbp.hub.warm_start import adapted_channels, fits, warm_start_
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, initialize_mae_, stock_fields
+from hf_dbp.stock_vit_mae import resampled_positions
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -57,7 +58,8 @@ def test_a_vit_gives_its_encoder_and_its_positions_resampled(mae_config, tmp_pat
     warm_start_(model, str(tmp_path))
     table = model.vit.embeddings.position_embeddings
     assert (
-        torch.equal(table, resampled(vit.embeddings.position_embeddings.detach(), (6, 6))) and not table.requires_grad
+        torch.equal(table, resampled_positions(vit.embeddings.position_embeddings.detach(), (6, 6)))
+        and not table.requires_grad
     )
     assert torch.equal(model.decoder.decoder_embed.weight, before)
     assert torch.equal(model.vit.layers[1].mlp.fc2.weight, vit.layers[1].mlp.fc2.weight)

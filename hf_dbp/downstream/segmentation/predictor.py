@@ -367,7 +367,8 @@ class Segmenter:
         if "coco" in exported:
             write_json_whole(folder / "coco.json", coco_content(rows, folder, self.names))
         files += ["coco.json" if kind == "coco" else kind for kind in exported]
-        record["next"] = "then correct masks, add them to the training set and `hf-dbp finetune` again"
+        look = f"look at {folder / 'overlays'}, " if self.settings["overlays"] else ""
+        record["next"] = f"{look}correct masks, add them to the training set and `hf-dbp finetune` again"
         if self.truth is None:
             return record
         true_K, predicted_K, hits_K = (

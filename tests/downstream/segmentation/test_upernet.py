@@ -7,7 +7,13 @@ import sys
 import pytest
 import torch
 from torch import nn
-from transformers import UperNetForSemanticSegmentation, ViTConfig, ViTForImageClassification, ViTMAEConfig, ViTMAEModel
+from transformers import (
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 
 from hf_dbp.downstream.beit import parameter_groups
 from hf_dbp.downstream.encoder import load_vit
@@ -68,16 +74,18 @@ def test_saved_model_loads_where_hf_dbp_cannot_be_imported(upernet, tmp_path):
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(pixels).logits, rtol=0, atol=1e-5)
 
 
-def test_a_supervised_classifier_is_a_start_and_an_mae_is_refused(vit, tmp_path):
+def test_a_supervised_classifier_and_an_mae_are_starts(vit, tmp_path):
     classifier = ViTForImageClassification(ViTConfig(**{**vit().config.to_dict(), "num_labels": 3}))
     classifier.save_pretrained(tmp_path / "classifier")
     loaded = load_vit(str(tmp_path / "classifier"))
     assert torch.equal(loaded.embeddings.cls_token, classifier.vit.embeddings.cls_token)
-    ViTMAEModel(ViTMAEConfig(**{k: getattr(vit().config, k) for k in ("hidden_size", "num_hidden_layers",
-                "num_attention_heads", "intermediate_size", "image_size", "patch_size")})
-                ).save_pretrained(tmp_path / "mae")  # fmt: skip
-    with pytest.raises(ValueError, match=r"holds a 'vit_mae' model.*fuse_checkpoint"):
-        load_vit(str(tmp_path / "mae"))
+    small = {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 1}
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
+    mae = ViTMAEForPreTraining(ViTMAEConfig(**{name: getattr(vit().config, name) for name in names}, **small))
+    mae.save_pretrained(tmp_path / "mae")
+    loaded, own = load_vit(str(tmp_path / "mae")).state_dict(), mae.vit.state_dict()
+    assert loaded.keys() == own.keys()
+    assert all(torch.equal(loaded[name], own[name]) for name in own)
 
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])

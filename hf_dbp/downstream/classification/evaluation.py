@@ -1,0 +1,122 @@
+"""What an evaluation of a classifier found: the content of `eval.json`, and lines to print."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_dbp.data.feeding import feeding, unreadable_images
+from hf_dbp.data.sources import ImageSource
+from hf_dbp.downstream.classification.metrics import class_figures
+from hf_dbp.downstream.classification.trainer import ClassificationTrainer
+from hf_dbp.downstream.probe import wilson_interval
+from hf_dbp.records import hardware, source_commit, versions
+from hf_dbp.training.accounting import asked_used
+
+__all__ = ["evaluation_record", "summary"]
+
+
+def evaluation_record(
+    trainer: ClassificationTrainer, metrics: Mapping[str, float], source: ImageSource, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of `eval.json`.
+
+    Scores are shares in [0, 1], see `hf_dbp.downstream.classification.metrics`; `per_class` has null where a class has
+    no image, or no prediction; `majority_class_accuracy` is what predicting the commonest class would score;
+    `asked_used` names what else was used than was asked for, augmentations that are not for such images included.
+    Fine-tuning adds `evaluations`, a row per evaluation during training.
+    """
+    confusion_KK, train = trainer.tally.confusion_KK, trainer.train_dataset
+    assert trainer.sampler is not None
+    true_K = confusion_KK.sum(axis=1)
+    total, scores = int(true_K.sum()), trainer.tally.scores()
+    data = {
+        "source": source.name,
+        "train_images": len(train),
+        "validation_images": len(trainer.eval_dataset),
+        "size": list(train.size),
+        "channels": len(train.mean_C),
+        "classes": {name: int(count) for name, count in zip(train.data.names, train.data.counts_K, strict=True)},
+        "unreadable": unreadable_images({}, train.images, trainer.eval_dataset.images),
+        "left_out": train.images.left_out.record(),
+        "feeding": feeding(trainer.sampler, trainer.args),
+    }
+    record = {
+        "schema": 1,
+        "task": "classification",
+        **{name: value for name, value in scores.items() if value is not None},
+        "loss": metrics["eval_loss"],
+        "accuracy_interval_95": list(wilson_interval(int(confusion_KK.trace()), total)),
+        "majority_class_accuracy": float(true_K.max() / total),
+        "per_class": class_figures(confusion_KK, trainer.model.config.id2label),
+        "confusion": {"rows": "true", "columns": "predicted", "images": confusion_KK.astype(int).tolist()},
+        "calibration": calibration(trainer),
+        "data": data,
+        "best_checkpoint": None if trainer.restored is None else trainer.state.best_model_checkpoint,
+        "step": trainer.weights_step,
+        "guards": trainer.skipped_steps(),
+        "seed": trainer.args.seed,
+        "arguments": {**arguments, "learning_rate": trainer.args.learning_rate},
+        "commit": source_commit(),
+        "versions": versions(),
+        "hardware": hardware() | {"processes": trainer.args.world_size},
+        **trainer.cost.costs(trainer.args),
+        "energy": {**trainer.cost.energy},
+    }
+    if trainer.resumed_with:
+        record["resumed_with"] = trainer.resumed_with
+    return record | {"asked_used": accounts(trainer, record)}
+
+
+def calibration(trainer: ClassificationTrainer) -> list[dict[str, float | int]]:
+    """Of each bin of confidence that has images: how many, their mean confidence and their accuracy."""
+    return [
+        {"images": int(count), "confidence": float(confidence / count), "accuracy": float(right / count)}
+        for count, confidence, right in trainer.tally.bins_3B.T
+        if count
+    ]
+
+
+def accounts(trainer: ClassificationTrainer, record: Mapping[str, Any]) -> dict[str, Any]:
+    """`asked_used` of a run, see `hf_dbp.training.accounting`."""
+    results = {
+        "steps": {"asked": trainer.state.max_steps, "taken": trainer.state.global_step},
+        "unreadable": record["data"]["unreadable"],
+        "guards": record["guards"],
+    }
+    asked = {"per_device_train_batch_size": trainer.asked_batch}
+    if trainer.args.absolute_learning_rate is None:
+        asked["base_learning_rate"] = trainer.args.base_learning_rate
+    rows = asked_used(asked, record["arguments"], record["data"], results, None)
+    if trainer.args.randaugment_operations:
+        for name, why in trainer.train_dataset.left_out.items():
+            rows[f"RandAugment: {name}"] = {"asked": True, "used": False, "why": why}
+    return rows
+
+
+def summary(record: Mapping[str, Any], folder: Path) -> str:
+    """What came out and where it lies, for the end of a run."""
+    low, high = record["accuracy_interval_95"]
+    rows = [
+        f"\nclassifier on {record['data']['source']}: {folder}",
+        f"  accuracy {record['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}; commonest class everywhere: "
+        f"{record['majority_class_accuracy']:.4f}), balanced {record['balanced_accuracy']:.4f}"
+        + (f", top-5 {record['top5_accuracy']:.4f}" if "top5_accuracy" in record else ""),
+        f"  calibration error {record['expected_calibration_error']:.4f}, loss {record['loss']:.4f}",
+        f"    {'':<24} {'recall':>8}{'prec.':>8}{'images':>8}",
+    ]
+    for name, scores in record["per_class"].items():
+        figures = (scores[key] for key in ("recall", "precision"))
+        rows.append(f"    {name:<24} " + "".join("     -  " if f is None else f"{f:8.4f}" for f in figures)
+                    + f"{scores['images']:8d}")  # fmt: skip
+    rows.append(
+        f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
+    )
+    for name, row in record["asked_used"].items():
+        rows.append(f"  {name}: {row['asked']} asked for, {row['used']} used ({row['why']})")
+    pictures = f"{'curves.png, ' if record['evaluations'] else ''}confusion.png, calibration.png, mistakes.png"
+    rows.append(f"  model (best), image processor, card, eval.json, {pictures} are in that folder")
+    rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")
+    return "\n".join(rows)

@@ -1,0 +1,176 @@
+"""Classes of new images: `hf_dbp.downstream.predicting` for classifiers of `hf-dbp classify` and any stock one.
+
+An image is seen as in evaluation: its largest central part of the view's aspect, at the size that the model's image
+processor says, with its mean and standard deviation. So predictions on the validation images give the accuracy of
+`eval.json`. Of a stock model whose processor squeezes oblong images into a square, those are cropped instead.
+
+The table has a row for each image: the most probable class and its probability, the second and its own, and, for up to
+`COLUMNS` classes, the probability of each.
+
+Shapes: B images of a batch; K classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_dbp.data.decoding import UnreadableImageError, decode
+from hf_dbp.data.values import UNIT, ValueRange
+from hf_dbp.downstream.classification.model import load_classifier
+from hf_dbp.downstream.classification.views import central_view
+from hf_dbp.downstream.networks import channels_of, weights_digest
+from hf_dbp.errors import UserError
+from hf_dbp.hub.untrusted import read_json, read_statistics, read_value_range
+
+__all__ = ["Classified", "Classifier", "load"]
+
+COLUMNS = 50  # classes up to which each has a column
+BATCH = 32
+
+
+def load(
+    model: str, *, batch_size: int | None = None, device: str | None = None, images: str | None = None, **others: Any
+) -> Classifier:
+    """The predictor of a classifier.
+
+    Args:
+        model: folder or Hub id.
+        batch_size: images of a forward pass.
+        device: default: a GPU where there is one.
+        images: the folder of images, which is not needed.
+        others: settings of segmentation, none of which is set.
+
+    Raises:
+        UserError: what is wrong with model or settings.
+    """
+    given = sorted(name for name, value in others.items() if value not in (None, "", False, [], ()))
+    if given:
+        raise UserError(f"--{given[0]} is for segmentation; {model} is a classifier")
+    network, content = load_classifier(model)
+    network = network.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    channels, kept = channels_of(content), read_value_range(model)
+    mean, std = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
+    size = processor_size(model)
+    settings = {"task": "classification", "model": model, "weights": weights_digest(network), "size": list(size)}
+    view = View(size, channels, mean, std, kept or UNIT, floats=kept is not None)
+    return Classifier(network, view, settings, batch_size or BATCH)
+
+
+def processor_size(model: str) -> tuple[int, int]:
+    """Height and width that a model's image processor brings images to. UserError if it says none."""
+    found = read_json(model, "preprocessor_config.json")
+    content = {} if found is None else found[1]
+    size = content.get("crop_size") if content.get("do_center_crop") else None
+    size = size or content.get("size") or content.get("crop_size")
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        height, width = (size.get(name, edge) for name in ("height", "width"))
+        if isinstance(height, int) and isinstance(width, int) and 0 < min(height, width) <= max(height, width) <= 2**16:
+            return height, width
+    raise UserError(f"{model} has no image processor that says at which size it sees images (preprocessor_config.json)")
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How an image is brought before the model.
+
+    Args:
+        size: height and width.
+        channels: of the images.
+        mean, std: per channel, of values in [0, 1].
+        value_range: of float images.
+        floats: whether the model was trained on float images, not on those of 8 or 16 bits.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    value_range: ValueRange = UNIT
+    floats: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An image on its way: its name, its file, its pixels (C, H, W)."""
+
+    name: str
+    file: str
+    pixels: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified:
+    """The probabilities of an image (K)."""
+
+    image: Opened
+    chance_K: Tensor
+
+
+class Classifier:
+    """A `Predictor` of classes.
+
+    Args:
+        model: in eval mode, where it is to run.
+        view: what it sees of an image.
+        settings: for the journal.
+        batch_size: images of a forward pass.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, view: View, settings: Mapping[str, Any], batch_size: int = BATCH
+    ) -> None:
+        self.model, self.how, self.settings, self.batch_size = model, view, settings, batch_size
+        self.names: dict[int, str] = {int(k): str(name) for k, name in model.config.id2label.items()}
+
+    def open(self, name: str, files: Sequence[str]) -> Opened:
+        """An image, ready for the model. UnreadableImageError if it cannot be read."""
+        value = {"bytes": None, "path": files[0], "more": list(files[1:])}
+        image = decode(value, self.how.channels, files[0])
+        if (image.dtype.kind == "f") != self.how.floats:
+            of = "float images, this is" if self.how.floats else "images of 8 or 16 bits, this is"
+            raise UnreadableImageError(f"{files[0]}: the model was trained on {of} {image.dtype}; convert it")
+        pixels = central_view(image, self.how.size, self.how.value_range, self.how.mean, self.how.std)
+        return Opened(name, f"{name}{Path(files[0]).suffix}", pixels)
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Opened]) -> Iterator[Classified]:
+        """The probabilities of opened images, in order."""
+        waiting = iter(images)
+        while batch := list(islice(waiting, self.batch_size)):
+            pixels = torch.stack([image.pixels for image in batch]).to(self.model.device)
+            chance_BK = self.model(pixel_values=pixels).logits.double().softmax(dim=1).cpu()
+            yield from map(Classified, batch, chance_BK)
+
+    def write(self, result: Classified, folder: Path) -> list[dict[str, Any]]:
+        """The row of an image; there is no file to write."""
+        best, second = result.chance_K.topk(2).indices.tolist()
+        row = {
+            "image": result.image.name, "file": result.image.file, "class_id": best, "class": self.names[best],
+            "probability": float(result.chance_K[best]), "second": self.names[second],
+            "second_probability": float(result.chance_K[second]),
+        }  # fmt: skip
+        if len(self.names) <= COLUMNS:
+            row |= {f"p({name})": float(result.chance_K[k]) for k, name in self.names.items()}
+        return [row]
+
+    def finish(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+        """How many images each class has."""
+        counts = Counter(row["class"] for row in rows)
+        return {
+            "files": [],
+            "classes": self.names,
+            "counts": {name: counts[name] for name in self.names.values()},
+            "next": "sort the table by probability: the least certain images are those to look at and to label",
+        }
