@@ -16,6 +16,7 @@ A plan is a YAML file, of the package's or the user's own:
     seeds: [0, 1, 2]                        # the others run at each variant's best
     against: {adamw: [dbp+adamw]}           # baseline -> variants held against it (default: the first, all others)
     segmentation: {recipe: demo_upernet.yaml, flags: {}, random: true}  # optional: mean IoU of each seed's encoder
+    classification: {flags: {train_dir: tiles}, random: true}           # optional: accuracy of each seed's encoder
     probe: {flags: {train_dir: tiles}}      # optional: k nearest neighbours and a linear probe on each encoder
     lengths: {adamw: [900, 1200]}           # optional: complete schedules of other lengths (max_steps) of a baseline,
                                             # at its best setting: where does it reach another variant's end?
@@ -26,18 +27,20 @@ runs of one seed differ in the method alone. `hf_dbp.comparison.runner` runs a p
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_dbp.data.sources import ImageSource
+from hf_dbp.downstream.classification import arguments as classification
 from hf_dbp.downstream.probe import ProbeArguments
-from hf_dbp.downstream.segmentation import arguments as finetuning
+from hf_dbp.downstream.segmentation import arguments as segmentation
 from hf_dbp.errors import UserError
 from hf_dbp.natures import natures
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
@@ -45,12 +48,15 @@ from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training import arguments as pretraining
 
 __all__ = [
+    "EVALUATION",
+    "HEADS",
     "PROBE_FILE",
+    "Finetuning",
+    "Head",
     "Plan",
     "PlannedRun",
     "Probe",
     "Run",
-    "Segmentation",
     "best_settings",
     "collect_runs",
     "is_number",
@@ -60,8 +66,8 @@ __all__ = [
     "variant_of",
 ]
 
-KEYS = ("title", "script", "recipe", "flags", "axes", "search", "seeds", "against", "segmentation", "probe", "lengths")
-SEGMENTATION_KEYS = ("recipe", "flags", "random")
+FINETUNING_KEYS = ("recipe", "flags", "random")
+EVALUATION = "eval.json"  # what fine-tuning leaves
 PROBE_FILE = "probe.json"  # what a probe leaves
 OWN = ("seed", "output_dir", "config")  # set per run by the tool
 
@@ -104,13 +110,13 @@ class PlannedRun:
 
 @dataclass
 class Run:
-    """What became of a planned run: its record, the evaluations of its encoder (segmentation, probe) if there are any,
+    """What became of a planned run: its record, the evaluations of its encoder (of each head, probe) if there are any,
     and in ``notes`` why there are none."""
 
     planned: PlannedRun
     record: RunRecord | None = None
     error: str | None = None
-    segmentation: dict[str, Any] | None = None
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -131,17 +137,60 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Segmentation:
-    """Fine-tuning of each encoder: flags of `run_upernet.py`, and whether random weights are fine-tuned too."""
+class Head:
+    """A task that every encoder of a comparison may be fine-tuned to.
+
+    Args:
+        module: of its ``main``.
+        groups: its classes of flags.
+        model: what is trained, in words.
+        metrics: figures of its `eval.json`, in words; the first is drawn, too.
+        guess: the figure that the plainest guess, the commonest class everywhere, has in the first metric.
+        check: refuses flags of its data.
+    """
+
+    module: str
+    groups: tuple[type, ...]
+    model: str
+    metrics: dict[str, str]
+    guess: str
+    check: Callable[[Any], Any]
+
+
+#: key of a plan, and folder below a run -> task
+HEADS = {
+    "segmentation": Head(
+        "hf_dbp.downstream.segmentation.finetuning",
+        segmentation.GROUPS,
+        "UperNet",
+        {"mean_iou": "mean IoU"},
+        "majority_class_mean_iou",
+        lambda data_args: data_args.source(None, None).class_names(),
+    ),
+    "classification": Head(
+        "hf_dbp.downstream.classification.finetuning",
+        classification.GROUPS,
+        "a classifier",
+        {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"},
+        "majority_class_accuracy",
+        lambda data_args: data_args.source(None, None),
+    ),
+}
+KEYS = ("title", "script", "recipe", "flags", "axes", "search", "seeds", "against", *HEADS, "probe", "lengths")
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Fine-tuning of each encoder: its flags, and whether random weights are fine-tuned too."""
 
     arguments: tuple[str, ...] = ()
     random: bool = False
 
-    def check(self) -> None:
+    def check(self, head: Head) -> None:
         """Parse the flags. ValueError for one that a run would refuse, for want of data, or of names of classes."""
         arguments = [*self.arguments, "--model_name_or_path", "unused", "--output_dir", "unused"]
-        _, data_args, _ = parse_arguments(finetuning.GROUPS, arguments)
-        data_args.source(None, None).class_names()
+        _, data_args, _ = parse_arguments(head.groups, arguments)
+        head.check(data_args)
 
 
 @dataclass(frozen=True)
@@ -167,7 +216,7 @@ class Plan:
     search: dict[str, list[str]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     against: dict[str, list[str]] = field(default_factory=dict)
-    segmentation: Segmentation | None = None
+    heads: dict[str, Finetuning] = field(default_factory=dict)
     probe: Probe | None = None
     lengths: dict[str, list[int]] = field(default_factory=dict)
     own_search: dict[str, dict[str, list[str]]] = field(default_factory=dict)  # flag -> variant -> values
@@ -216,16 +265,17 @@ class Plan:
         if self.script is not None:
             if not Path(self.script).is_file():
                 raise UserError(f"the plan's script {self.script} is no file; paths count from the working directory")
-            if self.segmentation is not None or self.probe is not None:
-                raise UserError("segmentation and probe follow hf-dbp pretrain alone; a plan with a script has neither")
+            if self.heads or self.probe is not None:
+                names = ", ".join((*HEADS, "probe"))
+                raise UserError(f"{names} follow hf-dbp pretrain alone; a plan with a script has none of them")
             return
         for planned in self.search_runs():
             _, data_args, *_ = parse_arguments(pretraining.GROUPS, [*planned.arguments, "--output_dir", "unused"])
             ImageSource(**asdict(data_args))
-        for name, part in (("segmentation", self.segmentation), ("probe", self.probe)):
+        checks = {name: functools.partial(part.check, HEADS[name]) for name, part in self.heads.items()}
+        for name, check in (checks | ({} if self.probe is None else {"probe": self.probe.check})).items():
             try:
-                if part is not None:
-                    part.check()
+                check()
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
 
@@ -253,7 +303,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     if unknown:
         raise UserError(f"plan {name}: unknown key {unknown[0]!r}; a plan has {', '.join(KEYS)}")
     axes = check_axes(content["axes"], name)
-    mappings = ("search", "flags", "against", "segmentation", "probe", "lengths")
+    mappings = ("search", "flags", "against", *HEADS, "probe", "lengths")
     parts = {key: mapping(content, key, name) for key in mappings}
     for key in ("title", "recipe", "script"):
         if not isinstance(content.get(key, ""), str):
@@ -278,7 +328,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
         search=search,
         seeds=check_seeds(content.get("seeds", ["0"]), name),
         against=against,
-        segmentation=read_segmentation(parts["segmentation"], name),
+        heads={head: read_finetuning(parts[head], head, name) for head in HEADS if parts[head]},
         probe=read_probe(parts["probe"], name),
         lengths=check_lengths(parts["lengths"], list(against), name),
         own_search=own_search,
@@ -296,19 +346,19 @@ def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
     return value
 
 
-def read_segmentation(settings: dict[str, Any], name: str) -> Segmentation | None:
-    """What the plan says on segmentation; None if nothing. ValueError for what it cannot say."""
-    unknown = sorted(settings.keys() - set(SEGMENTATION_KEYS))
+def read_finetuning(settings: dict[str, Any], head: str, name: str) -> Finetuning:
+    """What the plan says on a head. ValueError for what it cannot say."""
+    unknown = sorted(settings.keys() - set(FINETUNING_KEYS))
     if unknown:
-        raise UserError(f"plan {name}: segmentation has {', '.join(SEGMENTATION_KEYS)}; not {unknown[0]!r}")
+        raise UserError(f"plan {name}: {head} has {', '.join(FINETUNING_KEYS)}; not {unknown[0]!r}")
     random = typed(settings.get("random", "false"))
     if not isinstance(random, bool):
-        raise UserError(f"plan {name}: random of segmentation is {random!r:.80}; expected true or false")
+        raise UserError(f"plan {name}: random of {head} is {random!r:.80}; expected true or false")
     if not isinstance(settings.get("recipe", ""), str):
-        raise UserError(f"plan {name}: recipe of segmentation is {settings['recipe']!r:.80}; expected text")
+        raise UserError(f"plan {name}: recipe of {head} is {settings['recipe']!r:.80}; expected text")
     arguments = recipe_arguments(settings["recipe"]) if "recipe" in settings else []
-    arguments += flag_arguments(mapping(settings, "flags", name), f"plan {name}, segmentation")
-    return Segmentation(tuple(arguments), random) if settings else None
+    arguments += flag_arguments(mapping(settings, "flags", name), f"plan {name}, {head}")
+    return Finetuning(tuple(arguments), random)
 
 
 def read_probe(settings: dict[str, Any], name: str) -> Probe | None:
@@ -427,9 +477,9 @@ def read_run(planned: PlannedRun, folder: Path) -> Run | None:
     record = RunRecord.read(folder / RECORD)
     if not record.results.get("finished"):
         return None
-    found = (folder / "segmentation" / "eval.json", folder / "probe" / PROBE_FILE)
-    segmentation, probe = (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None for file in found)
-    return Run(planned, record, segmentation=segmentation, probe=probe)
+    files = {head: folder / head / EVALUATION for head in HEADS} | {"probe": folder / "probe" / PROBE_FILE}
+    found = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    return Run(planned, record, probe=found.pop("probe", None), heads=found)
 
 
 def variant_of(record: RunRecord) -> str:

@@ -3,7 +3,7 @@
 Every run is a process of its own. One that has finished is not run again, one that was interrupted goes on from its
 last checkpoint, one that fails is reported and the others go on. The order: every variant at every searched setting
 with the first seed, then the other seeds of each variant at its best setting, then, if asked for, the baselines'
-schedules of other lengths, the probe of each of these encoders, and segmentation on those of the plan's own length. At
+schedules of other lengths, the probe of each of these encoders, and the heads on those of the plan's own length. At
 SIGTERM and SIGINT the pre-training runs are told to save and end, and waited for.
 """
 
@@ -24,7 +24,10 @@ from typing import Any
 from tqdm import tqdm
 
 from hf_dbp.comparison.plans import (
+    EVALUATION,
+    HEADS,
     PROBE_FILE,
+    Finetuning,
     Plan,
     PlannedRun,
     Probe,
@@ -48,8 +51,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 FLAGS_FILE = "flags.json"  # what a run was started with
-EVALUATION = "eval.json"  # what fine-tuning leaves
-FINETUNE = "from hf_dbp.downstream.segmentation.finetuning import main; main()"
+FINETUNE = "from MODULE import main; main()"
 PROBE = "from hf_dbp.downstream.probe import main; main()"
 
 
@@ -181,9 +183,9 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
         ValueError: a flag of the plan is refused, or a folder holds a run made with other flags.
     """
     plan.check()
-    if plan.segmentation is not None:
-        for file in sorted((folder / "runs").glob(f"**/segmentation/{FLAGS_FILE}")):
-            check_flags(file.parent, plan.segmentation.arguments)
+    for head, finetuning in plan.heads.items():
+        for file in sorted((folder / "runs").glob(f"**/{head}/{FLAGS_FILE}")):
+            check_flags(file.parent, finetuning.arguments)
     if plan.probe is not None:
         for file in sorted((folder / "runs").glob(f"**/probe/{FLAGS_FILE}")):
             check_flags(file.parent, plan.probe.arguments)
@@ -198,8 +200,8 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
     at_best = [run for run in runs if run.planned.searched == best.get(run.planned.variant)]
     if plan.probe is not None:
         probe_all(plan.probe, at_best, folder)
-    if plan.segmentation is not None:
-        finetune_all(plan, [run for run in at_best if run.planned.length is None], folder)
+    for head, finetuning in plan.heads.items():
+        finetune_all(head, finetuning, plan, [run for run in at_best if run.planned.length is None], folder)
     return runs
 
 
@@ -215,29 +217,28 @@ def probe_all(probe: Probe, runs: Sequence[Run], folder: Path) -> None:
             tqdm.write(f"{run.planned.name}: {run.notes[-1]}")
 
 
-def finetune_all(plan: Plan, runs: Sequence[Run], folder: Path) -> None:
-    """Fine-tune UperNet on the fused encoder of each run, and on random weights where the plan says so.
+def finetune_all(head: str, finetuning: Finetuning, plan: Plan, runs: Sequence[Run], folder: Path) -> None:
+    """Fine-tune a head on the fused encoder of each run, and on random weights where the plan says so.
 
     What fails is told and noted on the run, and the others go on.
     """
-    assert plan.segmentation is not None
     finished = [run for run in runs if run.record is not None]
     jobs = [(run, folder / "runs" / run.planned.folder, False) for run in finished]
-    if plan.segmentation.random:
+    if finetuning.random:
         baseline = next(iter(plan.against))
         randoms = [run for run in finished if run.planned.variant == baseline]
         jobs += [(run, folder / "runs" / "random" / f"seed{run.planned.seed}", True) for run in randoms]
-    for run, target, is_random in tqdm(jobs, desc="segmentation", unit="run"):
+    for run, target, is_random in tqdm(jobs, desc=head, unit="run"):
         try:
             vit = fused(folder / "runs" / run.planned.folder)
             own = ["--model_name_or_path", str(vit), "--seed", str(run.planned.seed), "--from_scratch", str(is_random)]
-            evaluation = finetune(plan.segmentation.arguments, own, target)
+            evaluation = finetune(head, finetuning.arguments, own, target)
         except (UserError, OSError) as error:
             what = "random weights were" if is_random else "its encoder was"
-            run.notes.append(f"{what} not evaluated on segmentation: {error}")
+            run.notes.append(f"{what} not evaluated on {head}: {error}")
             tqdm.write(f"{run.planned.name}: {run.notes[-1]}")
         else:
-            run.segmentation = run.segmentation if is_random else evaluation
+            run.heads |= {} if is_random else {head: evaluation}
 
 
 def fused(run: Path) -> Path:
@@ -248,10 +249,15 @@ def fused(run: Path) -> Path:
     return vit
 
 
-def finetune(arguments: Sequence[str], own: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The evaluation in ``folder/segmentation``, made if it is not there; arguments and errors as of `evaluated`."""
-    evaluation = folder / "segmentation" / EVALUATION
-    return evaluated(FINETUNE, arguments, [*own, "--output_dir", str(evaluation.parent)], evaluation)
+def finetune(head: str, arguments: Sequence[str], own: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The evaluation in ``folder/HEAD``, made if it is not there; arguments and errors as of `evaluated`."""
+    evaluation = folder / head / EVALUATION
+    return evaluated(
+        FINETUNE.replace("MODULE", HEADS[head].module),
+        arguments,
+        [*own, "--output_dir", str(evaluation.parent)],
+        evaluation,
+    )
 
 
 def evaluated(code: str, arguments: Sequence[str], own: Sequence[str], file: Path) -> dict[str, Any]:
@@ -278,10 +284,12 @@ def evaluated(code: str, arguments: Sequence[str], own: Sequence[str], file: Pat
     return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
-def random_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Segmentation from random weights, by seed, where the comparison has it."""
-    files = sorted((folder / "runs" / "random").glob("seed*/segmentation/eval.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+def random_evaluations(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Evaluations of each head from random weights, by seed, where the comparison has them."""
+    found = {head: sorted((folder / "runs" / "random").glob(f"seed*/{head}/{EVALUATION}")) for head in HEADS}
+    return {
+        head: [json.loads(file.read_text(encoding="utf-8")) for file in files] for head, files in found.items() if files
+    }
 
 
 def read_step_times(file: Path | None, plan: Plan) -> dict[str, list[float]] | None:

@@ -242,6 +242,8 @@ def test_flags_are_put_right_after_a_run_that_failed_at_once(plan, launcher, tmp
         (("dataset_name: wire_bonding", "streaming: false"), "no data: give --train_dir FOLDER"),
         (("seeds:", "segmentation: {flags: {crop_sise: 64}}\nseeds:"), "segmentation: unknown flag --crop_sise; did"),
         (("seeds:", "segmentation: {random: true}\nseeds:"), "segmentation: no data: give --train_dir FOLDER"),
+        (("seeds:", "classification: {random: true}\nseeds:"), "classification: no data: give --train_dir FOLDER"),
+        (("seeds:", "classification: {flags: {mix_up: 1}}\nseeds:"), "classification: unknown flag --mix_up; did"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused_before_the_first(changed, message, tmp_path):
@@ -269,9 +271,9 @@ def test_segmentation_that_fails_is_told_and_reported(launcher, tmp_path, monkey
         vit.mkdir()
         (vit / "config.json").touch()
     adamw = [run for run in run_plan(plan, out, launcher=launcher) if run.planned.variant == "adamw"]
-    assert [run.segmentation and run.segmentation["mean_iou"] for run in adamw] == [None, 0.5, None]
+    assert [run.heads.get("segmentation", {}).get("mean_iou") for run in adamw] == [None, 0.5, None]
     assert adamw[2].notes == ["its encoder was not evaluated on segmentation: exit status 1: out of memory"]
-    assert [one["mean_iou"] for one in random_evaluations(out)] == [0.1, 0.1]
+    assert [one["mean_iou"] for one in random_evaluations(out)["segmentation"]] == [0.1, 0.1]
     (tmp_path / "plan.yaml").write_text(SEGMENTED.replace("64", "128"))
     with pytest.raises(ValueError, match="segmentation holds a run with other flags"):
         run_plan(read_plan(str(tmp_path / "plan.yaml"), ["--use_cpu", "true"]), out, launcher=launcher)

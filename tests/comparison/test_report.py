@@ -138,8 +138,8 @@ def test_mean_iou_is_paired_by_seed_and_held_against_random_weights(tmp_path):
     runs = paired_runs()
     for run in runs:
         better = run.planned.variant != "adamw"
-        run.segmentation = evaluation(run.planned.seed, 0.4 + 0.1 * better + 0.01 * run.planned.seed**2)
-    random = [evaluation(seed, 0.2 + 0.01 * seed) for seed in range(3)]
+        run.heads["segmentation"] = evaluation(run.planned.seed, 0.4 + 0.1 * better + 0.01 * run.planned.seed**2)
+    random = {"segmentation": [evaluation(seed, 0.2 + 0.01 * seed) for seed in range(3)]}
     figures = analyse(made_plan(), runs, random)["segmentation"]
     assert figures["variants"]["random weights"]["mean"] == pytest.approx(0.21)
     tests = {(t["baseline"], t["other"]): t["test"] for t in figures["tests"]}
@@ -148,6 +148,36 @@ def test_mean_iou_is_paired_by_seed_and_held_against_random_weights(tmp_path):
     write_report(tmp_path, made_plan(), runs, command="c", random=random)
     assert "random weights" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "miou.svg").is_file()
+
+
+def classified(seed, accuracy):
+    rows = [{"epoch": float(k), "eval_accuracy": accuracy * k / 3} for k in range(1, 4)]
+    data = {"source": "tiles", "train_images": 8, "validation_images": 4}
+    return {"accuracy": accuracy, "balanced_accuracy": accuracy - 0.2, "seed": seed, "evaluations": rows, "data": data,
+            "majority_class_accuracy": 0.3}  # fmt: skip
+
+
+def test_accuracies_of_a_classifier_stand_beside_one_another(tmp_path):
+    runs = paired_runs()
+    for run in runs:
+        better = run.planned.variant != "adamw"
+        run.heads["classification"] = classified(run.planned.seed, 0.5 + 0.1 * better + 0.01 * run.planned.seed**2)
+    random = {"classification": [classified(seed, 0.4) for seed in range(3)]}
+    analysis = analyse(made_plan(), runs, random)
+    figures = analysis["classification"]
+    assert analysis["segmentation"] is None
+    assert figures["variants"]["random weights"]["mean"] == pytest.approx(0.4)
+    assert figures["balanced_accuracy"]["variants"]["random weights"]["mean"] == pytest.approx(0.2)
+    for one in (figures, figures["balanced_accuracy"]):
+        tests = {(t["baseline"], t["other"]): t["test"] for t in one["tests"]}
+        assert tests["adamw", "dbp+adamw"]["difference"]["mean"] == pytest.approx(0.1)
+        assert tests["random weights", "adamw"]["n"] == 3
+    write_report(tmp_path, made_plan(), runs, command="c", random=random)
+    page = (tmp_path / "README.md").read_text()
+    for part in ("Accuracy of a classifier on tiles (8 training and 4 validation images)", "scores 0.3.",
+                 "Balanced accuracy of a classifier.", "Balanced accuracy, paired by seed."):  # fmt: skip
+        assert part in page
+    assert (tmp_path / "accuracy.svg").is_file() and not (tmp_path / "miou.svg").exists()
 
 
 def grid_runs(plan):

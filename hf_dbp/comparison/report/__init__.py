@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.comparison.plans import Plan, Run
+from hf_dbp.comparison.plans import HEADS, Plan, Run
 from hf_dbp.comparison.report.analysis import analyse, chosen_runs
-from hf_dbp.comparison.report.charts import correlation_chart, grid_charts, loss_chart, miou_chart, target_chart
+from hf_dbp.comparison.report.charts import correlation_chart, grid_charts, head_chart, loss_chart, target_chart
 from hf_dbp.comparison.report.pages import Block, Heading, write_html, write_markdown
 from hf_dbp.comparison.report.tables import introduction, method_notes, result_tables, search_table
 from hf_dbp.comparison.report.yardstick import yardstick_blocks, yardstick_charts, yardstick_figures
@@ -25,7 +25,7 @@ def write_report(
     command: str,
     note: str = "",
     jobs: int = 1,
-    random: Sequence[dict[str, Any]] = (),
+    random: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     step_times: dict[str, list[float]] | None = None,
 ) -> Path:
     """Write `README.md` with its figures, `report.html` and `report.json`; returns the path of the HTML page.
@@ -37,7 +37,7 @@ def write_report(
         command: what made the report.
         note: a sentence on what else the machine did.
         jobs: how many runs ran at a time.
-        random: `eval.json` contents of segmentation from random weights.
+        random: of each head, `eval.json` contents of fine-tunings from random weights.
         step_times: seconds of each variant's step, taken in turns by one process.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_report(
         target_chart(analysis["comparisons"]),
         *(yardstick_charts(measured) if measured is not None else []),
         correlation_chart(chosen),
-        miou_chart(chosen, random),
+        *(head_chart(head, chosen, (random or {}).get(head, ())) for head in HEADS),
         *grid_charts(plan, runs),
     ]
     blocks: list[Block] = [

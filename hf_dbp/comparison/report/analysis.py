@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.comparison.plans import Plan, Run, best_settings, is_number
+from hf_dbp.comparison.plans import HEADS, Plan, Run, best_settings, is_number
 from hf_dbp.comparison.statistics import Mean, crossing, mean_interval, paired_test, value_at
 
 __all__ = ["COSTS", "analyse", "chosen_runs", "points"]
@@ -46,13 +46,15 @@ def chosen_runs(runs: Sequence[Run]) -> dict[str, RunsBySeed]:
     return chosen
 
 
-def analyse(plan: Plan, runs: Sequence[Run], random: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def analyse(
+    plan: Plan, runs: Sequence[Run], random: Mapping[str, Sequence[dict[str, Any]]] | None = None
+) -> dict[str, Any]:
     """All figures of the report by name.
 
     Args:
         plan: what was planned.
         runs: its runs, failed ones included.
-        random: `eval.json` contents of segmentation from random weights.
+        random: of each head, `eval.json` contents of fine-tunings from random weights.
     """
     chosen = chosen_runs(runs)
     pairs = [(a, b) for a, others in plan.against.items() for b in others if a in chosen and b in chosen]
@@ -63,7 +65,7 @@ def analyse(plan: Plan, runs: Sequence[Run], random: Sequence[dict[str, Any]] = 
         "variants": {name: variant_figures(by_seed, chosen[first]) for name, by_seed in chosen.items()},
         "baseline": first,
         "comparisons": [compare(a, chosen[a], b, chosen[b]) for a, b in pairs],
-        "segmentation": segmentation_figures(chosen, pairs, random),
+        **{head: head_figures(head, chosen, pairs, (random or {}).get(head, ())) for head in HEADS},
         "remarks": remarks(plan, runs, chosen),
         "setting": setting_of(chosen),
     }
@@ -207,32 +209,48 @@ def to_target(baseline: RunsBySeed, other: RunsBySeed, seeds: Sequence[int]) -> 
     return {"losses": targets, "reached": reached, "of": len(targets), "costs": costs}
 
 
-def segmentation_figures(
-    chosen: dict[str, RunsBySeed], pairs: Sequence[tuple[str, str]], random: Sequence[dict[str, Any]]
+def head_figures(
+    name: str, chosen: dict[str, RunsBySeed], pairs: Sequence[tuple[str, str]], random: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Mean IoU of the variants' encoders and of random weights; None where there is no evaluation."""
-
-    def miou(run: Run) -> float | None:
-        return None if run.segmentation is None else float(run.segmentation["mean_iou"])
-
-    evaluations = [run.segmentation for by_seed in chosen.values() for run in by_seed.values() if run.segmentation]
+    """The first metric of a head for the variants' encoders and random weights, and its others by name; None where
+    there is no evaluation."""
+    evaluations = [run.heads[name] for by_seed in chosen.values() for run in by_seed.values() if name in run.heads]
     if not evaluations:
         return None
-    variants = {name: over(by_seed, miou) for name, by_seed in chosen.items()}
-    randoms = {evaluation["seed"]: float(evaluation["mean_iou"]) for evaluation in random}
+    first, *others = HEADS[name].metrics
+
+    def figures(metric: str) -> dict[str, Any]:
+        return metric_figures(name, metric, chosen, pairs, random)
+
+    shared = {key: evaluations[0][key] for key in ("data", HEADS[name].guess)}
+    return plain(figures(first) | {metric: figures(metric) for metric in others} | shared)
+
+
+def metric_figures(
+    head: str,
+    metric: str,
+    chosen: dict[str, RunsBySeed],
+    pairs: Sequence[tuple[str, str]],
+    random: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Means of a metric and its paired tests."""
+
+    def score(run: Run) -> float | None:
+        return float(run.heads[head][metric]) if head in run.heads else None
+
+    variants = {name: over(by_seed, score) for name, by_seed in chosen.items()}
+    randoms = {evaluation["seed"]: float(evaluation[metric]) for evaluation in random}
     tests = []
     for a, b in pairs:
         seeds = sorted(chosen[a].keys() & chosen[b].keys())
-        tests.append(
-            {"baseline": a, "other": b, "test": test([(miou(chosen[a][s]), miou(chosen[b][s])) for s in seeds])}
-        )
+        values = [(score(chosen[a][seed]), score(chosen[b][seed])) for seed in seeds]
+        tests.append({"baseline": a, "other": b, "test": test(values)})
     if randoms:
         variants["random weights"] = mean_interval(list(randoms.values()))
         for name, by_seed in chosen.items():
-            values = [(randoms[s], miou(by_seed[s])) for s in sorted(randoms.keys() & by_seed.keys())]
-            tests.append({"baseline": "random weights", "other": name, "test": test(values)})
-    shared = {key: evaluations[0][key] for key in ("data", "majority_class_mean_iou")}
-    return plain({"variants": variants, "tests": [row for row in tests if row["test"]], **shared})
+            pairs_of = [(randoms[s], score(by_seed[s])) for s in sorted(randoms.keys() & by_seed.keys())]
+            tests.append({"baseline": "random weights", "other": name, "test": test(pairs_of)})
+    return {"variants": variants, "tests": [row for row in tests if row["test"]]}
 
 
 def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:

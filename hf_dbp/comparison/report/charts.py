@@ -13,11 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_dbp.comparison.plans import Plan, Run
+from hf_dbp.comparison.plans import HEADS, Plan, Run
 from hf_dbp.comparison.report.analysis import COSTS, RunsBySeed, chosen_runs, points
 from hf_dbp.comparison.report.pages import Picture
 
-__all__ = ["correlation_chart", "grid_charts", "loss_chart", "miou_chart", "target_chart"]
+__all__ = ["correlation_chart", "grid_charts", "head_chart", "loss_chart", "target_chart"]
 
 Curve = list[tuple[float, float]]
 LOSSES = {"eval_loss": "validation loss", "train_loss": "training loss"}
@@ -121,26 +121,30 @@ def correlation_chart(chosen: dict[str, RunsBySeed]) -> Picture | None:
     return Picture("correlations", caption, figure)
 
 
-def miou_chart(chosen: dict[str, RunsBySeed], random: Sequence[dict[str, Any]]) -> Picture | None:
-    """Mean IoU of fine-tuning by epoch; None without evaluations."""
+def head_chart(name: str, chosen: dict[str, RunsBySeed], random: Sequence[dict[str, Any]]) -> Picture | None:
+    """The first metric of a head by epoch of fine-tuning; None without evaluations."""
+    head, (metric, label) = HEADS[name], next(iter(HEADS[name].metrics.items()))
     evaluations = {
-        name: [run.segmentation for run in runs.values() if run.segmentation] for name, runs in chosen.items()
+        variant: [run.heads[name] for run in runs.values() if name in run.heads] for variant, runs in chosen.items()
     }
     evaluations["random weights"] = list(random)
     curves = {
-        name: [[(row["epoch"], row["eval_mean_iou"]) for row in one["evaluations"]] for one in found]
-        for name, found in evaluations.items()
+        variant: [[(row["epoch"], row[f"eval_{metric}"]) for row in one["evaluations"]] for one in found]
+        for variant, found in evaluations.items()
         if found
     }
     if not curves:
         return None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
-    for index, (name, found) in enumerate(curves.items()):
-        draw_mean(axis, found, name, index)
-    axis.set(xlabel="epoch of fine-tuning", ylabel="mean IoU")
+    for index, (variant, found) in enumerate(curves.items()):
+        draw_mean(axis, found, variant, index)
+    axis.set(xlabel="epoch of fine-tuning", ylabel=label)
     axis.legend()
-    return Picture("miou", "Mean IoU on the validation images while UperNet is fine-tuned on each encoder.", figure)
+    caption = (
+        f"{label[0].upper()}{label[1:]} on the validation images while {head.model} is fine-tuned on each encoder."
+    )
+    return Picture("miou" if metric == "mean_iou" else metric, caption, figure)
 
 
 def grid_charts(plan: Plan, runs: Sequence[Run]) -> list[Picture]:

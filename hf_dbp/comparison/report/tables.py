@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_dbp.comparison.plans import HEADS
 from hf_dbp.comparison.report.analysis import COSTS
 from hf_dbp.comparison.report.pages import Block, Code, Heading, Items, Table
 
@@ -166,12 +167,13 @@ def search_table(analysis: Figures) -> list[Block]:
 
 
 def result_tables(analysis: Figures) -> list[Block]:
-    """The paper's Table 1, costs, tests, what the target takes, and mean IoU."""
+    """The paper's Table 1, costs, tests, what the target takes, and the heads."""
     blocks: list[Block] = [Heading("Results"), table_one(analysis), costs_table(analysis)]
     if analysis["comparisons"]:
         blocks += [target_table(analysis), tests_table(analysis)]
-    if analysis["segmentation"]:
-        blocks += miou_tables(analysis["segmentation"])
+    for name in HEADS:
+        if analysis[name]:
+            blocks += head_tables(name, analysis[name])
     return blocks
 
 
@@ -231,20 +233,29 @@ def tests_table(analysis: Figures) -> Table:
     return Table("Paired comparisons. The difference in step time is the step overhead.", header, rows)
 
 
-def miou_tables(figures: Figures) -> list[Block]:
-    means = [[name, mean(value), str(value["n"])] for name, value in figures["variants"].items() if value is not None]
-    data = figures["data"]
-    caption = (
-        f"Mean IoU of UperNet on {data['source']} ({data['train_images']} training and {data['validation_images']} "
-        f"validation images); the commonest class everywhere scores {number(figures['majority_class_mean_iou'])}."
-    )
-    tests = [
-        [f"{t['other']} against {t['baseline']}", *(number(t["test"][k]) for k in ("baseline", "other")),
-         percent(t["test"]["percent"]), certainty(t["test"])]
-        for t in figures["tests"]
-    ]  # fmt: skip
-    header = ["", "baseline", "other", "difference [95 %]", "paired t-test"]
-    return [Table(caption, ["encoder", "mean IoU", "seeds"], means), Table("Mean IoU, paired by seed.", header, tests)]
+def head_tables(name: str, figures: Figures) -> list[Block]:
+    """Means and paired tests of every metric of a head."""
+    head, data, blocks = HEADS[name], figures["data"], list[Block]()
+    for metric, label in head.metrics.items():
+        title, own = f"{label[0].upper()}{label[1:]}", figures.get(metric, figures)
+        caption = f"{title} of {head.model}"
+        if own is figures:
+            caption += (
+                f" on {data['source']} ({data['train_images']} training and {data['validation_images']} "
+                f"validation images); the commonest class everywhere scores {number(figures[head.guess])}"
+            )
+        means = [[one, mean(value), str(value["n"])] for one, value in own["variants"].items() if value is not None]
+        tests = [
+            [f"{t['other']} against {t['baseline']}", *(number(t["test"][k]) for k in ("baseline", "other")),
+             percent(t["test"]["percent"]), certainty(t["test"])]
+            for t in own["tests"]
+        ]  # fmt: skip
+        header = ["", "baseline", "other", "difference [95 %]", "paired t-test"]
+        blocks += [
+            Table(f"{caption}.", ["encoder", label, "seeds"], means),
+            Table(f"{title}, paired by seed.", header, tests),
+        ]
+    return blocks
 
 
 def method_notes(num_seeds: int) -> list[Block]:
