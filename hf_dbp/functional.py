@@ -222,14 +222,14 @@ def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
     i_M = torch.arange(num_samples, device=key.device) + key.bitwise_and(0)
     first_M = i_M * num_rows // num_samples
     width_M = (i_M + 1) * num_rows // num_samples - first_M
-    seed = hashed(key)
-    return (first_M + hashed(seed ^ i_M) % width_M + hashed(seed ^ LOW_32) % num_rows) % num_rows
+    seed = mixed_bits(key)
+    return (first_M + mixed_bits(seed ^ i_M) % width_M + mixed_bits(seed ^ LOW_32) % num_rows) % num_rows
 
 
 LOW_32 = 0xFFFFFFFF
 
 
-def hashed(h: Tensor) -> Tensor:
+def mixed_bits(h: Tensor) -> Tensor:
     """Hash 64-bit integers to 32 bits. No product exceeds 63 bits: signed overflow crashes compiled C++ loops."""
     h = (h ^ (h >> 32)).bitwise_and(LOW_32)
     h = ((h ^ (h >> 16)) * 0x7FEB352D).bitwise_and(LOW_32)

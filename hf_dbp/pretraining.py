@@ -25,11 +25,13 @@ from transformers import (
 )
 
 from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
-from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig, check_fields
+from hf_dbp.config_limits import check_fields
+from hf_dbp.configuration_dbp_vit_mae import SIZES, DBPViTMAEConfig
 from hf_dbp.conversion import decorrelated_layers
-from hf_dbp.data.feeding import augments_on_device, step_images
+from hf_dbp.data.feeding import step_images
 from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, load_images, share_value_range
 from hf_dbp.data.masked import MaskedImages, interpolation_loss
+from hf_dbp.data.resampling import augments_on_device
 from hf_dbp.data.values import ValueRange, processor_scaling
 from hf_dbp.errors import UserError, command
 from hf_dbp.figures import plot_curves, plot_reconstructions
@@ -55,10 +57,10 @@ from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import Choice, choose, images_first, write_plan
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
+from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import ending_processes
 from hf_dbp.training.restoring import find_checkpoint
-from hf_dbp.training.saving import disk_errors
 from hf_dbp.training.trainer import MAETrainer
 
 __all__ = ["build_model", "main"]

@@ -21,7 +21,7 @@ from transformers.models.vit_mae.modeling_vit_mae import (
     build_2d_sinusoidal_position_embedding,
 )
 
-from hf_dbp.configuration_dbp_vit_mae import check_image_size
+from hf_dbp.config_limits import check_image_size
 from hf_dbp.errors import UserError
 from hf_dbp.layers import Decorrelation
 

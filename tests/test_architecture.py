@@ -23,6 +23,7 @@ FLOW = [
     ["sharing"],
     ["probing"],
     ["any_model"],
+    ["config_limits"],
     ["configuration_dbp_vit_mae"],
     ["stock_vit_mae"],
     ["modeling_dbp_vit_mae"],

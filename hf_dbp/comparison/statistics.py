@@ -24,7 +24,7 @@ from scipy import stats
 
 from hf_dbp.errors import UserError
 
-__all__ = ["Mean", "Paired", "crossing", "mean_interval", "paired_test", "value_at"]
+__all__ = ["Mean", "Paired", "crossing", "margin", "mean_interval", "paired_test", "value_at"]
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-10  # differences that vary by less, relative to the values, are equal
@@ -95,6 +95,17 @@ def paired_test(baseline: Sequence[float], other: Sequence[float]) -> Paired:
         p_value = float(stats.ttest_rel(b, a).pvalue)
         effect_size = difference.mean / difference.sd
     return Paired(len(a), float(a.mean()), float(b.mean()), difference, percent, p_value, effect_size)
+
+
+def margin(baseline: dict[int, float], other: dict[int, float]) -> dict[str, Any] | None:
+    """The paired test of the ends, and by how many standard errors of its own the other's mean is below."""
+    seeds = sorted(baseline.keys() & other.keys())
+    if not seeds:
+        return None
+    test = paired_test([baseline[s] for s in seeds], [other[s] for s in seeds])
+    sd = mean_interval([other[s] for s in seeds]).sd
+    errors = (test.baseline - test.other) * math.sqrt(len(seeds)) / sd if sd else None
+    return test.to_dict() | {"standard_errors": errors}
 
 
 def crossing(points: Sequence[Point], target: float) -> float | None:

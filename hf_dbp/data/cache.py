@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import UnreadableImageError, decode, too_many
-from hf_dbp.data.shards import ShardedImages, fingerprint, in_threads
+from hf_dbp.data.shards import ShardedImages, fingerprint
 from hf_dbp.data.subset import Keys, chosen, content_key, readable_bytes
+from hf_dbp.data.threads import in_threads
 from hf_dbp.errors import UserError
 
 __all__ = ["CachedImages", "Materialization", "materialized"]

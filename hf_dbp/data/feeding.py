@@ -1,53 +1,20 @@
-"""How a training loop is fed: the order of its images, what a resume needs of it, and how long steps wait for input."""
+"""The order in which a training loop sees its images, and how a resumed run goes on in that order."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
-from hf_dbp.data.images import ImageList
 from hf_dbp.data.order import EpochSampler, Lanes
 from hf_dbp.errors import UserError
 
 __all__ = [
-    "InputMeter",
     "adopt_order",
-    "augments_on_device",
-    "feed_fast",
     "feeding",
     "make_sampler",
     "step_images",
-    "unreadable_images",
 ]
-
-
-def feed_fast(args: TrainingArguments) -> None:
-    """Settings of loaders and processes that cost nothing; to be called before `TrainingArguments.__post_init__`.
-
-    Batches in pinned memory and copied while the device computes (with a GPU), workers that outlive an epoch, and no
-    search for parameters without a gradient, of which our models have none.
-    """
-    args.dataloader_pin_memory &= torch.cuda.is_available()
-    args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
-    if args.dataloader_pin_memory and args.accelerator_config is None:
-        args.accelerator_config = {"non_blocking": True}
-    if args.ddp_find_unused_parameters is None:
-        args.ddp_find_unused_parameters = False
-
-
-def augments_on_device(asked: bool | None, args: TrainingArguments, images: ImageList) -> bool:
-    """Whether the device makes the views: as asked, else on a GPU if the images have 8 bits.
-
-    ValueError if it is asked of other images.
-    """
-    dtype = images.readable(0).dtype
-    if asked and dtype != np.uint8:
-        raise UserError(f"--augment_on_device is for 8-bit images, these are {dtype}; leave it out")
-    return bool(dtype == np.uint8 and (args.device.type == "cuda" if asked is None else asked))
 
 
 def step_images(args: TrainingArguments) -> int:
@@ -108,56 +75,3 @@ def adopt_order(sampler: EpochSampler, before: dict[str, Any], now: dict[str, An
         )
     sampler.lanes = Lanes(old["lanes"], old["chunk"])
     now["feeding"] = new | {"lanes": old["lanes"], "chunk": old["chunk"]}
-
-
-def unreadable_images(before: dict[str, Any], *lists: Any) -> dict[str, Any]:
-    """How many images all processes have found unreadable, each counted once, and why, by path; with those of an
-    earlier record."""
-    found = gather_object([entry for images in lists for entry in images.unreadable_images().items()])
-    reasons = {**before.get("images", {}), **dict(sorted(found))}
-    return {"count": len(reasons), "images": reasons}
-
-
-class InputMeter:
-    """Images per second, and the share of the training time that steps wait for input.
-
-    Seconds are those of the training clock, so that evaluation and checkpoints do not count. A device that works
-    through a queue of steps hides some of the waiting: the share is an upper bound of what faster input would save.
-    """
-
-    def __init__(self) -> None:
-        self.images = 0
-        self.waited = 0.0
-        self._last = (0, 0.0, 0.0)
-
-    def preset(self, before: dict[str, float], seconds: float) -> None:
-        """Go on from the totals of an earlier run, at ``seconds`` on the training clock."""
-        self.images, self.waited = int(before.get("images", 0)), before.get("wait_seconds", 0.0)
-        self._last = (self.images, self.waited, seconds)
-
-    def add(self, images: int, waited: float) -> None:
-        """A step was fed: its images over all processes, and the seconds it waited."""
-        self.images += images
-        self.waited += waited
-
-    def totals(self, seconds: float) -> dict[str, float]:
-        """Images and seconds waited, and both relative to the training time ``seconds``."""
-        total = {"images": self.images, "wait_seconds": round(self.waited, 3)}
-        if seconds > 0.0:
-            total |= {
-                "images_per_second": round(self.images / seconds, 2),
-                "data_wait_share": round(self.waited / seconds, 4),
-            }
-        return total
-
-    def since_last(self, seconds: float) -> dict[str, float]:
-        """Figures since the last call, at ``seconds`` on the training clock; nothing if no time has passed."""
-        images, waited, before = self._last
-        self._last = (self.images, self.waited, seconds)
-        elapsed = seconds - before
-        if elapsed <= 0.0:
-            return {}
-        return {
-            "images_per_second": round((self.images - images) / elapsed, 2),
-            "data_wait_share": round((self.waited - waited) / elapsed, 4),
-        }

@@ -20,6 +20,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from accelerate.utils import gather_object
 from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
@@ -55,6 +56,7 @@ __all__ = [
     "read_splits",
     "share_value_range",
     "to_array",
+    "unreadable_images",
     "value_name",
 ]
 
@@ -386,3 +388,11 @@ def images_digest(images: ImageList, picks: Sequence[int]) -> str:
         else:
             digest.update(readable_bytes(value))
     return digest.hexdigest()
+
+
+def unreadable_images(before: dict[str, Any], *lists: Any) -> dict[str, Any]:
+    """How many images all processes have found unreadable, each counted once, and why, by path; with those of an
+    earlier record."""
+    found = gather_object([entry for images in lists for entry in images.unreadable_images().items()])
+    reasons = {**before.get("images", {}), **dict(sorted(found))}
+    return {"count": len(reasons), "images": reasons}

@@ -21,10 +21,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import TrainingArguments
 
-__all__ = ["collate", "resample"]
+from hf_dbp.data.images import ImageList
+from hf_dbp.errors import UserError
+
+__all__ = ["augments_on_device", "collate", "resample"]
 
 CHUNK = 64  # images that are resized at a time: bounds the memory of the weights
+
+
+def augments_on_device(asked: bool | None, args: TrainingArguments, images: ImageList) -> bool:
+    """Whether the device makes the views: as asked, else on a GPU if the images have 8 bits.
+
+    ValueError if it is asked of other images.
+    """
+    dtype = images.readable(0).dtype
+    if asked and dtype != np.uint8:
+        raise UserError(f"--augment_on_device is for 8-bit images, these are {dtype}; leave it out")
+    return bool(dtype == np.uint8 and (args.device.type == "cuda" if asked is None else asked))
 
 
 def collate(views: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

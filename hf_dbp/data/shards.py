@@ -14,11 +14,10 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,33 +29,21 @@ from hf_dbp.data.folders import file_stamp
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.subset import Keys, content_key, readable_bytes
 from hf_dbp.data.tars import choose_members, no_images, open_binary, tar_members
+from hf_dbp.data.threads import in_threads
 from hf_dbp.errors import UserError
 from hf_dbp.hub.errors import explained
 
 __all__ = [
     "Listing",
     "ShardedImages",
-    "in_threads",
     "list_shards",
 ]
 
-THREADS = 8  # of listing and hashing
 BUFFER_BYTES = 256 * 2**20  # encoded images that a process keeps
 LISTING = 2  # version of the listings that are kept
 TAR_PIECE = (256, 32 * 2**20)  # members and bytes of a piece
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 Integers = NDArray[np.int64]
-
-
-def in_threads(function: Callable[[Item], Result], items: Sequence[Item], threads: int = THREADS) -> Iterator[Result]:
-    """Map over the items in threads, in order; the first error ends it."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield from pool.map(function, items)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass

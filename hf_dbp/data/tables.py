@@ -25,13 +25,10 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from hf_dbp.data.folders import IMAGE_FILES, file_stamp
 from hf_dbp.data.left_out import LeftOut
-from hf_dbp.data.tars import Member, choose_members, no_images, sample_of, tar_members
+from hf_dbp.data.tars import NUMBERS, TEXTS, Member, choose_members, member_value, no_images, sample_of, tar_members
 from hf_dbp.hub.errors import explained
 
 __all__ = ["encoded_column", "parquet_table", "tar_table"]
-
-NUMBERS = {"cls", "cls2", "class", "count", "index", "inx", "id"}  # members that hold a whole number, as in WebDataset
-TEXTS = {"txt", "text", "transcript", "json"}
 
 
 def parquet_table(files: Sequence[str], cache_dir: str | None) -> datasets.Dataset:
@@ -198,14 +195,5 @@ def tar_rows(
                 row: dict[str, Any] = dict.fromkeys(kinds)
                 row[column] = {"bytes": content(image), "path": f"{file}, {image[0]}"}
                 for extension, member in rest.get(sample_of(image[0])[0], {}).items():
-                    row[extension] = parsed(extension, content(member), f"{file}, {member[0]}")
+                    row[extension] = member_value(extension, content(member), f"{file}, {member[0]}")
                 yield row
-
-
-def parsed(extension: str, content: bytes, name: str) -> Any:
-    """The value of a member of a tar."""
-    if f".{extension.rpartition('.')[2]}" in IMAGE_FILES:
-        return {"bytes": content, "path": name}
-    if extension in NUMBERS:
-        return int(content)
-    return content.decode(errors="replace") if extension in TEXTS else content

@@ -7,19 +7,31 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import fsspec  # type: ignore[import-untyped]
 
-from hf_dbp.data.folders import HIDDEN, classify
+from hf_dbp.data.folders import HIDDEN, IMAGE_FILES, classify
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.errors import UserError
 from hf_dbp.hub.errors import explained
 
-__all__ = ["OTHER_PICTURES", "Member", "choose_members", "no_images", "open_binary", "sample_of", "tar_members"]
+__all__ = [
+    "NUMBERS",
+    "TEXTS",
+    "Member",
+    "choose_members",
+    "member_value",
+    "no_images",
+    "open_binary",
+    "sample_of",
+    "tar_members",
+]
 
 OTHER_PICTURES = "other pictures of a sample"
 Member = tuple[str, int, int]  # name, offset and size of a file in a tar
+NUMBERS = {"cls", "cls2", "class", "count", "index", "inx", "id"}  # members that hold a whole number, as in WebDataset
+TEXTS = {"txt", "text", "transcript", "json"}
 
 
 def open_binary(file: str, token: str | None, cache_type: str = "none") -> IO[bytes]:
@@ -101,3 +113,12 @@ def no_images(files: Sequence[str], column: str, left_out: LeftOut) -> UserError
     kinds = ", ".join(sorted(left_out.other_files | {reason.partition(" ")[0]: 1 for reason in left_out.counts}))
     remedy = f"they hold {kinds}: name the images by --image_column_name EXTENSION" if kinds else "they are empty"
     return UserError(f"{files[0]}{' and its like hold' if len(files) > 1 else ' holds'} no {kind}; {remedy}")
+
+
+def member_value(extension: str, content: bytes, name: str) -> Any:
+    """The content of a member of a tar: an encoded picture, a number, a text, or bytes."""
+    if f".{extension.rpartition('.')[2]}" in IMAGE_FILES:
+        return {"bytes": content, "path": name}
+    if extension in NUMBERS:
+        return int(content)
+    return content.decode(errors="replace") if extension in TEXTS else content

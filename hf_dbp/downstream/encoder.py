@@ -16,7 +16,8 @@ from typing import Annotated, Any
 
 from transformers import Dinov2Config, Dinov2Model, ViTModel
 
-from hf_dbp.configuration_dbp_vit_mae import SIZES, check_fields
+from hf_dbp.config_limits import check_fields
+from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.downstream.bridge import vit_of_dinov2
 from hf_dbp.errors import UserError

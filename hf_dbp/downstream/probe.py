@@ -28,8 +28,14 @@ from torch import Tensor, nn
 from transformers import ViTModel
 
 from hf_dbp.data.classes import class_labels, image_list, ordered, split_classes
-from hf_dbp.data.feeding import unreadable_images
-from hf_dbp.data.images import ImageList, ImageSource, channel_statistics, read_splits, share_value_range
+from hf_dbp.data.images import (
+    ImageList,
+    ImageSource,
+    channel_statistics,
+    read_splits,
+    share_value_range,
+    unreadable_images,
+)
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
 from hf_dbp.errors import UserError, command

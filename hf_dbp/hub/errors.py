@@ -1,4 +1,4 @@
-"""What went wrong on the way to a data set on the Hub, in one line that says what to do.
+"""What went wrong between here and the Hub, reading a data set or pushing a model, in one line that says what to do.
 
 The Hub client retries cut connections, timeouts, 429 and 5xx with growing pauses by itself; what arrives here is final.
 """
@@ -21,8 +21,9 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 
 from hf_dbp.errors import UserError
 
-__all__ = ["explained"]
+__all__ = ["LOGIN", "explained", "explained_push"]
 
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 AGAIN = "run the same command again: what is cached is kept, and training goes on from its last checkpoint"
 
 
@@ -82,3 +83,27 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
+
+
+@contextmanager
+def explained_push(repo_id: str, remedy: str = "") -> Iterator[None]:
+    """Turn what the Hub client raises into a ValueError of one line that ends with ``remedy``."""
+    try:
+        yield
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # RuntimeError: an upload of large files broke off
+        raise UserError(f"{_push_message(repo_id, error)}{remedy}") from error
+
+
+def _push_message(repo_id: str, error: Exception) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        return f"the Hub does not accept the token for {repo_id} (401): {LOGIN}"
+    if status == 403:
+        return f"this account may not write to {repo_id} (403): choose a name under your own account, or ask its owner"
+    if status == 404:
+        return f"there is no repository or branch of that name: {repo_id} (404)"
+    if status is not None:
+        return f"the Hub failed on {repo_id} ({status})"
+    if isinstance(error, HTTPError | RuntimeError):
+        return f"the connection to the Hub at {HfApi().endpoint} failed or broke off ({type(error).__name__})"
+    return f"pushing to {repo_id} failed: {' '.join(str(error).split())}"

@@ -22,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_dbp.downstream.classification import arguments as classification
 from hf_dbp.downstream.segmentation import arguments as segmentation
-from hf_dbp.downstream.segmentation.evaluated import EVALUATED
+from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED
 from hf_dbp.errors import UserError, command
 from hf_dbp.natures import Nature, natures
 from hf_dbp.training import arguments as pretraining

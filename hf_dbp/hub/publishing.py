@@ -9,16 +9,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]  # the client library's own
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from hf_dbp.errors import UserError
+from hf_dbp.hub.errors import LOGIN, explained_push
 
 __all__ = ["Destination", "claim_push"]
 
@@ -33,7 +31,6 @@ PUSHED = (
     "*.png",
 )
 TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
-LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Destination:
         """
         if self.token is None and get_token() is None:
             raise UserError(f"no Hub token, which pushing to {self.repo_id} needs: {LOGIN}")
-        with explained(self.repo_id):
+        with explained_push(self.repo_id):
             api = HfApi(token=self.token)
             url = api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             if self.revision is not None and self.revision.startswith("refs/"):  # a pull request: not ours to make
@@ -88,7 +85,7 @@ class Destination:
         self.refuse_tokens(files)
         api = HfApi(token=self.token)
         again = self.command(folder, [pattern for pattern, found in matches.items() if found])
-        with explained(self.repo_id, remedy=f"; nothing is lost; push again with: {again}"):
+        with explained_push(self.repo_id, remedy=f"; nothing is lost; push again with: {again}"):
             api.create_commit(
                 self.repo_id,
                 [CommitOperationAdd(file.name, file) for file in files],
@@ -137,27 +134,3 @@ def claim_push(args: TrainingArguments, token: str | None = None) -> Destination
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     destination = Destination(name, args.hub_private_repo, args.hub_token or token, args.hub_revision)
     return destination.opened() if args.process_index == 0 else destination
-
-
-@contextmanager
-def explained(repo_id: str, remedy: str = "") -> Iterator[None]:
-    """Turn what the Hub client raises into a ValueError of one line that ends with ``remedy``."""
-    try:
-        yield
-    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # RuntimeError: an upload of large files broke off
-        raise UserError(f"{message(repo_id, error)}{remedy}") from error
-
-
-def message(repo_id: str, error: Exception) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status == 401:
-        return f"the Hub does not accept the token for {repo_id} (401): {LOGIN}"
-    if status == 403:
-        return f"this account may not write to {repo_id} (403): choose a name under your own account, or ask its owner"
-    if status == 404:
-        return f"there is no repository or branch of that name: {repo_id} (404)"
-    if status is not None:
-        return f"the Hub failed on {repo_id} ({status})"
-    if isinstance(error, HTTPError | RuntimeError):
-        return f"the connection to the Hub at {HfApi().endpoint} failed or broke off ({type(error).__name__})"
-    return f"pushing to {repo_id} failed: {' '.join(str(error).split())}"

@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 from transformers.utils import cached_file
 
-from hf_dbp.configuration_dbp_vit_mae import CHECKED, DTYPES, DBPViTMAEConfig, check_fields, parameters
+from hf_dbp.config_limits import CHECKED, DTYPES, check_fields, parameter_count
+from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.data.values import UNIT, ValueRange, unit_scale
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
@@ -102,7 +103,7 @@ def check_memory(fields: Mapping[str, Any], name: str) -> None:
     """Refuse a model that this machine's memory does not hold, in float32. ValueError that says both sizes."""
     if sys.platform == "win32":
         return
-    needed, there = 4 * parameters(fields), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, there = 4 * parameter_count(fields), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UserError(f"{name}: the model takes {needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f} GiB")
 

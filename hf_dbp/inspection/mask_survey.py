@@ -29,7 +29,7 @@ from hf_dbp.data.masks import (
     same_palettes,
     whole_numbers,
 )
-from hf_dbp.data.shards import in_threads
+from hf_dbp.data.threads import in_threads
 from hf_dbp.errors import UserError
 from hf_dbp.inspection.reading import Samples, value_of
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from hf_dbp.data.decoding import DECODING_ERRORS, UnreadableImageError, check_finite, encoded_bytes, stored, to_array
 from hf_dbp.data.images import value_name
-from hf_dbp.data.shards import in_threads
+from hf_dbp.data.threads import in_threads
 from hf_dbp.inspection.reading import Row, Samples, value_of
 
 __all__ = ["ImageKind", "copies", "duplicates", "survey_images"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from hf_dbp.callbacks import DecorrelationArguments, refuse_sharding
 from hf_dbp.configuration_dbp_vit_mae import SIZES
-from hf_dbp.data.feeding import feed_fast
 from hf_dbp.errors import UserError
 from hf_dbp.natures import Nature
 from hf_dbp.training.duration import parse_duration
@@ -191,6 +191,20 @@ class ModelArguments:
             raise UserError(f"--flip is a chance in [0, 1], got {self.flip}")
         if self.image_size is not None and len(self.image_size) > 2:
             raise UserError(f"--image_size takes one number or height and width, got {self.image_size}")
+
+
+def feed_fast(args: TrainingArguments) -> None:
+    """Settings of loaders and processes that cost nothing; to be called before `TrainingArguments.__post_init__`.
+
+    Batches in pinned memory and copied while the device computes (with a GPU), workers that outlive an epoch, and no
+    search for parameters without a gradient, of which our models have none.
+    """
+    args.dataloader_pin_memory &= torch.cuda.is_available()
+    args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
+    if args.dataloader_pin_memory and args.accelerator_config is None:
+        args.accelerator_config = {"non_blocking": True}
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False
 
 
 @dataclass

@@ -29,6 +29,7 @@ from hf_dbp.data.feeding import step_images
 from hf_dbp.data.order import EpochSampler, Lanes
 from hf_dbp.errors import UserError
 from hf_dbp.training.clocked import ClockCallback
+from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.guards import GuardCallback
 from hf_dbp.training.optimizers import checked_schedule
 from hf_dbp.training.processes import use_one_gpu
@@ -44,7 +45,6 @@ from hf_dbp.training.saving import (
     UNFINISHED,
     checkpoint_step,
     clear,
-    disk_errors,
     fault,
     last_checkpoint,
     move_files,

@@ -13,29 +13,23 @@ What is not whole is passed over and left where it is.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import shutil
-import traceback
 import zipfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_dbp.errors import UserError
 from hf_dbp.records import write_json
 
 __all__ = [
     "UNFINISHED",
-    "DiskFull",
     "checkpoint_step",
     "clear",
-    "disk_errors",
     "fault",
     "last_checkpoint",
     "move_files",
@@ -49,15 +43,6 @@ logger = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 LISTING = "checkpoint.json"
 JSON_FILES, ARCHIVES = ("config.json", "trainer_state.json"), ("optimizer.pt", "scheduler.pt")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_MESSAGES = ("No space left", "File too large", "quota exceeded", "inline_container", "PytorchStreamWriter failed")
-
-SHARED_MEMORY_MESSAGES = ("</torch_", "shared memory(shm)", "out of shared memory", "Bus error")
-SHARED_MEMORY_ADVICE = (
-    "the workers of the data loader have no room left in shared memory, /dev/shm (64 MiB in a Docker container by "
-    "default; this is not the disk): start the container with --shm-size 8g or --ipc host, or lower "
-    "--dataloader_num_workers or --per_device_train_batch_size; repeat the command to resume"
-)
 
 # ---- which checkpoints there are ----
 
@@ -205,35 +190,3 @@ def rotate(run: Path, limit: int | None, keep: Collection[Path]) -> None:
     surplus = max(len(whole) - max(limit, len(keep)), 0)
     for old in [folder for folder in whole if folder not in keep][:surplus]:
         discard(old)
-
-
-class SharedMemoryFull(UserError):
-    """The loader's workers have no room in /dev/shm; the message says what to do."""
-
-
-class DiskFull(OSError, UserError):
-    """There is no room for a file of the run; the message says for what."""
-
-
-def from_workers(error: BaseException) -> bool:
-    """Whether an error comes from starting the loader's workers, whose locks and queues lie in shared memory."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).parent.name == "multiprocessing"
-
-
-@contextmanager
-def disk_errors(what: object) -> Iterator[None]:
-    """Turn what Python, torch and safetensors raise when a disk is full into `DiskFull`; so for shared memory."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        full = isinstance(error, OSError) and error.errno in FULL
-        full = full or any(text in str(error) for text in FULL_MESSAGES)
-        if any(text in str(error) for text in SHARED_MEMORY_MESSAGES) or (full and from_workers(error)):
-            raise SharedMemoryFull(SHARED_MEMORY_ADVICE) from error
-        if not full:
-            raise
-        raise DiskFull(
-            f"no room on the disk, or in the quota, for {what}; make room and run the same command again: it goes on "
-            "from its last checkpoint"
-        ) from error

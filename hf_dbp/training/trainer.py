@@ -22,7 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.correlations import mean_correlations, measure_correlations
-from hf_dbp.data.feeding import InputMeter, adopt_order, feeding, make_sampler, unreadable_images
+from hf_dbp.data.feeding import adopt_order, feeding, make_sampler
+from hf_dbp.data.images import unreadable_images
 from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.errors import UserError
@@ -30,6 +31,7 @@ from hf_dbp.records import RECORD, RunRecord
 from hf_dbp.training.arguments import PretrainingArguments
 from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.guards import NonFiniteError
+from hf_dbp.training.input_meter import InputMeter
 from hf_dbp.training.measurement import Meter
 from hf_dbp.training.optimizers import HiddenWithAdamW, decay_groups
 from hf_dbp.training.restoring import changed_arguments, lacking, noted_changes

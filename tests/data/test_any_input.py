@@ -18,7 +18,8 @@ from tiny import TINY
 from transformers import AutoConfig
 
 from hf_dbp.comparison.plans import collect_runs, plan_of, read_plan, variant_of
-from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig, parameters
+from hf_dbp.config_limits import parameter_count
+from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.data.images import ImageSource
 from hf_dbp.downstream.segmentation import arguments as finetuning
 from hf_dbp.errors import UserError
@@ -227,7 +228,7 @@ def test_configurations(tmp_path, content):
     with refusing():
         fields = known_fields(read_config(tmp_path), DBPViTMAEConfig)
         depths = fields.get("num_hidden_layers", 12), fields.get("decoder_num_hidden_layers", 8)
-        if parameters(fields) < 10**8 and max(depths) < 20:
+        if parameter_count(fields) < 10**8 and max(depths) < 20:
             with torch.device("meta"):
                 DBPViTMAEForPreTraining(DBPViTMAEConfig(**fields))
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dbp.data import order
-from hf_dbp.data.feeding import InputMeter, adopt_order, make_sampler
+from hf_dbp.data.feeding import adopt_order, make_sampler
 from hf_dbp.data.order import EpochSampler, Lanes
+from hf_dbp.training.input_meter import InputMeter
 
 
 def dealt(sampler: EpochSampler, batch: int, processes: int, workers: int) -> list[list[list[int]]]:

@@ -15,10 +15,10 @@ from scipy.stats import ks_2samp
 from hf_dbp.data import parts
 from hf_dbp.data.augmentation import image_rng, random_resized_crop, resized
 from hf_dbp.data.decoding import UnreadableImageError, decode
-from hf_dbp.data.feeding import augments_on_device
 from hf_dbp.data.images import ImageList
 from hf_dbp.data.masked import MaskedImages, collate
 from hf_dbp.data.parts import FLAGS, decode_part, jpeg_part
+from hf_dbp.data.resampling import augments_on_device
 from hf_dbp.pretraining import main
 
 WHOLE_SCALE = patch.dict(parts.FLAGS, {1: FLAGS[1]}, clear=True)  # a decoder that does not scale

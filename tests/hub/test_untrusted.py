@@ -15,7 +15,8 @@ from test_pretraining import flags
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from hf_dbp import DBPViTMAEForPreTraining, load_fused_vit
-from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig, check_fields
+from hf_dbp.config_limits import check_fields
+from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.segmentation.finetuning import main as finetune

@@ -22,9 +22,10 @@ from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.pretraining import main
 from hf_dbp.training import clocked
+from hf_dbp.training.disk import SharedMemoryFull, disk_errors
 from hf_dbp.training.guards import GuardCallback, NonFiniteError
 from hf_dbp.training.resuming import ResumingTrainer
-from hf_dbp.training.saving import SharedMemoryFull, disk_errors, rotate, whole_checkpoints
+from hf_dbp.training.saving import rotate, whole_checkpoints
 from hf_dbp.training.trainer import MAETrainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "downstream" / "segmentation"))

@@ -34,7 +34,7 @@ from hf_dbp.comparison.plans import Plan, Run
 from hf_dbp.comparison.report.analysis import RunsBySeed, chosen_runs, edge_remarks, step_seconds
 from hf_dbp.comparison.report.pages import Block, Heading, Items, Picture, Table
 from hf_dbp.comparison.report.tables import certainty, mean, number, percent
-from hf_dbp.comparison.statistics import crossing, mean_interval, paired_test
+from hf_dbp.comparison.statistics import crossing, margin, mean_interval
 
 __all__ = ["QUALITIES", "yardstick_blocks", "yardstick_charts", "yardstick_figures"]
 
@@ -198,17 +198,6 @@ def saving(
         "other_end": asdict(mean_interval(list(targets.values()))),
         "margins": {steps: margin(by_seed, targets) for steps, by_seed in ends.items()},
     }
-
-
-def margin(baseline: dict[int, float], other: dict[int, float]) -> Figures | None:
-    """The paired test of the ends, and by how many standard errors of its own the other's mean is below."""
-    seeds = sorted(baseline.keys() & other.keys())
-    if not seeds:
-        return None
-    test = paired_test([baseline[s] for s in seeds], [other[s] for s in seeds])
-    sd = mean_interval([other[s] for s in seeds]).sd
-    errors = (test.baseline - test.other) * math.sqrt(len(seeds)) / sd if sd else None
-    return test.to_dict() | {"standard_errors": errors}
 
 
 def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings: dict[str, Figures]) -> list[str]:

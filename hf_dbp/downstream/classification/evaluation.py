@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.data.feeding import feeding, unreadable_images
+from hf_dbp.data.feeding import feeding
+from hf_dbp.data.images import unreadable_images
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.classification.metrics import class_figures
 from hf_dbp.downstream.classification.trainer import ClassificationTrainer

@@ -44,10 +44,10 @@ from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import images_first
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
+from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import ending_processes
 from hf_dbp.training.restoring import find_checkpoint
-from hf_dbp.training.saving import disk_errors
 
 __all__ = ["main", "run"]
 

@@ -29,7 +29,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_dbp.configuration_dbp_vit_mae import check_image_size
+from hf_dbp.config_limits import check_image_size
 from hf_dbp.downstream.beit import beit_fields, beit_state, sides
 from hf_dbp.downstream.networks import load_stock
 from hf_dbp.errors import UserError

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.decoding import UnreadableImageError
-from hf_dbp.data.shards import in_threads
+from hf_dbp.data.threads import in_threads
 from hf_dbp.downstream.class_weights import class_weights as weights_of
 from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.losses import UperNetLoss

@@ -36,11 +36,11 @@ from hf_dbp.data.images import BUILT_IN, ImageList, find_column, read_splits, sh
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.masks import MaskKind, Palette, check_kinds, index_mask, mask_kind
 from hf_dbp.data.pairing import pair_folders, pair_tables
-from hf_dbp.data.shards import in_threads
 from hf_dbp.data.sources import UNUSED_SPLIT, any_split
 from hf_dbp.data.subset import chosen, draw, split_rows
 from hf_dbp.data.tables import encoded_column
 from hf_dbp.data.tars import OTHER_PICTURES
+from hf_dbp.data.threads import in_threads
 from hf_dbp.data.values import UNIT
 from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.segmentation.rare import RareCrops, a_pixel

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_dbp.data.feeding import unreadable_images
+from hf_dbp.data.images import unreadable_images
 from hf_dbp.downstream.segmentation.data import SegmentationSource
 from hf_dbp.downstream.segmentation.detection import detection
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer

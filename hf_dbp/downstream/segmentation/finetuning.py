@@ -28,8 +28,8 @@ from hf_dbp.downstream.segmentation.arguments import GROUPS, DataArguments, Fine
 from hf_dbp.downstream.segmentation.balance import balanced
 from hf_dbp.downstream.segmentation.data import TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.detection import worst_images
-from hf_dbp.downstream.segmentation.evaluated import EVALUATED, Evaluated, autocast_of
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
+from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED, Evaluated, autocast_of
 from hf_dbp.downstream.segmentation.figures import plot_predictions
 from hf_dbp.downstream.segmentation.inference import WholeImages
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
@@ -46,10 +46,10 @@ from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import images_first
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
+from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import ending_processes
 from hf_dbp.training.restoring import find_checkpoint
-from hf_dbp.training.saving import disk_errors
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
 

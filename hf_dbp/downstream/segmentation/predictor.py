@@ -49,8 +49,8 @@ from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
 from hf_dbp.downstream.networks import channels_of, load_stock, weights_digest
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
-from hf_dbp.downstream.segmentation.evaluated import Evaluated, read_evaluated
 from hf_dbp.downstream.segmentation.evaluation import class_scores
+from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated, read_evaluated
 from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, foreground, logit_bands
 from hf_dbp.downstream.segmentation.transforms import long_edge_size

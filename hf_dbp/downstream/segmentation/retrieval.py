@@ -33,8 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ViTModel
 
-from hf_dbp.data.feeding import unreadable_images
-from hf_dbp.data.images import channel_statistics, share_value_range
+from hf_dbp.data.images import channel_statistics, share_value_range, unreadable_images
 from hf_dbp.downstream.encoder import check_channels, load_vit
 from hf_dbp.downstream.neighbours import centred, nearest
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images

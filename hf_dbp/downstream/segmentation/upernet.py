@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
 
-from hf_dbp.configuration_dbp_vit_mae import check_fields
+from hf_dbp.config_limits import check_fields
 from hf_dbp.downstream.beit import beit_fields, beit_state
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import check_memory, known_fields, load_weights, read_config
