@@ -26,9 +26,11 @@ __all__ = [
     "common",
 ]
 
+SMALLEST = 32  # pixels of a view, to which smaller images are enlarged: 4 x 4 patches
 THIN = 2  # from this ratio of the sides on, an image made smaller to the view has lost most of its short side
 FEW = 0.1  # of the images: what goes for more of them counts
 STEPS = 1000  # of fine-tuning, at least
+FAST = "1e-3"  # learning rate of so few steps
 SELDOM = 0.2  # of the crops: a rare class in fewer is sought out by crops
 VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
 
@@ -78,7 +80,7 @@ def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findi
         )
     short = int(np.median([min(kind.size) for kind in readable]))
     patch = 16 if short >= 128 else 8
-    size = max(patch, min(512, short // patch * patch))
+    size = max(SMALLEST, min(512, short // patch * patch))
     native = short >= 2 * size
     found.pretraining = {
         "image_size": size,
@@ -89,7 +91,7 @@ def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findi
     }
     statistics = "ImageNet's" if channels == 3 and pictures else "measured once on the training images"
     found.lines += [
-        f"views      {'random tiles of ' if native else 'random parts, made smaller to '}{size} x {size} pixels"
+        f"views      {'random tiles of ' if native else 'random parts, scaled to '}{size} x {size} pixels"
         f"{' at native resolution (native_tiles: false for whole images made smaller)' if native else ''}",
         f"input      {channels} channels, mean and standard deviation {statistics}",
     ]
@@ -126,15 +128,17 @@ def choose_scale(readable: Sequence[ImageKind], survey: MaskSurvey, found: Findi
 
 def choose_length(epoch_steps: int, found: Findings) -> dict[str, Any]:
     """Flags for few labelled images, of which the recipe's epochs are too few steps to learn from; says so."""
-    epochs = int(read_yaml(recipe_path("industrial_upernet.yaml"))["num_train_epochs"])
+    recipe = read_yaml(recipe_path("industrial_upernet.yaml"))
+    epochs = int(recipe["num_train_epochs"])
     if epochs * epoch_steps >= STEPS:
         return {}
     found.lines.append(
         f"length     {-(-STEPS // epoch_steps)} epochs (num_train_epochs), {STEPS} steps: the recipe's {epochs} of "
-        f"so few images are {epochs * epoch_steps} steps"
+        f"so few images are {epochs * epoch_steps} steps; in so few a head needs more than {recipe['learning_rate']} "
+        f"(learning_rate: {FAST})"
     )
     steps = {"eval_strategy": "steps", "eval_steps": STEPS // 20, "save_strategy": "steps", "save_steps": STEPS // 20}
-    return {"num_train_epochs": -(-STEPS // epoch_steps), **steps}
+    return {"num_train_epochs": -(-STEPS // epoch_steps), "learning_rate": FAST, **steps}
 
 
 def choose_balance(
@@ -153,18 +157,21 @@ def choose_balance(
     rare = [name for name, count in counts.items() if 0 < count < share * sum(counts.values())]
     if not rare:
         return
-    found.finetuning["class_weights"] = "sqrt"
-    found.lines.append(
-        f"balance    {', '.join(rare)}: less than {share:.2%} of the pixels each, a quarter of an even share, so the "
-        "loss weighs classes by one over the root of their share (class_weights: sqrt)"
-    )
+    said = f"balance    {', '.join(rare)}: less than {share:.2%} of the pixels each, a quarter of an even share"
     seldom = [name for name in rare if chances[name] < SELDOM]
-    if seldom:
-        found.finetuning["rare_crops"] = 0.33
+    if not seldom:
+        found.finetuning["class_weights"] = "sqrt"
         found.lines.append(
-            f"           {', '.join(seldom)}: in less than {SELDOM:.0%} of the crops, so a third of them is drawn "
-            "around rare classes (rare_crops: 0.33)"
+            f"{said}, so the loss weighs classes by one over the root of their share (class_weights: sqrt)"
         )
+        return
+    found.finetuning |= {"rare_crops": 0.33, "loss": "ce+dice"}
+    found.lines += [
+        said,
+        f"           {', '.join(seldom)}: in less than {SELDOM:.0%} of the crops, so a third of them is drawn around "
+        "rare classes (rare_crops: 0.33),",
+        "           and Dice joins the loss (loss: ce+dice); class weights would make small objects too thick",
+    ]
 
 
 def choose_split(balance: Mapping[str, Mapping[str, int]], found: Findings) -> None:

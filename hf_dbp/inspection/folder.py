@@ -320,11 +320,14 @@ def rehearse(data: Mapping[str, Any], found: Findings) -> list[str]:
     finally:
         logger.removeHandler(heard)
         logger.propagate = propagated
-    said = "\n".join(found.problems)
-    fresh = (
-        message for message in dict.fromkeys(heard.messages) if " left out: " not in message
-    )  # these are in `said`
-    return [message for message in fresh if message.partition(": ")[2] not in said]
+    said = {gist(problem) for problem in found.problems}
+    fresh = (message for message in dict.fromkeys(heard.messages) if " left out: " not in message)  # these are said
+    return [message for message in fresh if gist(message.partition(": ")[2]) not in said]
+
+
+def gist(message: str) -> str:
+    """A message without its example and its counts, which differ from one part of the data to the other."""
+    return re.sub(r"\d+", "N", message.partition(", e.g. ")[0])
 
 
 def inspect_folder(args: argparse.Namespace) -> Findings:

@@ -1,6 +1,7 @@
 """The same picture in any depth gives the same views, crops, evaluation and processor output; nothing erases data."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +105,28 @@ def test_the_range_is_measured_once_and_kept(tmp_path, monkeypatch, caplog):
     assert again.value_range == (-2000, 2000)
     share_value_range(unsigned := ImageList([{"image": pictures(2)[0]}], "image", 2), kept=(-2000.0, 2000.0))
     assert unsigned.value_range == UNIT
+
+
+def test_statistics_that_a_killed_run_left_are_measured_again(tmp_path, monkeypatch):
+    """An empty or a cut file of an earlier version; now they are written aside and renamed."""
+    images = ImageList([{"image": image} for image in pictures(2)], "image", 2)
+    expected = channel_statistics(images, "measured", tmp_path)
+    (file,) = tmp_path.glob("statistics-*.json")
+    content = file.read_text()
+    for left in ("", content[:9], "null", "[1]"):
+        file.write_text(left)
+        assert channel_statistics(images, "measured", tmp_path) == expected
+        assert file.read_text() == content
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    file.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            channel_statistics(images, "measured", tmp_path)
+    assert not file.exists()
 
 
 def test_the_processor_keeps_the_range(tmp_path):

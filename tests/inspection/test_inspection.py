@@ -320,7 +320,8 @@ def test_photographs_turned_by_exif_whose_masks_are_not(capsys, caplog, orientat
         exif[0x0112] = orientation if number < 2 else 1
         Image.fromarray(RNG.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(f"images/{number}.jpg", exif=exif)
     message = "2 images are turned upright by their EXIF data, e.g. images/0.jpg, their masks have none"
-    assert message in report(capsys, "--masks", "masks")
+    out = report(capsys, "--masks", "masks")
+    assert message in out and out.count("EXIF") == 1
     labelled(train_val_split=0.2, seed=3)
     assert "turned upright by their EXIF data" in caplog.text
 
@@ -431,7 +432,9 @@ def test_crops_are_drawn_around_classes_that_few_crops_hold(capsys, share, wante
     write(size=(32, 1000), mask=strip)
     out = report(capsys, "--masks", "masks")
     assert ("class 1: in less than 20% of the crops" in out) == wanted
-    assert ("rare_crops" in read_yaml(Path("outputs/inspection/finetune.yaml"))) == wanted
+    recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert ("rare_crops" in recipe and recipe.get("loss") == "ce+dice") == wanted
+    assert ("class_weights" in recipe) == (not wanted)
 
 
 @given(st.integers(0, 2**31), st.integers(4, 40), st.integers(4, 60), st.integers(2, 64))
@@ -445,6 +448,15 @@ def test_the_share_of_the_crops_that_hold_a_class(seed, height, width, crop):
         for left in range(0, width - wide + 1, step)
     ]
     assert crop_chances(mask, crop).get(1, 0.0) == pytest.approx(np.mean(corners))
+
+
+@pytest.mark.parametrize("size", [(10, 200), (3, 90), (200, 10)])
+def test_views_of_the_thinnest_images_hold_several_patches(capsys, size):
+    write(size=size)
+    report(capsys, "--masks", "masks")
+    sides = [read_yaml(Path(f"outputs/inspection/{name}.yaml")) for name in ("pretrain", "finetune")]
+    assert (sides[0]["image_size"], sides[0]["patch_size"], sides[1]["crop_size"]) == ("32", "8", "32")
+    assert sides[1]["long_edge"] == "0"
 
 
 def test_mixed_kinds_and_channels_in_the_words_of_training(capsys):

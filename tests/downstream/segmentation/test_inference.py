@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_dbp.downstream.segmentation import inference
 from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, predict_labels, whole_image_logits
 
@@ -80,3 +82,35 @@ def test_images_are_scaled_to_the_long_edge_and_predicted_at_label_resolution():
     scaled = WholeImages(data.images, 30, data.mean, data.std)
     assert scaled[0][0].shape == (3, 20, 30)
     assert predict_labels(PixelModel(16), scaled, samples[0]["image"], 16).shape == (40, 60)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation of this thread gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.found = max(self.found, tensor.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("stretch", [1, 2])
+def test_evaluation_takes_no_more_for_higher_images(monkeypatch, stretch):
+    """Class ids are taken band by band: no logits of a whole image, at its own size or scaled."""
+    monkeypatch.setattr(inference, "BAND", 2**13)
+    model, taken = PixelModel(16), {}
+    model.linear = nn.Conv2d(3, 40, 1)
+    for height in (64, 640):
+        pixels, label = torch.randn(3, height, 20), np.zeros((stretch * height, stretch * 20), np.int32)
+        with Largest() as largest:
+            found = count_pixels(
+                model, [[(pixels, label)]], num_labels=40, ignore_index=255, crop_size=16, batch_size=2
+            )
+        assert found.confusion_KK.sum() == label.size
+        taken[height] = largest.found
+    assert taken[640] < 1.1 * taken[64] and taken[640] < 40 * label.size  # bytes; all logits are 160 a pixel
