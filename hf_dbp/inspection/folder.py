@@ -43,6 +43,7 @@ from hf_dbp.inspection.choices import (
     choose_split,
     common,
 )
+from hf_dbp.inspection.class_folders import describe_class_folders
 from hf_dbp.inspection.contact_sheet import write_contact_sheet
 from hf_dbp.inspection.mask_survey import MaskSurvey, survey_masks, write_palette, written_here
 from hf_dbp.inspection.reading import Content, Samples, read_source, value_of
@@ -361,6 +362,8 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
             flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
             write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)
             commands.append(f"hf-dbp finetune --config {shlex.quote(str(output / 'finetune.yaml'))}")
+    if args.masks is None and (classify := describe_class_folders(content.images, args.folder, found)):
+        commands.append(classify)
     found.problems += rehearse(data, found)
     shown = {name: sample for name, sample in samples.items() if not kinds[name].error}
     write_contact_sheet(output / "contact_sheet.png", shown, masks, found.finetuning.get("palette"))
