@@ -51,7 +51,7 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, RectangularViTM
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import RECORD, RunRecord, arguments_record, write_json
 from hf_dbp.stock_vit_mae import freeze_fixed_
-from hf_dbp.training.accounting import asked_used
+from hf_dbp.training.accounting import asked_lines, asked_used
 from hf_dbp.training.arguments import GROUPS, DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import Choice, choose, images_first, write_plan
@@ -373,9 +373,7 @@ def summary(record: RunRecord, folder: Path) -> str:
     lines.append("  model, image processor, card, run.json, curves.png, reconstruction.png are in that folder")
     if record.method == "dbp":
         lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
-    for name, row in record.asked_used.items():
-        lines.append(f"  {name}: asked for {row['asked']}, used {row['used']} ({row['why']})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *asked_lines(record.asked_used)])
 
 
 def plan_budget(given: Sequence[str]) -> Path:

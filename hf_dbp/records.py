@@ -198,17 +198,21 @@ def arguments_record(*arguments: Any) -> dict[str, Any]:
     return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
 
 
-def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, float]]:
-    """`arguments`, `resumed_with` and `costs` from a JSON file. UserError if it does not hold them."""
+def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, float]]:
+    """`arguments`, `resumed_with`, `resumed_without` and `costs` from a JSON file. UserError if it does not hold them.
+
+    A file of 0.1.0 lacks the third.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        parts = content["arguments"], content["resumed_with"], content.get("costs", {})
+        with_, without = content["resumed_with"], content.get("resumed_without", {})
+        parts = content["arguments"], with_, without, content.get("costs", {})
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not hold the arguments of a run: {error!r}") from error
     if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{path} does not hold the arguments of a run: expected mappings")
-    if not all(isinstance(value, float) for value in parts[2].values()):
-        raise UserError(f"{path} does not hold the costs of a run: {parts[2]!r:.80}")
+    if not all(isinstance(value, float) for value in parts[3].values()):
+        raise UserError(f"{path} does not hold the costs of a run: {parts[3]!r:.80}")
     return parts
 
 

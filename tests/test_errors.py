@@ -3,7 +3,9 @@
 import builtins
 import errno
 import importlib
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from hf_dbp import cli
 from hf_dbp.errors import REMEDIES, REPORT, UserError, command
@@ -34,25 +37,49 @@ def trained(tmp_path_factory):
     cli.main(["fuse", str(folder / "run"), "--output_dir", str(folder / "vit"), "--num_images", "2"])
     for name, low in (("dark", 0), ("bright", 120)):
         (folder / "images" / name).mkdir(parents=True)
+        (folder / "masks" / name).mkdir(parents=True)
         for number in range(5):
             pixels = np.random.default_rng(number).integers(low, low + 130, (2, 40, 40), dtype=np.uint8)
             tifffile.imwrite(folder / "images" / name / f"{number}.tif", pixels, photometric="minisblack")
+            Image.fromarray((pixels[0] > low + 60).astype(np.uint8)).save(folder / "masks" / name / f"{number}.png")
+    cli.main(["finetune", *filled_in(FINETUNE, folder, folder / "upernet")])
+    cli.main(["embed", str(folder / "vit"), str(folder / "images"), "-o", str(folder / "table.parquet")])
     return folder
 
+
+FINETUNE = [*RUN, "--model_name_or_path", "VIT", "--crop_size", "32", "--head_size", "8", "--output_dir", "OUT"]
 
 #: command -> its arguments, and the function deep inside it in which a bug is planted
 COMMANDS = {
     "inspect": (["IMAGES", "--output_dir", "OUT"], "hf_dbp.inspection.contact_sheet.thumbnail"),
     "pretrain": ([*RUN, *MAE, "--output_dir", "OUT"], "hf_dbp.modeling_dbp_vit_mae.DBPViTMAEForPreTraining.forward"),
     "fuse": (["RUN", "--output_dir", "OUT", "--num_images", "2"], "hf_dbp.layers.DecorrelatedLinear.fuse"),
-    "finetune": (
-        [*RUN, "--model_name_or_path", "VIT", "--crop_size", "32", "--head_size", "8", "--output_dir", "OUT"],
+    "finetune": (FINETUNE, "transformers.UperNetForSemanticSegmentation.forward"),
+    "predict": (
+        ["UPERNET", "IMAGES", "--output_dir", "OUT"],
         "transformers.UperNetForSemanticSegmentation.forward",
     ),
     "classify": (
         ["IMAGES", *RUN[8:], "--model_name_or_path", "VIT", "--output_dir", "OUT"],
         "transformers.BeitForImageClassification.forward",
     ),
+    "retrieve": (
+        [
+            "--model_name_or_path",
+            "VIT",
+            "--train_dir",
+            "IMAGES",
+            "--train_mask_dir",
+            "MASKS",
+            "--num_labels",
+            "2",
+            "--output_dir",
+            "OUT",
+        ],
+        "hf_dbp.downstream.segmentation.retrieval.build_memory",
+    ),
+    "select": (["TABLE", "--budget", "2", "--output_dir", "OUT"], "hf_dbp.downstream.selection.coverage"),
+    "export": (["VIT", "IMAGES", "--output_dir", "OUT"], "hf_dbp.downstream.export.write_onnx"),
     "probe": (
         ["--model_name_or_path", "VIT", "--train_dir", "IMAGES", "--output_file", "OUT/probe.json"],
         "hf_dbp.downstream.probe.linear_accuracy",
@@ -72,7 +99,8 @@ BUGS = [
 
 
 def filled_in(arguments, trained, out):
-    places = {"RUN": trained / "run", "VIT": trained / "vit", "IMAGES": trained / "images", "OUT": out}
+    names = {"RUN": "run", "VIT": "vit", "IMAGES": "images", "MASKS": "masks", "UPERNET": "upernet"}
+    places = {key: trained / name for key, name in (names | {"TABLE": "table.parquet"}).items()} | {"OUT": out}
     return [str(places[one]) if one in places else one.replace("OUT/", f"{out}/") for one in arguments]
 
 
@@ -192,15 +220,115 @@ def test_a_package_that_a_library_misses_is_one_line(statement, line, capsys):
     assert error.startswith(line) and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--report_to", "wandb"], ["--optim", "adamw_bnb_8bit"]])
-def test_packages_that_flags_ask_for_are_named(arguments, tmp_path, capsys):
-    given = [*RUN, *MAE, "--output_dir", str(tmp_path)]
-    del given[given.index("--report_to") : given.index("--report_to") + 2]
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+@pytest.mark.parametrize("logger", ["wandb", "mlflow", "tensorboard"])
+def test_loggers_that_are_not_installed_are_named(name, logger, trained, tmp_path, capfd, monkeypatch):
+    found = importlib.util.find_spec
+    gone = (logger, f"{logger}X")  # tensorboard has another name
+    monkeypatch.setattr(importlib.util, "find_spec", lambda one, *rest: None if one in gone else found(one, *rest))
+    given = filled_in(COMMANDS[name][0], trained, tmp_path / "out")
+    given[given.index("--report_to") + 1] = logger
+    ends_with_one_line_of(capfd, [name, *given], f"--report_to {logger} needs", f"pip install {logger}")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+@pytest.mark.parametrize(
+    ("optimizer", "package"),
+    [
+        ("adamw_bnb_8bit", "bitsandbytes"), ("schedule_free_adamw", "schedulefree"), ("grokadamw", "grokadamw"),
+        ("adamw_anyprecision", "torchdistx"), ("lomo", "lomo_optim"),
+        ("stable_adamw", "optimi"), ("adamw_torch_4bit", "torchao"), ("galore_adamw", "galore_torch"),
+    ],
+)  # fmt: skip
+def test_optimizers_that_are_not_installed_are_named(name, optimizer, package, trained, tmp_path, capfd, monkeypatch):
+    if package == "schedulefree":
+        monkeypatch.setattr("transformers.trainer_optimizer.is_schedulefree_available", lambda *_: False)
+    elif importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    given = filled_in(COMMANDS[name][0], trained, tmp_path / "out")
+    ends_with_one_line_of(capfd, [name, *given, "--optim", optimizer], f"--optim {optimizer} cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "package"),
+    [("pretrain", ["--optimizer", "soap"], "pytorch_optimizer"), ("export", [], "onnx")],
+)
+def test_our_optional_packages_are_named(name, arguments, package, trained, tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    given = filled_in(COMMANDS[name][0], trained, tmp_path / "out")
+    ends_with_one_line_of(capfd, [name, *given, *arguments], "pip install")
+
+
+def test_a_logger_that_nobody_knows_is_named(trained, tmp_path, capfd):
+    given = filled_in(FINETUNE, trained, tmp_path / "out")
+    given[given.index("--report_to") + 1] = "wandbb"
+    ends_with_one_line_of(capfd, ["finetune", *given], "--report_to wandbb: choose from ")
+
+
+def ends_with_one_line_of(capfd, arguments, *expected):
+    """A command ends with one line that holds these texts, and nothing of a traceback before it."""
+    capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.main(["pretrain", *given, *arguments])
+        cli.main(arguments)
     assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert "pip install" in error.splitlines()[-1] and "Traceback" not in error
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and "This is a bug in hf_dbp" not in said
+    line = said.strip().splitlines()[-1]
+    assert line.startswith("error: ") and all(text in line for text in expected), line
+
+
+# ---- places that cannot be written to ----
+
+
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory):
+    """A folder on a read-only file system for the superuser, one without permission for others."""
+    folder = tmp_path_factory.mktemp("read_only")
+    if os.geteuid():
+        folder.chmod(0o555)
+        yield folder
+        folder.chmod(0o755)
+        return
+    mounted = (
+        shutil.which("mount")
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], check=False, capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("the superuser may write everywhere, and nothing can be mounted: read-only folders are not tested")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "read-only"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_output_that_cannot_be_written_is_one_line(name, place, trained, tmp_path, capfd, request):
+    (tmp_path / "taken").write_text("a file")
+    out = {"a file": tmp_path / "taken", "below a file": tmp_path / "taken" / "out"}.get(place)
+    out = request.getfixturevalue("read_only") / "out" if out is None else out
+    named = out.parent if place == "below a file" else out
+    ends_with_one_line_of(capfd, [name, *filled_in(COMMANDS[name][0], trained, out)], str(named))
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+READERS = {
+    "pretrain": ["--train_dir", "IMAGES", *RUN[6:], *MAE],
+    "finetune": ["--train_dir", "IMAGES", "--train_mask_dir", "MASKS", "--num_labels", "2", *RUN[6:], *FINETUNE[-8:-2]],
+    "retrieve": COMMANDS["retrieve"][0][:-2],
+    "probe": COMMANDS["probe"][0][:-2],
+    "embed": COMMANDS["embed"][0][:-2],
+    "export": COMMANDS["export"][0][:-2],
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_cache_that_cannot_be_written_is_one_line(name, trained, tmp_path, capfd, monkeypatch, read_only):
+    """Images of a folder go through the cache of `datasets`."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", read_only)
+    output = {"probe": ["--output_file", "OUT/probe.json"], "embed": ["--output_file", "OUT/table.parquet"]}
+    arguments = [*READERS[name], *output.get(name, ["--output_dir", "OUT"])]
+    ends_with_one_line_of(capfd, [name, *filled_in(arguments, trained, tmp_path / "out")], str(read_only))
 
 
 @pytest.mark.parametrize("arguments", [["--log_level", "debug"], ["--eta", "2", "--log_level=debug"]])

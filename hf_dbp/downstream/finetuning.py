@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_dbp.data.feeding import make_sampler
+from hf_dbp.data.feeding import feeding, make_sampler
 from hf_dbp.downstream.beit import parameter_groups
 from hf_dbp.natures import Nature, natures
 from hf_dbp.records import read_arguments, write_json
+from hf_dbp.training.accounting import asked_used
 from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.measurement import Meter
-from hf_dbp.training.restoring import compared_arguments, noted_changes
+from hf_dbp.training.optimizers import stock_optimizer
+from hf_dbp.training.restoring import compared_arguments, lacking, noted_changes
 from hf_dbp.training.resuming import ResumingTrainer
+from hf_dbp.training.saving import checkpoint_step
 from hf_dbp.training.stopping import shield_workers
 
 __all__ = ["FinetuningTrainer"]
@@ -63,9 +66,10 @@ class FinetuningTrainer(ResumingTrainer):
         **kwargs: Any,
     ) -> None:
         self.layer_decay, self.arguments = layer_decay, arguments or {}
+        self.asked = self.arguments  # before anything of it is found not to fit
         self.resumed_with: dict[str, Any] = {}
-        self.paid: dict[str, float] = {}  # `costs` at the last checkpoint
-        self.asked_batch = kwargs["args"].per_device_train_batch_size  # before another is found to fit
+        self.resumed_without: dict[str, list[str]] = {}  # step -> states that its checkpoint lacks
+        self.paid: dict[str, float] = {}  # `costs` when training began, then at the last checkpoint
         kwargs["model"].accepts_loss_kwargs = False
         super().__init__(**kwargs)
         self.cost = ClockCallback(meter, energy)
@@ -92,13 +96,15 @@ class FinetuningTrainer(ResumingTrainer):
         Raises:
             UserError: an argument differs with which the checkpoint is of another model, not of this one begun.
         """
-        self.resumed_with, spent = {}, dict[str, float]()
+        self.resumed_with, self.resumed_without, self.paid = {}, {}, {}
         if checkpoint is not None and (Path(checkpoint) / ARGUMENTS).is_file():
-            before, self.resumed_with, spent = read_arguments(Path(checkpoint) / ARGUMENTS)
+            before, self.resumed_with, self.resumed_without, self.paid = read_arguments(Path(checkpoint) / ARGUMENTS)
             changed = compared_arguments(before, self.arguments, self.natures(), checkpoint)
             tell = self.is_world_process_zero()
             self.resumed_with = noted_changes(changed, self.resumed_with, checkpoint, tell=tell)
-        self.cost.preset(spent, kwh=self.is_world_process_zero())
+        if checkpoint is not None and (lost := lacking(checkpoint)):
+            self.resumed_without = {**self.resumed_without, str(checkpoint_step(Path(checkpoint))): lost}
+        self.cost.preset(self.paid, kwh=self.is_world_process_zero())
 
     def before_saving(self) -> None:
         self.paid = self.cost.costs(self.args)  # over all processes, of which one writes
@@ -106,18 +112,43 @@ class FinetuningTrainer(ResumingTrainer):
     def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         super()._write_model(folder, state_dict)
         if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
-            content = {"arguments": self.arguments, "resumed_with": self.resumed_with, "costs": self.paid}
-            write_json(folder / ARGUMENTS, content)
+            resumed = {"resumed_with": self.resumed_with, "resumed_without": self.resumed_without}
+            write_json(folder / ARGUMENTS, {"arguments": self.arguments, **resumed, "costs": self.paid})
 
     def batch_found(self, asked: int, found: int) -> None:
         self.check_batches()
+        self.cost.stop()  # attempts with another batch have trained nothing
+        self.cost.preset(self.paid, kwh=self.is_world_process_zero())
         self.arguments = {**self.arguments, "per_device_train_batch_size": found}
+
+    def asked_used(
+        self, record: Mapping[str, Any], history: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
+        """`asked_used` of `eval.json`, see `hf_dbp.training.accounting`.
+
+        Args:
+            record: the rest of it.
+            history: the evaluations in training.
+            asked: the arguments by name, as they were given.
+        """
+        assert self.sampler is not None
+        results = {
+            "unreadable": record["data"]["unreadable"],
+            "guards": record["guards"],
+            "steps": {"asked": self.state.max_steps, "taken": self.state.global_step},
+            "model": {"step": record["step"]},
+            "resumed_without": self.resumed_without,
+        }
+        sign, metric = 1 if self.args.greater_is_better else -1, str(self.args.metric_for_best_model)
+        best = max(history, key=lambda row: sign * row[metric], default=None)
+        data = record["data"] | {"feeding": feeding(self.sampler, self.args)}
+        return asked_used(asked, record["arguments"], data, results, best)
 
     # ---- data and optimizer ----
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, options = stock_optimizer(self.args, self.model)
             groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.layer_decay)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer

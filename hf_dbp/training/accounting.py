@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["asked_used"]
+__all__ = ["asked_lines", "asked_used"]
+
+
+#: schedules that know no warm-up
+UNWARMED = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def asked_used(
@@ -26,7 +30,7 @@ def asked_used(
         asked, used: the run's arguments by name, before and after it.
         data: the record's data: images, those left out, the dropped tail of an epoch.
         results: the record's results: unreadable images, guards, the model's step.
-        best: the row with the lowest loss.
+        best: the evaluation in training with the best value of ``metric_for_best_model``.
     """
     rows: dict[str, dict[str, Any]] = {}
 
@@ -39,25 +43,34 @@ def asked_used(
     base = asked.get("base_learning_rate")
     if base is not None:
         row("learning_rate", base, used.get("learning_rate"), "--base_learning_rate x images per step / 256")
+    kind = used.get("lr_scheduler_type")
+    if kind in UNWARMED:
+        row("warmup_steps", asked.get("warmup_steps") or 0, 0, f"--lr_scheduler_type {kind} has no warm-up")
     images, left_out = data["train_images"], data.get("left_out", {})
     reasons = "; ".join(f"{one['count']} {reason}" for reason, one in left_out.get("reasons", {}).items())
     row("images of the source", images + left_out.get("count", 0), images, f"left out: {reasons}")
     tail = data.get("feeding", {}).get("dropped_tail", 0)
     row("images of an epoch", images, images - tail, "the last ones do not fill a step; others in every epoch")
-    unreadable = results.get("unreadable", {}).get("count", 0)
-    row("readable images", images, images - unreadable, "`unreadable` names them; neighbours stood in for them")
+    both, unreadable = images + data["validation_images"], results.get("unreadable", {}).get("count", 0)
+    why = "`unreadable` names them; in training neighbours stood in for them"
+    row("readable images, those of validation included", both, both - unreadable, why)
     guards = results.get("guards", {})
     steps, skipped = results["steps"], guards.get("skipped_steps", 0)
-    row("optimizer steps", steps["asked"], steps["taken"] - skipped, f"{skipped} skipped: `guards` says which and why")
+    wanted = steps["taken"] if asked.get("budget") else steps["asked"]  # the clock ends the steps of a budget
+    row("optimizer steps", wanted, steps["taken"] - skipped, f"{skipped} skipped: `guards` says which and why")
     left_r = sum(guards.get("skipped_R", {}).values())
     row("updates of R left out, over layers", 0, left_r, "their sums were not finite")
     reduced = sum(layer["steps"] for layer in guards.get("reduced_eta", {}).values())
     row("updates of R with a smaller eta, over layers", 0, reduced, "--bound_eta: it would have diverged")
-    lowest = None if best is None else best["step"]
-    kept = results.get("model", {}).get("step")
-    if lowest is not None:
+    if best is not None:
+        metric, kept = used.get("metric_for_best_model"), results.get("model", {}).get("step")
         why = "--load_best_model_at_end false" if not used.get("load_best_model_at_end") else "the best that was saved"
-        row("step of the model", lowest, kept, f"asked: the lowest loss seen; used: {why}")
+        row("step of the model", best["step"], kept, f"asked: the best {metric} seen; used: {why}")
     for step, missing in results.get("resumed_without", {}).items():
         row(f"optimizer state at step {step}", missing, [], "the checkpoint holds the model alone (--save_only_model)")
     return rows
+
+
+def asked_lines(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The rows as lines of a run's summary."""
+    return [f"  {name}: asked for {row['asked']}, used {row['used']} ({row['why']})" for name, row in rows.items()]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_dbp.callbacks import DecorrelationArguments, refuse_sharding
 from hf_dbp.configuration_dbp_vit_mae import SIZES
@@ -15,11 +18,13 @@ from hf_dbp.natures import Nature
 from hf_dbp.training.duration import parse_duration
 from hf_dbp.training.measurement import check_country
 from hf_dbp.training.optimizers import check_optimizer
-from hf_dbp.training.processes import check_processes, use_one_gpu
+from hf_dbp.training.processes import check_processes, use_one_gpu, use_timeout
 
 __all__ = ["FINETUNED", "GROUPS", "DataArguments", "ModelArguments", "PretrainingArguments", "RunArguments"]
 
 COMMON = Nature(common=True)
+
+UNLISTED = ("azure_ml", "flyte")  # loggers of which transformers does not say whether they are there
 
 
 @dataclass
@@ -207,6 +212,19 @@ def feed_fast(args: TrainingArguments) -> None:
         args.ddp_find_unused_parameters = False
 
 
+def check_reporters(names: Sequence[str]) -> None:
+    """Refuse a logger that is unknown, or whose package is not installed, before any data is read.
+
+    Raises:
+        UserError: names the logger, and what to install.
+    """
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: choose from {', '.join(INTEGRATION_TO_CALLBACK)}, all or none")
+        if name not in (*get_available_reporting_integrations(), *UNLISTED):
+            raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+
+
 @dataclass
 class RunArguments(TrainingArguments):  # type: ignore[misc]
     """TrainingArguments with the defaults that pre-training and fine-tuning share.
@@ -300,10 +318,12 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
             needed = self.load_best_model_at_end and self.eval_strategy == self.save_strategy == "steps"
             self.save_steps = (self.eval_steps or self.logging_steps) if needed else 500
         try:
+            use_timeout(self)
             super().__post_init__()
         except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
             # what transformers raises on flags that do not fit together, or ask for a package that is not there
             raise UserError(f"these flags cannot be: {' '.join(str(error).split())}") from error
+        check_reporters(self.report_to)
         if self.auto_find_batch_size and self.world_size > 1:
             raise UserError(
                 "--auto_find_batch_size: each of several processes would find a batch of its own; find it with one "

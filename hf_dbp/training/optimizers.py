@@ -17,11 +17,19 @@ import torch
 from torch import nn
 from torch.nn.parameter import Parameter
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from hf_dbp.errors import UserError
 
-__all__ = ["HiddenWithAdamW", "check_optimizer", "checked_schedule", "decay_groups", "hidden_matrices"]
+__all__ = [
+    "HiddenWithAdamW",
+    "check_optimizer",
+    "checked_schedule",
+    "decay_groups",
+    "hidden_matrices",
+    "stock_optimizer",
+]
 
 BUILT_IN = ("adamw", "muon")
 MOMENTUM = 0.95  # Muon's
@@ -153,6 +161,22 @@ def made_by_library(name: str, matrices: list[Parameter], **options: Any) -> tor
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"--optimizer {name} cannot be used here: {error}") from error
+
+
+def stock_optimizer(args: TrainingArguments, model: nn.Module) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class of ``--optim`` and its options, without the parameters.
+
+    Raises:
+        UserError: its package is not installed, or it wants to group the parameters by itself.
+    """
+    name = OptimizerNames(args.optim).value
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--optim {name} cannot be used: {' '.join(str(error).split())}") from error
+    if own := {"params", "model", "optimizer_dict"} & options.keys():
+        raise UserError(f"--optim {name} takes {min(own)} in place of groups with and without decay: choose another")
+    return kind, options
 
 
 def checked_schedule(create: Callable[[int], LRScheduler], args: TrainingArguments, steps: int) -> LRScheduler:

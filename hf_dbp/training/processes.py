@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -15,9 +19,12 @@ from transformers import TrainingArguments
 
 from hf_dbp.errors import UserError
 
-__all__ = ["check_processes", "end_processes", "ending_processes", "use_one_gpu"]
+__all__ = ["check_processes", "end_processes", "ending_processes", "use_one_gpu", "use_timeout"]
 
 logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 5.0  # in which every process that gave up waiting says so
+GAVE_UP = "hf_dbp gave up"  # what it says, under its rank
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
@@ -44,6 +51,57 @@ def check_processes(args: TrainingArguments) -> None:
         raise UserError(f"{started} processes, and not a GPU for each: they would train apart; add --use_cpu")
 
 
+def use_timeout(args: TrainingArguments) -> None:
+    """Let ``--ddp_timeout`` hold on CPUs too: there transformers, if it joins the processes, leaves 30 minutes.
+
+    To be called before `TrainingArguments.__post_init__`.
+    """
+    if args.use_cpu:
+        PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
+
+
+def silent_ranks() -> list[int]:
+    """The processes that do not say within `GRACE_SECONDS` that they gave up too; empty if nobody can be asked."""
+    where, found = os.environ, list[list[int]]()
+    attempt = where.get("TORCHELASTIC_RESTART_COUNT", "0")  # all attempts of a launcher have one store
+
+    def ask() -> None:
+        try:
+            place = where["MASTER_ADDR"], int(where["MASTER_PORT"])
+            patience = timedelta(seconds=GRACE_SECONDS)
+            store = dist.TCPStore(*place, is_master=False, timeout=patience)  # type: ignore[attr-defined]
+            store.set(f"{GAVE_UP} {attempt} {dist.get_rank()}", "")
+            end, silent = time.monotonic() + GRACE_SECONDS, [*range(dist.get_world_size())]
+            while silent and time.monotonic() < end:
+                time.sleep(0.1)
+                silent = [rank for rank in silent if not store.check([f"{GAVE_UP} {attempt} {rank}"])]
+            found.append(silent)
+        except RuntimeError:  # the host that keeps the store is gone
+            return
+
+    asking = threading.Thread(target=ask, daemon=True)  # a store behind a cut cable does not answer
+    asking.start()
+    asking.join(2 * GRACE_SECONDS)
+    return found[0] if found else []
+
+
+def lost_processes(error: RuntimeError) -> str | None:
+    """The line about processes that a gloo collective waited for in vain, or lost; None for any other error."""
+    if not dist.is_initialized() or "gloo" not in str(error):
+        return None
+    this = f"rank {dist.get_rank()} of {dist.get_world_size()} processes"
+    remedy = "see what its log says, end what is left of the run on every host, and repeat the commands to resume"
+    waited = re.search(r"Timed out waiting (\d+)ms", str(error))
+    if waited:
+        ranks = " and ".join(f"rank {rank}" for rank in silent_ranks()) or "another one"
+        seconds = int(waited[1]) / 1000
+        return f"{this} waited {seconds:g} s (--ddp_timeout) for {ranks}, which hangs or is cut off: {remedy}"
+    lost = re.search(r"(?:Read error|Write error|Connection closed by peer) \[([\da-fA-F.:]+)\]", str(error))
+    if lost:
+        return f"{this} lost the one at {lost[1]}, which has ended or whose host is gone: {remedy}"
+    return None
+
+
 def end_processes() -> None:
     """After the last thing that the processes of a run do together: end their group while Python is whole.
 
@@ -57,11 +115,20 @@ def end_processes() -> None:
 
 @contextmanager
 def ending_processes() -> Iterator[None]:
-    """`end_processes` after a run that ended well, or was stopped by a signal; one that failed ends as it can."""
+    """`end_processes` after a run that ended well, or was stopped by a signal; one that failed ends as it can.
+
+    Raises:
+        UserError: another process hangs or is gone.
+    """
     try:
         yield
     except SystemExit as stopped:
         traceback.clear_frames(stopped.__traceback__)
         end_processes()
         raise
+    except RuntimeError as error:
+        line = lost_processes(error)
+        if line is None:
+            raise
+        raise UserError(line) from error
     end_processes()

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, ViTMAEForPreTraining
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, SchedulerType
 
 from hf_dbp.callbacks import DecorrelationCallback, ReportingCallback
 from hf_dbp.data.feeding import step_images
@@ -60,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=TrainerCallback)
 STATE = "trainer_state.json"
+MEASURED = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow metric_for_best_model
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of the optimizer's groups
 
 
@@ -160,6 +161,9 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         """The batch per device is another than the one asked for: what a task derives from it."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
+        if kind in MEASURED and self.args.greater_is_better:  # both wait for a lower value by themselves
+            self.args.lr_scheduler_kwargs = {"mode": "max", **(given or {})}
         schedule = checked_schedule(
             lambda steps: super(ResumingTrainer, self).create_scheduler(steps, optimizer), self.args, num_training_steps
         )

@@ -33,7 +33,7 @@ from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.guards import NonFiniteError
 from hf_dbp.training.input_meter import InputMeter
 from hf_dbp.training.measurement import Meter
-from hf_dbp.training.optimizers import HiddenWithAdamW, decay_groups
+from hf_dbp.training.optimizers import HiddenWithAdamW, decay_groups, stock_optimizer
 from hf_dbp.training.restoring import changed_arguments, lacking, noted_changes
 from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.saving import checkpoint_step
@@ -148,7 +148,7 @@ class MAETrainer(ResumingTrainer):
                 weight_decay=self.args.weight_decay,
             )
         elif optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            optimizer_class, options = stock_optimizer(self.args, model or self.model)
             named = [(name, p) for name, p in (model or self.model).named_parameters() if p.requires_grad]
             optimizer = optimizer_class(decay_groups(named, self.args.weight_decay), **options)
         self.optimizer = optimizer

@@ -41,7 +41,7 @@ def launch(tmp_path):
             if number is not None:
                 ranks = {int(rank.environ()["RANK"]): rank for rank in psutil.Process(process.pid).children()}
                 ranks[1].send_signal(number)
-            errors = process.communicate(timeout=200)[1]
+            errors = process.communicate(timeout=400)[1]
         finally:
             process.kill()
         return process.returncode, errors, Path(last_checkpoint(tmp_path / "run"))
@@ -78,6 +78,16 @@ def test_two_processes_stop_together_name_a_dead_one_and_go_on(launch):
     status, errors, last = launch(max_steps=steps, save_steps=steps)
     assert status == 0, errors
     assert last.name == f"checkpoint-{steps}"
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_named(launch):
+    """It is stopped in the middle of a step; the other one waits for --ddp_timeout, on CPUs too."""
+    status, errors, _ = launch(signal.SIGSTOP, ddp_timeout=45)
+    assert status != 0
+    line = "error: rank 0 of 2 processes waited 45 s (--ddp_timeout) for rank 1, which hangs or is cut off"
+    assert errors.count("error: rank") == errors.count(line) == 1, errors[-3000:]
+    assert "This is a bug in hf_dbp" not in errors
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from test_pretraining import flags, losses
 
 from hf_dbp.pretraining import main
+from hf_dbp.training.saving import last_checkpoint
 
 ROOT = Path(__file__).parents[2]
+SECONDS = 120  # in which a host ends after the other has vanished, on a crowded core as well
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 pytestmark = pytest.mark.slow
@@ -74,6 +77,7 @@ def launched(hosts, output, port, **options):
     finally:
         for host in hosts:
             vanish(host)
+        ended(running)
 
 
 def ended(running):
@@ -97,3 +101,25 @@ def test_two_hosts_are_one_process(tmp_path, hosts):
     assert len(matrices) == 9
     for name in matrices:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_host_that_vanishes_is_named_and_the_run_goes_on(tmp_path, hosts):
+    """Everything on the second host is killed; the first one ends within `SECONDS`, and both commands resume."""
+    run, given = tmp_path / "run", {"per_device_train_batch_size": 4, "num_train_epochs": None, "eval_strategy": "no"}
+    given |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 100_000, "save_total_limit": 2}
+    with launched(hosts, run, 29521, **given) as running:
+        while last_checkpoint(run) is None:
+            assert running[0].poll() is None, running[0].communicate()[1][-3000:]
+            time.sleep(0.05)
+        vanish(hosts[1])
+        began = time.monotonic()
+        errors = running[0].communicate(timeout=SECONDS)[1]
+        print(f"the first host ended {time.monotonic() - began:.1f} s after the second vanished")
+    assert running[0].returncode != 0
+    assert f"error: rank 0 of 2 processes lost the one at {ADDRESSES[1]}, which has ended or whose host" in errors
+    assert "This is a bug in hf_dbp" not in errors
+    steps = int(Path(last_checkpoint(run)).name[11:]) + 2
+    with launched(hosts, run, 29531, **(given | {"max_steps": steps, "save_steps": steps})) as running:
+        for errors, status in ended(running):
+            assert status == 0, errors[-3000:]
+    assert Path(last_checkpoint(run)).name == f"checkpoint-{steps}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,23 @@ from hf_dbp.downstream.classification.metrics import class_figures
 from hf_dbp.downstream.classification.trainer import ClassificationTrainer
 from hf_dbp.downstream.probe import wilson_interval
 from hf_dbp.records import hardware, source_commit, versions
-from hf_dbp.training.accounting import asked_used
+from hf_dbp.training.accounting import asked_lines
 
 __all__ = ["evaluation_record", "summary"]
 
 
 def evaluation_record(
-    trainer: ClassificationTrainer, metrics: Mapping[str, float], source: ImageSource, arguments: Mapping[str, Any]
+    trainer: ClassificationTrainer,
+    metrics: Mapping[str, float],
+    source: ImageSource,
+    history: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The content of `eval.json`.
 
     Scores are shares in [0, 1], see `hf_dbp.downstream.classification.metrics`; `per_class` has null where a class has
     no image, or no prediction; `majority_class_accuracy` is what predicting the commonest class would score;
     `asked_used` names what else was used than was asked for, augmentations that are not for such images included.
-    Fine-tuning adds `evaluations`, a row per evaluation during training.
+    ``history`` has a row per evaluation during training, `evaluations`.
     """
     confusion_KK, train = trainer.tally.confusion_KK, trainer.train_dataset
     assert trainer.sampler is not None
@@ -59,7 +62,7 @@ def evaluation_record(
         "step": trainer.weights_step,
         "guards": trainer.skipped_steps(),
         "seed": trainer.args.seed,
-        "arguments": {**arguments, "learning_rate": trainer.args.learning_rate},
+        "arguments": {**trainer.arguments, "learning_rate": trainer.args.learning_rate},
         "commit": source_commit(),
         "versions": versions(),
         "hardware": hardware() | {"processes": trainer.args.world_size},
@@ -68,7 +71,7 @@ def evaluation_record(
     }
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
-    return record | {"asked_used": accounts(trainer, record)}
+    return record | {"asked_used": accounts(trainer, record, history), "evaluations": [*history]}
 
 
 def calibration(trainer: ClassificationTrainer) -> list[dict[str, float | int]]:
@@ -80,17 +83,14 @@ def calibration(trainer: ClassificationTrainer) -> list[dict[str, float | int]]:
     ]
 
 
-def accounts(trainer: ClassificationTrainer, record: Mapping[str, Any]) -> dict[str, Any]:
+def accounts(
+    trainer: ClassificationTrainer, record: Mapping[str, Any], history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """`asked_used` of a run, see `hf_dbp.training.accounting`."""
-    results = {
-        "steps": {"asked": trainer.state.max_steps, "taken": trainer.state.global_step},
-        "unreadable": record["data"]["unreadable"],
-        "guards": record["guards"],
-    }
-    asked = {"per_device_train_batch_size": trainer.asked_batch}
-    if trainer.args.absolute_learning_rate is None:
-        asked["base_learning_rate"] = trainer.args.base_learning_rate
-    rows = asked_used(asked, record["arguments"], record["data"], results, None)
+    asked = {**trainer.asked}
+    if trainer.args.absolute_learning_rate is not None:
+        asked["base_learning_rate"] = None
+    rows = trainer.asked_used(record, history, asked)
     if trainer.args.randaugment_operations:
         for name, why in trainer.train_dataset.left_out.items():
             rows[f"RandAugment: {name}"] = {"asked": True, "used": False, "why": why}
@@ -115,8 +115,7 @@ def summary(record: Mapping[str, Any], folder: Path) -> str:
     rows.append(
         f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
     )
-    for name, row in record["asked_used"].items():
-        rows.append(f"  {name}: {row['asked']} asked for, {row['used']} used ({row['why']})")
+    rows += asked_lines(record["asked_used"])
     pictures = f"{'curves.png, ' if record['evaluations'] else ''}confusion.png, calibration.png, mistakes.png"
     rows.append(f"  model (best), image processor, card, eval.json, {pictures} are in that folder")
     rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")

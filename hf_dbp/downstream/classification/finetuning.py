@@ -174,7 +174,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: Classificati
     history = [row for row in trainer.state.log_history if "eval_accuracy" in row]
     metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
     trainer.save_model()
-    record = evaluation_record(trainer, metrics, source, arguments) | {"evaluations": history}
+    record = evaluation_record(trainer, metrics, source, history)
     if budget is not None:
         record["budget"] = budget.record()
     if args.should_save:

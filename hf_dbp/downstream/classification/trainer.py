@@ -80,6 +80,7 @@ class ClassificationTrainer(FinetuningTrainer):
         super().batch_found(asked, found)
         if isinstance(self.args, ClassificationArguments):
             self.args.scale_learning_rate()
+            self.arguments = {**self.arguments, "learning_rate": self.args.learning_rate}
 
     # ---- loss ----
 

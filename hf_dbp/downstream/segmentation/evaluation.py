@@ -14,6 +14,7 @@ from hf_dbp.downstream.segmentation.data import SegmentationSource
 from hf_dbp.downstream.segmentation.detection import detection
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.records import hardware, source_commit, versions
+from hf_dbp.training.accounting import asked_lines
 
 __all__ = ["class_scores", "evaluation_record", "per_class", "summary"]
 
@@ -111,6 +112,7 @@ def summary(record: dict[str, Any], folder: Path) -> str:
     rows.append(
         f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
     )
+    rows += asked_lines(record["asked_used"])
     pictures = f"{'curves.png, ' if record['evaluations'] else ''}predictions.png, worst.png"
     rows.append(f"  model (best), image processor, card, eval.json, {pictures} are in that folder")
     rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")

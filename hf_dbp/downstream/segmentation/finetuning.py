@@ -176,10 +176,11 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
     metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
     trainer.save_model()
-    record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": arguments}
+    record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": {**trainer.arguments}}
     record |= trainer.cost.costs(args) | {"energy": {**trainer.cost.energy}}
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
+    record["asked_used"] = trainer.asked_used(record, history, trainer.asked)
     if budget is not None:
         record["budget"] = budget.record()
     if args.should_save:

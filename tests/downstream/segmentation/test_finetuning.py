@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from segmentation_runs import trainer as small_trainer
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation, get_scheduler
 
 from hf_dbp.data.augmentation import resized
@@ -236,6 +238,67 @@ def test_what_training_alone_cost_is_recorded_and_adds_up_over_a_resume(encoder,
     assert all(second[name] > kept[name] for name in ("train_seconds", "kwh", "co2e_kg"))
     assert stood == [True] * 4
     assert "emissions" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_batch_that_fits_is_the_one_recorded(encoder, tmp_path, monkeypatch):
+    """No more than six images fit, and each attempt takes a thousand seconds."""
+    stock, batches, now = SegmentationTrainer.training_step, [], [0.0]
+    monkeypatch.setattr("hf_dbp.training.measurement.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["pixel_values"]) > 6:
+            now[0] += 1000.0
+            raise RuntimeError("CUDA out of memory.")
+        now[0] += 1.0
+        batches.append(len(inputs["pixel_values"]))
+        return stock(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SegmentationTrainer, "training_step", training_step)
+    batch = ["--per_device_train_batch_size", "8", "--auto_find_batch_size", "--max_train_samples", "12"]
+    record = main([*FLAGS, *encoder, *batch, "--output_dir", str(tmp_path / "run")])
+    assert batches == [6] * 4
+    assert record["arguments"]["per_device_train_batch_size"] == 6
+    kept = json.loads((tmp_path / "run" / "checkpoint-4" / "arguments.json").read_text())
+    assert kept["arguments"]["per_device_train_batch_size"] == 6
+    why = "what fits in memory (--auto_find_batch_size)"
+    assert record["asked_used"]["per_device_train_batch_size"] == {"asked": 8, "used": 6, "why": why}
+    assert "images of an epoch" not in record["asked_used"]  # two steps of six are all of them
+    assert record["train_seconds"] == 4
+    assert "| images per optimizer step | 6 |" in (tmp_path / "run" / "README.md").read_text()
+    rows = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    assert rows[-1]["step"] == 4 and rows[-1]["epoch"] == 2
+
+
+def test_what_was_asked_for_and_what_was_used_stand_side_by_side(encoder, tmp_path, capsys):
+    """Ten images in steps of four, a schedule without warm-up, and a resume from a checkpoint of the model alone."""
+    flags = [*FLAGS, *encoder, "--max_train_samples", "10", "--save_only_model", "--lr_scheduler_type", "constant"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--load_best_model_at_end", "false"]
+    main([*flags, "--max_steps", "2"])
+    capsys.readouterr()
+    record = main(flags)
+    rows = record["asked_used"]
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["asked_used"] == rows
+    best = max(record["evaluations"], key=lambda row: row["eval_mean_iou"])["step"]
+    found = {name: (row["asked"], row["used"]) for name, row in rows.items()}
+    expected = {
+        "warmup_steps": (1, 0),
+        "images of an epoch": (10, 8),
+        "optimizer state at step 2": (["optimizer.pt", "scheduler.pt"], []),
+    } | ({} if best == 4 else {"step of the model": (best, 4)})
+    assert found == expected
+    said = capsys.readouterr().out
+    assert "images of an epoch: asked for 10, used 8 (the last ones do not fill a step" in said
+    assert all(f"  {name}: asked for {row['asked']}, used {row['used']} ({row['why']})" in said
+               for name, row in rows.items())  # fmt: skip
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("eval_mean_iou", "max"), ("eval_loss", "min")])
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_the_metric_knows_which_way_is_better(tmp_path, metric, mode, schedule):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": metric, "max_steps": 2}
+    run = small_trainer(tmp_path, lr_scheduler_type=schedule, **options)
+    run.create_optimizer_and_scheduler(2)
+    assert run.lr_scheduler.mode == mode
 
 
 @pytest.mark.slow
