@@ -56,8 +56,10 @@ def asked_used(
     row("readable images, those of validation included", both, both - unreadable, why)
     guards = results.get("guards", {})
     steps, skipped = results["steps"], guards.get("skipped_steps", 0)
-    wanted = steps["taken"] if asked.get("budget") else steps["asked"]  # the clock ends the steps of a budget
-    row("optimizer steps", wanted, steps["taken"] - skipped, f"{skipped} skipped: `guards` says which and why")
+    wanted, why = steps["asked"], f"{skipped} skipped: `guards` says which and why"
+    if asked.get("budget"):
+        wanted, why = f"--budget {asked['budget']}", f"as many as there was time for; {why}"
+    row("optimizer steps", wanted, steps["taken"] - skipped, why)
     left_r = sum(guards.get("skipped_R", {}).values())
     row("updates of R left out, over layers", 0, left_r, "their sums were not finite")
     reduced = sum(layer["steps"] for layer in guards.get("reduced_eta", {}).values())
