@@ -14,17 +14,19 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.natures import natures
 
 __all__ = ["FlagParser", "own_flags", "title_of"]
 
 
 def own_flags(group: type) -> list[str]:
-    """The fields of a class of arguments that this package declares, in order."""
+    """The fields of a class of arguments that this package declares, in order, those of the Hub last."""
     ours = {
         name for kind in group.__mro__ if kind.__module__.startswith("hf_dbp") for name in vars(kind)["__annotations__"]
     }
-    return [field.name for field in dataclasses.fields(group) if field.name in ours]
+    hub = {field.name for field in dataclasses.fields(HubFlags)}
+    return sorted((field.name for field in dataclasses.fields(group) if field.name in ours), key=hub.__contains__)
 
 
 def title_of(group: type) -> str:

@@ -31,7 +31,6 @@ class Nature:
         card_if_off: whether it has a row where it is off.
         dbp: whether it counts for decorrelated training alone.
         common: whether ``--help`` shows it though transformers declares it.
-        secret: whether it is left out of every record.
     """
 
     shapes: Literal["method", "data", "model", "training", "chance", "nothing"] = "nothing"
@@ -40,18 +39,19 @@ class Nature:
     card_if_off: bool = False
     dbp: bool = False
     common: bool = False
-    secret: bool = False
 
 
 @functools.cache
 def natures(*groups: type) -> dict[str, Nature]:
-    """The natures of the flags of these classes of arguments, by name; a field of TrainingArguments may have none."""
+    """The natures of the flags of these classes of arguments, by name; a field of TrainingArguments may have none.
+
+    A flag that a class declares again, with another default or help text, keeps its nature unless that is said again.
+    """
     found: dict[str, Nature] = {}
-    for group in groups:
-        for name, hint in get_type_hints(group, include_extras=True).items():
+    for kind in (kind for group in groups for kind in reversed(group.__mro__)):
+        for name, hint in get_type_hints(kind, include_extras=True).items():
             for note in get_args(hint) if get_origin(hint) is Annotated else ():
                 if isinstance(note, Nature):
                     found[name] = note
-        for kind in reversed(group.__mro__):
-            found |= vars(kind).get("STOCK", {})
+        found |= vars(kind).get("STOCK", {})
     return found

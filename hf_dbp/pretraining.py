@@ -84,8 +84,7 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
         given["naive_decorrelation"] = model_args.naive_decorrelation
     source = model_args.config_name or model_args.model_name_or_path
     if source is not None:
-        hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-        fields = known_fields(read_config(source, **hub), ViTMAEConfig)
+        fields = known_fields(read_config(source, **model_args.hub_options), ViTMAEConfig)
         if not any(key.startswith("decoder_") for key in fields):  # a ViT: --model_size gives the decoder
             fields |= {key: value for key, value in SIZES[model_args.model_size].items() if key.startswith("decoder_")}
     else:
@@ -113,25 +112,18 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
     if model_args.method == "stock":
         square = isinstance(config.image_size, int) or len(set(config.image_size)) == 1
         model_class = ViTMAEForPreTraining if square else RectangularViTMAE
-    if model_args.model_name_or_path is not None:
-        hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-        if fits(model_args.model_name_or_path, config, **hub):
-            model, fresh = load_weights(
-                model_class, model_args.model_name_or_path, config=config, dtype=torch.float32, **hub
-            )
-            if fresh:
-                logger.warning(
-                    "%s lacks %s, which start from their initialisation",
-                    model_args.model_name_or_path,
-                    ", ".join(fresh),
-                )
-            freeze_fixed_(model)
-            return model
+    named, hub = model_args.model_name_or_path, model_args.hub_options
+    if named is not None and fits(named, config, **hub):
+        model, fresh = load_weights(model_class, named, config=config, dtype=torch.float32, **hub)
+        if fresh:
+            logger.warning("%s lacks %s, which start from their initialisation", named, ", ".join(fresh))
+        freeze_fixed_(model)
+        return model
     model = model_class(config)
     set_seed(seed)
     initialize_mae_(model)
-    if model_args.model_name_or_path is not None:
-        warm_start_(model, model_args.model_name_or_path, **hub)
+    if named is not None:
+        warm_start_(model, named, **hub)
     return model
 
 
@@ -159,8 +151,7 @@ def kept_value_range(model_args: ModelArguments) -> ValueRange | None:
         return read_value_range(model_args.image_processor_name, token=model_args.token)
     if model_args.model_name_or_path is None:
         return None
-    hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-    return read_value_range(model_args.model_name_or_path, **hub)
+    return read_value_range(model_args.model_name_or_path, **model_args.hub_options)
 
 
 def pixel_statistics(
@@ -173,8 +164,7 @@ def pixel_statistics(
             raise UserError(f"--image_processor_name {model_args.image_processor_name} has no image processor")
         return found
     if model_args.model_name_or_path is not None and model_args.image_statistics == "auto":
-        hub = {"cache_dir": model_args.cache_dir, "revision": model_args.model_revision, "token": model_args.token}
-        found = read_statistics(model_args.model_name_or_path, **hub)
+        found = read_statistics(model_args.model_name_or_path, **model_args.hub_options)
         if found is not None and len(found[0]) == num_channels:
             return found
     return channel_statistics(images, model_args.image_statistics, kept_in)
@@ -185,10 +175,7 @@ def prepare_data(
 ) -> tuple[MaskedImages, MaskedImages, int]:
     """Training and validation views and their number of channels. UserError if something is wrong with them."""
     source = ImageSource(
-        **dataclasses.asdict(data_args),
-        cache_dir=model_args.cache_dir,
-        token=model_args.token,
-        seed=seed,
+        **dataclasses.asdict(data_args), cache_dir=model_args.cache_dir, token=model_args.token, seed=seed
     )
     config = model_config(model_args, data_args.num_channels or 3)  # only its sizes are used here
     size = (config.image_size,) * 2 if isinstance(config.image_size, int) else tuple(config.image_size)

@@ -36,6 +36,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from importlib import metadata
@@ -78,7 +79,6 @@ KINDS = (
     | dict.fromkeys(("arguments", "data", "versions", "hardware", "energy", "results", "asked_used"), dict)
     | {"seed": int, "rows": list}
 )
-SECRETS = ("token", "hub_token", "push_to_hub_token")
 
 
 @dataclasses.dataclass
@@ -194,7 +194,7 @@ def arguments_record(*arguments: Any) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for group in arguments:
         fields = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
-        record |= {key: value for key, value in fields.items() if key not in SECRETS}
+        record |= {key: value for key, value in fields.items() if not is_secret(key)}
     return json.loads(json.dumps(record, default=str))  # type: ignore[no-any-return]
 
 
@@ -218,10 +218,19 @@ def read_arguments(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
 
 def without_secrets(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with ``...`` in place of tokens."""
-    flags = {f"--{name}" for name in SECRETS}
-    shown = [f"{part.partition('=')[0]}=..." if part.partition("=")[0] in flags and "=" in part else part
-             for part in arguments]  # fmt: skip
-    return ["..." if before in flags else part for before, part in zip(["", *shown], shown, strict=False)]
+    shown: list[str] = []
+    hidden = False
+    for part in arguments:
+        name, sign, _ = part.partition("=")
+        secret = name.startswith("--") and is_secret(name)
+        shown.append("..." if hidden else f"{name}=..." if secret and sign else part)
+        hidden = secret and not sign
+    return shown
+
+
+def is_secret(name: str) -> bool:
+    """Whether a flag of that name holds a token, in either spelling: --hub_token, --hub-token."""
+    return re.split("[-_]", name)[-1] == "token"
 
 
 def versions() -> dict[str, str]:

@@ -54,14 +54,21 @@ def test_a_class_below_may_say_it_otherwise() -> None:
     class One:
         a: Annotated[int, Nature("data")] = 0
         b: Annotated[int, Nature("nothing")] = 0
+        d: Annotated[int, Nature("method")] = 0
         STOCK: ClassVar = {"c": Nature("training")}
 
     @dataclasses.dataclass
     class Two(One):
         b: Annotated[int, Nature("model")] = 0
+        d: int = 1  # another default; the nature stays
         STOCK: ClassVar = {"c": Nature("chance")}
 
-    assert {name: nature.shapes for name, nature in natures(Two).items()} == {"a": "data", "b": "model", "c": "chance"}
+    assert {name: nature.shapes for name, nature in natures(Two).items()} == {
+        "a": "data",
+        "b": "model",
+        "d": "method",
+        "c": "chance",
+    }
     assert natures(One)["c"].shapes == "training"
 
 

@@ -40,6 +40,12 @@ def test_tokens_are_left_out():
     assert without_secrets(given) == ["--seed", "1", "--token", "...", "--hub_token=...", "--push_to_hub"]
 
 
+@pytest.mark.parametrize("flag", ["token", "hub_token", "hub-token", "wandb_token"])
+def test_tokens_of_any_name_and_spelling_are_left_out(flag):
+    assert without_secrets([f"--{flag}", "s", f"--{flag}=s", "s"]) == [f"--{flag}", "...", f"--{flag}=...", "s"]
+    assert without_secrets(["--num_tokens", "3", "--tokenizer", "x"]) == ["--num_tokens", "3", "--tokenizer", "x"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "not JSON"), ("[]", "schema"), ('{"schema": 2}', "schema"), ('{"schema": 1}', "not a complete run record")],

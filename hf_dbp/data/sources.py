@@ -17,6 +17,7 @@ import datasets
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 
+from hf_dbp.data.arguments import StreamingFlags
 from hf_dbp.data.folders import IMAGE_FILES, Samples, class_folders, classify, file_table, open_folder
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.shards import list_shards
@@ -46,54 +47,18 @@ UNUSED_SPLIT = "images of a split that is neither trained nor validated on"
 
 
 @dataclasses.dataclass
-class ImageSource:
-    """Which images to load; the data flags of the scripts, under transformers' names.
+class ImageSource(StreamingFlags):
+    """Which images to load: all data flags, and what the scripts give with them.
 
     Args:
-        dataset_name: Hub id, or ``wire_bonding`` for the built-in images.
-        dataset_config_name: configuration of a Hub data set.
-        train_dir: folder of images or parquet files; its splits ``train`` and ``validation`` are used if it has them.
-        validation_dir: the same for validation.
-        image_column_name: column that holds the images; default ``image``, else ``img``.
-        train_val_split: share of the training images that becomes the validation set where there is none.
-        max_train_samples: use at most so many training images, drawn with ``seed``.
-        max_eval_samples: use at most so many validation images, drawn with ``seed``.
-        num_channels: channels that images are brought to; default 3 for pictures, an array's own otherwise.
-        channel_files: of a folder with a file per channel, a name pattern for each; see `hf_dbp.data.folders`.
-        mask_suffix: what the names of masks end in beyond those of their images. Pictures of such names that lie beside
-            their images are masks, not images.
         cache_dir, token, revision: as in `datasets.load_dataset`.
-        built_in_size: side in pixels of the built-in images.
         seed: of the split, the draws and the built-in images.
-        streaming: read images where they lie, on the Hub or on disk, instead of converting all of them first. With
-            ``cache_dir`` each is read once and kept there decoded.
-        train_fraction: share of the training images to use, chosen by their content.
-        subset_seed: which share.
-        cache_short_side: side in pixels that larger images are made smaller to in that cache.
-        max_unreadable: how many images that cannot be decoded are tolerated.
     """
 
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    train_dir: str | None = None
-    validation_dir: str | None = None
-    image_column_name: str | None = None
-    train_val_split: float = 0.15
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    num_channels: int | None = None
-    channel_files: list[str] | None = None
-    mask_suffix: str = ""
     cache_dir: str | None = None
     token: str | None = None
     revision: str | None = None
-    built_in_size: int = 128
     seed: int = 0
-    streaming: bool = False
-    train_fraction: float = 1.0
-    subset_seed: int = 0
-    cache_short_side: int = 256
-    max_unreadable: int = 100
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_dir is None:

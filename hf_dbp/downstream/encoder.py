@@ -21,6 +21,7 @@ from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import channel_statistics, share_value_range
 from hf_dbp.downstream.bridge import vit_of_dinov2
 from hf_dbp.errors import UserError
+from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.hub.untrusted import (
     check_memory,
     known_fields,
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class EncoderArguments:
+class EncoderArguments(HubFlags):
     """Which encoder the model starts from."""
 
     model_name_or_path: Annotated[str | None, Nature("model")] = field(
@@ -55,23 +56,10 @@ class EncoderArguments:
     patch_size: Annotated[int, Nature("model")] = field(
         default=16, metadata={"help": "Patch size of a random ViT without a model."}
     )
-    model_revision: Annotated[str, Nature("model")] = field(
-        default="main", metadata={"help": "Revision of the ViT on the Hub."}
-    )
-    cache_dir: Annotated[str | None, Nature("nothing")] = field(
-        default=None, metadata={"help": "Where downloads are kept."}
-    )
-    token: Annotated[str | None, Nature(secret=True)] = field(
-        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
-    )
 
     def __post_init__(self) -> None:
         if (self.model_name_or_path is None) == (self.model_size is None):
             raise UserError("give the encoder: --model_name_or_path VIT, or --model_size for random weights (not both)")
-
-    @property
-    def hub_options(self) -> dict[str, Any]:
-        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
 
 
 def load_vit(source: str, **hub_options: Any) -> ViTModel:

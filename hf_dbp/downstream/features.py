@@ -166,16 +166,8 @@ def image_source(args: argparse.Namespace) -> ImageSource:
         Path(args.images).is_dir() or "/" not in args.images or args.images[0] in "./~"
     )
     where = {"train_dir": args.images} if local else {"dataset_name": args.images}
-    names = (
-        "num_channels",
-        "channel_files",
-        "image_column_name",
-        "max_unreadable",
-        "cache_dir",
-        "token",
-        "built_in_size",
-    )
-    return ImageSource(**where, **{name: getattr(args, name) for name in names}, max_train_samples=args.max_samples)
+    given = {name: value for name, value in vars(args).items() if name in ImageSource.__dataclass_fields__}
+    return ImageSource(**where, **given, max_train_samples=args.max_samples)
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ Shapes: N training images, M test images, D features, K classes.
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import ViTModel
 
+from hf_dbp.data.arguments import ImageFlags, fields_of
 from hf_dbp.data.classes import class_labels, image_list, ordered, split_classes
 from hf_dbp.data.images import (
     ImageList,
@@ -39,6 +40,7 @@ from hf_dbp.data.images import (
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares, pooled, token_batches
 from hf_dbp.errors import UserError, command
+from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
 from hf_dbp.natures import Nature
 from hf_dbp.recipes import parse_arguments
@@ -53,42 +55,20 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass
-class ProbeArguments:
+class ProbeArguments(HubFlags, ImageFlags):
     """What to probe with what."""
 
-    model_name_or_path: Annotated[str, Nature("model")] = field(metadata={"help": "Stock ViT, folder or Hub id."})
-    dataset_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Hub id of a labelled image set."}
+    model_name_or_path: Annotated[str, Nature("model")] = field(
+        kw_only=True, metadata={"help": "Stock ViT, folder or Hub id."}
     )
-    dataset_config_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Configuration of the Hub data set."}
-    )
-    train_dir: Annotated[str | None, Nature("data")] = field(
+    train_dir: str | None = field(
         default=None, metadata={"help": "Folder of parquet files, or with a folder of images per class."}
-    )
-    validation_dir: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "The same for testing."}
-    )
-    image_column_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Column of the images (default: image)."}
     )
     label_column_name: Annotated[str, Nature("data")] = field(
         default="label", metadata={"help": "Column of the classes, numbers or names."}
     )
-    train_val_split: Annotated[float, Nature("data")] = field(
+    train_val_split: float = field(
         default=0.2, metadata={"help": "Share of each class to test on where there is no such split."}
-    )
-    max_train_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many training images."}
-    )
-    max_eval_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many test images."}
-    )
-    max_unreadable: Annotated[int, Nature("nothing")] = field(
-        default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
-    )
-    num_channels: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Channels of the images."}
     )
     pooling: Annotated[str, Nature("training")] = field(
         default="mean", metadata={"help": "Feature: mean of the patch tokens, or cls.", "choices": ["mean", "cls"]}
@@ -106,27 +86,13 @@ class ProbeArguments:
     output_file: Annotated[str, Nature("nothing")] = field(
         default="probe.json", metadata={"help": "JSON file to write."}
     )
-    model_revision: Annotated[str, Nature("model")] = field(
-        default="main", metadata={"help": "Revision of the ViT on the Hub."}
-    )
-    cache_dir: Annotated[str | None, Nature("nothing")] = field(
-        default=None, metadata={"help": "Where downloads are kept."}
-    )
-    token: Annotated[str | None, Nature(secret=True)] = field(
-        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
-    )
 
     def __post_init__(self) -> None:
         if self.neighbours < 1:
             raise UserError(f"--neighbours is at least 1, got {self.neighbours}")
 
-    @property
-    def hub_options(self) -> dict[str, Any]:
-        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
-
     def source(self) -> ImageSource:
-        names = ImageSource.__dataclass_fields__.keys() & asdict(self).keys()
-        return ImageSource(**{name: getattr(self, name) for name in names})
+        return ImageSource(**fields_of(ImageSource, self))
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:

@@ -13,7 +13,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_dbp.callbacks import DecorrelationArguments, refuse_sharding
 from hf_dbp.configuration_dbp_vit_mae import SIZES
+from hf_dbp.data.arguments import StreamingFlags
 from hf_dbp.errors import UserError
+from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.natures import Nature
 from hf_dbp.training.duration import parse_duration
 from hf_dbp.training.measurement import check_country
@@ -28,70 +30,14 @@ UNLISTED = ("azure_ml", "flyte")  # loggers of which transformers does not say w
 
 
 @dataclass
-class DataArguments:
+class DataArguments(StreamingFlags):
     """Which images; flags as in transformers' run_mae.py, and what goes beyond it."""
 
-    dataset_name: Annotated[str | None, Nature("data", "told")] = field(
-        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
-    )
-    dataset_config_name: Annotated[str | None, Nature("data", "told")] = field(
-        default=None, metadata={"help": "Configuration of the Hub data set."}
-    )
-    train_dir: Annotated[str | None, Nature("data", "told")] = field(
-        default=None, metadata={"help": "Folder of images or parquet files."}
-    )
-    validation_dir: Annotated[str | None, Nature("data", "told")] = field(
-        default=None, metadata={"help": "The same for validation."}
-    )
-    channel_files: Annotated[list[str] | None, Nature("data", "told")] = field(
-        default=None,
-        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
-    )
-    mask_suffix: Annotated[str, Nature("data", "told")] = field(
-        default="",
-        metadata={"help": "Leave out masks that lie beside their images: what their names end in, e.g. _mask."},
-    )
-    image_column_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Column of the images (default: image)."}
-    )
-    train_val_split: Annotated[float, Nature("data", "told")] = field(
-        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
-    )
-    max_train_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many training images."}
-    )
-    max_eval_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many validation images."}
-    )
-    num_channels: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
-    )
-    built_in_size: Annotated[int, Nature("data", "told")] = field(
-        default=128, metadata={"help": "Side in pixels of the built-in images."}
-    )
-    streaming: Annotated[bool, Nature("nothing")] = field(
-        default=False,
-        metadata={
-            "help": "Read images in place, on the Hub or on disk (parquet, webdataset, pictures), instead of "
-            "converting all of them first. With --cache_dir each is read once and kept there decoded."
-        },
-    )
-    train_fraction: Annotated[float, Nature("data")] = field(
-        default=1.0, metadata={"help": "Share of the training images to use, chosen by a hash of their content."}
-    )
-    subset_seed: Annotated[int, Nature("data")] = field(
-        default=0, metadata={"help": "Which share --train_fraction chooses."}
-    )
-    cache_short_side: Annotated[int, Nature("data")] = field(
-        default=256, metadata={"help": "Side in pixels that larger images are made smaller to in the streamed cache."}
-    )
-    max_unreadable: Annotated[int, Nature("nothing")] = field(
-        default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
-    )
+    subset_seed: int = field(default=0, metadata={"help": "Which share --train_fraction chooses."})
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(HubFlags):
     """Which model; flags as in transformers' run_mae.py, and what goes beyond it."""
 
     method: Annotated[str, Nature("method", "refused")] = field(
@@ -170,15 +116,6 @@ class ModelArguments:
             "help": "Let workers read the parts of 8-bit images as bytes, and flip, resize and normalise them on the "
             "device. Default: on a GPU."
         },
-    )
-    cache_dir: Annotated[str | None, Nature("nothing")] = field(
-        default=None, metadata={"help": "Where downloads are kept."}
-    )
-    model_revision: Annotated[str, Nature("model")] = field(
-        default="main", metadata={"help": "Revision of the checkpoint on the Hub."}
-    )
-    token: Annotated[str | None, Nature(secret=True)] = field(
-        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
     )
     trust_remote_code: Annotated[bool, Nature("nothing")] = field(
         default=False, metadata={"help": "Refused: no code of a model or a data set is ever run."}
@@ -269,7 +206,6 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         "report_to": COMMON,
         "push_to_hub": COMMON,
         "hub_model_id": COMMON,
-        "hub_token": Nature(secret=True),
         "log_level": COMMON,
     }
 

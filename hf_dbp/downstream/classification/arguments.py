@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, ClassVar
 
+from hf_dbp.data.arguments import SubsetFlags
 from hf_dbp.data.classes import ClassSource
 from hf_dbp.downstream.class_weights import WEIGHTS
 from hf_dbp.downstream.encoder import EncoderArguments
@@ -18,54 +19,23 @@ SELECTED_BY = ("accuracy", "balanced_accuracy", "loss")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(SubsetFlags):
     """Which images of which classes."""
 
-    dataset_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Hub id of a data set with a column of labels."}
-    )
-    dataset_config_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Configuration of the Hub data set."}
-    )
-    train_dir: Annotated[str | None, Nature("data")] = field(
+    train_dir: str | None = field(
         default=None,
         metadata={
             "help": "Folder with a folder of images per class, or of parquet files; or a CSV file of paths and labels."
         },
     )
-    validation_dir: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "The same for validation."}
-    )
-    channel_files: Annotated[list[str] | None, Nature("data")] = field(
-        default=None,
-        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
-    )
-    image_column_name: Annotated[str | None, Nature("data")] = field(
+    image_column_name: str | None = field(
         default=None, metadata={"help": "Column of the images, or of a CSV file's paths (default: image)."}
     )
     label_column_name: Annotated[str | None, Nature("data")] = field(
         default=None, metadata={"help": "Column of the classes, names or whole numbers (default: label or class)."}
     )
-    train_fraction: Annotated[float, Nature("data")] = field(
-        default=1.0, metadata={"help": "Share of the training images to use."}
-    )
-    max_train_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many training images."}
-    )
-    max_eval_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many validation images."}
-    )
-    train_val_split: Annotated[float, Nature("data")] = field(
+    train_val_split: float = field(
         default=0.15, metadata={"help": "Share of each class to validate on where there is no such split."}
-    )
-    subset_seed: Annotated[int, Nature("data")] = field(
-        default=0, metadata={"help": "Seed of the draws and the split (not of training)."}
-    )
-    max_unreadable: Annotated[int, Nature("nothing")] = field(
-        default=100, metadata={"help": "Unreadable images are skipped and counted; the run ends when they are more."}
-    )
-    num_channels: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
     )
 
     def source(self, cache_dir: str | None, token: str | None) -> ClassSource:

@@ -1,12 +1,13 @@
 """Flags of fine-tuning UperNet: which labelled images, which encoder, how it is trained."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
+from hf_dbp.data.arguments import FolderFlags, fields_of
 from hf_dbp.downstream.class_weights import WEIGHTS
 from hf_dbp.downstream.encoder import EncoderArguments
 from hf_dbp.downstream.segmentation.losses import LOSSES
-from hf_dbp.downstream.segmentation.source import SegmentationSource
+from hf_dbp.downstream.segmentation.source import LabelFlags, SegmentationSource
 from hf_dbp.errors import UserError
 from hf_dbp.natures import Nature
 from hf_dbp.training.arguments import FINETUNED, RunArguments
@@ -15,79 +16,11 @@ __all__ = ["GROUPS", "DataArguments", "FinetuningArguments", "ModelArguments"]
 
 
 @dataclass
-class DataArguments:
+class DataArguments(LabelFlags, FolderFlags):
     """Which labelled images, and how they are cropped."""
 
-    dataset_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Hub id of a data set, or wire_bonding for the built-in images."}
-    )
-    dataset_config_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Configuration of the Hub data set."}
-    )
-    train_dir: Annotated[str | None, Nature("data")] = field(
+    train_dir: str | None = field(
         default=None, metadata={"help": "Folder of parquet files with images and masks, or of images."}
-    )
-    train_mask_dir: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Folder of masks, named as the images of train_dir."}
-    )
-    validation_dir: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "As train_dir, for validation."}
-    )
-    validation_mask_dir: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "As train_mask_dir, for validation."}
-    )
-    mask_suffix: Annotated[str, Nature("data")] = field(
-        default="", metadata={"help": "What the names of masks end in beyond those of their images, e.g. _mask."}
-    )
-    palette: Annotated[str | None, Nature("data")] = field(
-        default=None,
-        metadata={"help": "Colour masks: YAML file of class names and colours. 0/255 masks: binary."},
-    )
-    channel_files: Annotated[list[str] | None, Nature("data")] = field(
-        default=None,
-        metadata={"help": "A file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'; * names the sample."},
-    )
-    image_column_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Column of the images (default: image)."}
-    )
-    annotation_column_name: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Column of the masks (default: annotation, mask, label or segmentation)."}
-    )
-    num_labels: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Number of classes, without an ignored one."}
-    )
-    id2label: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": 'JSON file of class names, a list or {"0": name, ...}.'}
-    )
-    ignore_index: Annotated[int, Nature("data")] = field(
-        default=255, metadata={"help": "Label id that is neither learned nor scored."}
-    )
-    reduce_labels: Annotated[bool, Nature("data")] = field(
-        default=False, metadata={"help": "Move label ids down by one; 0 becomes ignore_index (ADE20K)."}
-    )
-    train_fraction: Annotated[float, Nature("data")] = field(
-        default=1.0, metadata={"help": "Share of the training images to use."}
-    )
-    max_train_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many training images."}
-    )
-    max_eval_samples: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Use at most so many validation images."}
-    )
-    train_val_split: Annotated[float, Nature("data")] = field(
-        default=0.15, metadata={"help": "Share of the training images to validate on where there is no such split."}
-    )
-    subset_seed: Annotated[int, Nature("data")] = field(
-        default=0, metadata={"help": "Seed of the draws and the split (not of training)."}
-    )
-    max_unreadable: Annotated[int, Nature("nothing")] = field(
-        default=100, metadata={"help": "Pairs that cannot be read are skipped and counted; more of them end the run."}
-    )
-    num_channels: Annotated[int | None, Nature("data")] = field(
-        default=None, metadata={"help": "Channels of the images (default: 3 for pictures, an array's own otherwise)."}
-    )
-    built_in_size: Annotated[int, Nature("data")] = field(
-        default=128, metadata={"help": "Side in pixels of the built-in images."}
     )
     crop_size: Annotated[int, Nature("training", "refused", card="side of the crops in pixels")] = field(
         default=512, metadata={"help": "Side of the square crops, a multiple of the patch size."}
@@ -100,10 +33,8 @@ class DataArguments:
 
     def source(self, cache_dir: str | None, token: str | None) -> SegmentationSource:
         """The data flags without those of cropping. ValueError for values that cannot be."""
-        flags = asdict(self)
-        for name in ("crop_size", "long_edge"):
-            del flags[name]
-        return SegmentationSource(**flags, cache_dir=cache_dir, token=token, seed=self.subset_seed)
+        fields = fields_of(SegmentationSource, self)
+        return SegmentationSource(**fields, cache_dir=cache_dir, token=token, seed=self.subset_seed)
 
     @property
     def scaled_long_edge(self) -> int | None:

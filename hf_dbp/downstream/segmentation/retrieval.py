@@ -42,6 +42,7 @@ from hf_dbp.downstream.segmentation.finetuning import DataArguments, image_proce
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, window_origins
 from hf_dbp.downstream.segmentation.mean_iou import scores_from_confusion
 from hf_dbp.errors import UserError, command
+from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
 from hf_dbp.natures import Nature
 from hf_dbp.recipes import parse_arguments
@@ -201,17 +202,19 @@ def build_memory(
 class RetrievalData(DataArguments):
     """Which labelled images, and how they are cut into windows."""
 
-    crop_size: Annotated[int | None, Nature("training")] = field(  # type: ignore[assignment]
+    crop_size: int | None = field(  # type: ignore[assignment]
         default=None,
         metadata={"help": "Side of the square windows, a multiple of the patch size (default: the ViT's)."},
     )
 
 
 @dataclass
-class RetrievalArguments:
+class RetrievalArguments(HubFlags):
     """Which encoder, and how its neighbours vote."""
 
-    model_name_or_path: Annotated[str, Nature("model")] = field(metadata={"help": "Stock ViT, folder or Hub id."})
+    model_name_or_path: Annotated[str, Nature("model")] = field(
+        kw_only=True, metadata={"help": "Stock ViT, folder or Hub id."}
+    )
     output_dir: Annotated[str, Nature("nothing")] = field(
         default="outputs/retrieval", metadata={"help": "Where everything is written."}
     )
@@ -226,24 +229,11 @@ class RetrievalArguments:
     )
     batch_size: Annotated[int, Nature("nothing")] = field(default=8, metadata={"help": "Windows per forward pass."})
     seed: Annotated[int, Nature("chance")] = field(default=0, metadata={"help": "Seed of that choice."})
-    model_revision: Annotated[str, Nature("model")] = field(
-        default="main", metadata={"help": "Revision of the ViT on the Hub."}
-    )
-    cache_dir: Annotated[str | None, Nature("nothing")] = field(
-        default=None, metadata={"help": "Where downloads are kept."}
-    )
-    token: Annotated[str | None, Nature(secret=True)] = field(
-        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
-    )
 
     def __post_init__(self) -> None:
         for name in ("neighbours", "temperature", "memory", "batch_size"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is above 0, got {getattr(self, name)}")
-
-    @property
-    def hub_options(self) -> dict[str, Any]:
-        return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}
 
 
 def statistics_of(

@@ -1,45 +1,62 @@
 """`SegmentationSource`: which labelled images to load, and what their classes are called."""
 
-import dataclasses
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from hf_dbp.data.images import BUILT_IN, ImageSource
 from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import Palette
 from hf_dbp.data.wire_bonding import CLASS_NAMES
 from hf_dbp.errors import UserError
+from hf_dbp.natures import Nature
 
-__all__ = ["SegmentationSource"]
+__all__ = ["LabelFlags", "SegmentationSource"]
 
 
-@dataclasses.dataclass
-class SegmentationSource(ImageSource):
-    """Which labelled images to load; the flags of `ImageSource` and these.
+@dataclass
+class LabelFlags:
+    """Where the labels of images are, and what they mean."""
 
-    Args:
-        train_mask_dir: folder of masks for the images of `train_dir`, paired as `hf_dbp.data.masks.pair_folders` does;
-            or labels as `hf_dbp.data.labels.formats` reads them, which are drawn into such a folder, with their names.
-        validation_mask_dir: the same for `validation_dir`.
-        palette: palette file of colour masks, or ``binary`` for masks of 0 and 255; see `hf_dbp.data.masks`.
-        annotation_column_name: column of the masks; default the first of annotation, mask, label, segmentation.
-        num_labels: number of classes, without an ignored one; not needed with `id2label`.
-        id2label: JSON file with the class names, as a list or as {"0": "sky", ...}.
-        ignore_index: label id that is neither learned nor scored.
-        reduce_labels: ids move down by one and 0 becomes `ignore_index`, as ADE20K needs it. Names of ids as they are
-            stored move with them: those of a palette, of the built-in images, and of `id2label` if they are one more
-            than `num_labels`.
+    train_mask_dir: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Folder of masks, named as the images of train_dir."}
+    )
+    validation_mask_dir: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "As train_mask_dir, for validation."}
+    )
+    palette: Annotated[str | None, Nature("data")] = field(
+        default=None,
+        metadata={"help": "Colour masks: YAML file of class names and colours. 0/255 masks: binary."},
+    )
+    annotation_column_name: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": "Column of the masks (default: annotation, mask, label or segmentation)."}
+    )
+    num_labels: Annotated[int | None, Nature("data")] = field(
+        default=None, metadata={"help": "Number of classes, without an ignored one."}
+    )
+    id2label: Annotated[str | None, Nature("data")] = field(
+        default=None, metadata={"help": 'JSON file of class names, a list or {"0": name, ...}.'}
+    )
+    ignore_index: Annotated[int, Nature("data")] = field(
+        default=255, metadata={"help": "Label id that is neither learned nor scored."}
+    )
+    reduce_labels: Annotated[bool, Nature("data")] = field(
+        default=False, metadata={"help": "Move label ids down by one; 0 becomes ignore_index (ADE20K)."}
+    )
+
+
+@dataclass
+class SegmentationSource(LabelFlags, ImageSource):
+    """Which labelled images to load.
+
+    Masks are paired with images as `hf_dbp.data.masks.pair_folders` does. In their place labels may lie in
+    ``train_mask_dir``, as `hf_dbp.data.labels.formats` reads them: they are drawn into a folder of masks. Where
+    ``reduce_labels`` moves ids down by one, names of ids as they are stored move with them: those of a palette, of the
+    built-in images, and of ``id2label`` if they are one more than ``num_labels``.
     """
 
-    train_mask_dir: str | None = None
-    validation_mask_dir: str | None = None
-    palette: str | None = None
-    annotation_column_name: str | None = None
-    num_labels: int | None = None
-    id2label: str | None = None
-    ignore_index: int = 255
-    reduce_labels: bool = False
-    label_names: list[str] | None = dataclasses.field(default=None, init=False)
+    label_names: list[str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
