@@ -128,6 +128,12 @@ def test_modules_and_functions_fit_the_reader() -> None:
             warnings.warn(f"long: {', '.join(long)}", UserWarning, stacklevel=1)
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports each by its name alone, and collects nothing where two have the same."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_no_tracked_file_names_a_private_path() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=False, capture_output=True, text=True)
     if listed.returncode:
