@@ -279,6 +279,18 @@ def test_unreadable_images_are_skipped_and_named(tmp_path, caplog):
     assert sum(map(sum, record["confusion"]["images"])) == 8
 
 
+def test_a_neighbour_that_stands_in_brings_its_own_class(tmp_path):
+    """Of an unreadable image of one class before images of the other."""
+    folder = class_folders(tmp_path / "images", count=2, kinds=(0, 1))
+    (folder / "train" / "bright" / "1.png").write_bytes(b"no picture")  # the last bright one: a dark one follows
+    train, _ = load_classified(ClassSource(train_dir=str(folder), cache_dir=str(tmp_path / "cache")))
+    plain = Augmentation(operations=0, erasing=0.0)
+    views = TrainingViews(train, (8, 8), plain, mean=[0.0] * 3, std=[1.0] * 3, seed=0)
+    for index in range(len(views)):
+        view = views[0, index]
+        assert (view["pixel_values"].mean() < 0.5) == (int(view["labels"]) == 1)
+
+
 @pytest.mark.slow
 def test_two_processes_make_one_model(images, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
