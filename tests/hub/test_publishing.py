@@ -19,12 +19,18 @@ from transformers import TrainingArguments, ViTModel
 
 from hf_dbp.hub.publishing import Destination, claim_push
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "downstream" / "classification"))
+
+from class_images import FLAGS as CLASSIFY
+from class_images import class_folders
+
 pytestmark = pytest.mark.slow  # its fixture trains, fuses and pushes
 
 CARD_FILES = {"README.md", "config.json", "preprocessor_config.json", "curves.png"}
 FUSED = CARD_FILES | {"model.safetensors", "reconstruction.png", "run.json"}
 UNFUSED = CARD_FILES | {"model.unfused.safetensors", "reconstruction.png", "run.json"}
 SEGMENTER = CARD_FILES | {"model.safetensors", "predictions.png", "worst.png", "eval.json"}
+CLASSIFIER = CARD_FILES | {"model.safetensors", "confusion.png", "calibration.png", "mistakes.png", "eval.json"}
 SEGMENTATION = {
     "dataset_name": "wire_bonding", "built_in_size": 48, "max_train_samples": 8, "max_eval_samples": 2,
     "crop_size": 32, "head_size": 8, "auxiliary_head_size": 8, "num_train_epochs": 1,
@@ -54,6 +60,10 @@ def pushed(tmp_path_factory):
     segment += [f"--model_name_or_path={fused}", f"--output_dir={folder / 'segmenter'}"]
     segment += ["--push_to_hub", "--hub_model_id=me/segmenter", f"--hub_token={TOKEN}", f"--token={TOKEN}"]
 
+    images = class_folders(folder / "images", channels=2)
+    classify = [images, f"--model_name_or_path={fused}", *CLASSIFY[6:], f"--output_dir={folder / 'classifier'}"]
+    classify += ["--push_to_hub", "--hub_model_id=me/classifier", f"--hub_token={TOKEN}", f"--token={TOKEN}"]
+
     def fuse(name, *more):
         return [run, "--output_dir", folder / name, "--num_images", "2", "--push_to_hub", "--hub_model_id", name, *more]
 
@@ -61,6 +71,7 @@ def pushed(tmp_path_factory):
         "train": ("hf_dbp.pretraining", train, ""),
         "unfused": ("hub.unfused_user", ["me/vit-unfused", folder / "unfused.pt"], ""),
         "segment": ("hf_dbp.downstream.segmentation.finetuning", segment, ""),
+        "classify": ("hf_dbp.downstream.classification.finetuning", classify, ""),
         "private": ("hf_dbp.fusing", fuse("vit-2", "--private"), TOKEN),
         "same again": ("hf_dbp.fusing", fuse("vit-2"), TOKEN),
         "no token": ("hf_dbp.fusing", fuse("me/never"), ""),
@@ -133,13 +144,20 @@ def test_segmentation_pushes_its_model(pushed):
     assert held(pushed, "me/segmenter").keys() == SEGMENTER
 
 
-@pytest.mark.parametrize(("repo_id", "record"), [("me/vit", "run.json"), ("me/segmenter", "eval.json")])
+def test_classification_pushes_its_model(pushed):
+    assert pushed.ended["classify"].status == 0, pushed.ended["classify"].output
+    assert held(pushed, "me/classifier").keys() == CLASSIFIER
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "record"), [("me/vit", "run.json"), ("me/segmenter", "eval.json"), ("me/classifier", "eval.json")]
+)
 def test_cards_pass_validation_and_read_back(pushed, repo_id, record):
     assert pushed.hub.requests.count(("POST", "/api/validate-yaml")) >= len(pushed.hub.repositories)
     card = ModelCard(held(pushed, repo_id)["README.md"].decode())
     measured = json.loads(held(pushed, repo_id)[record])
     values = [result.metric_value for result in card.data.eval_results]
-    names = ("mean_iou", "mean_accuracy", "overall_accuracy")
+    names = ("mean_iou", "mean_accuracy", "overall_accuracy") if "mean_iou" in measured else ("accuracy",)
     expected = [measured["best"]["eval_loss"]] if "best" in measured else [measured[name] for name in names]
     assert values == expected
     assert card.data.model_name == repo_id.partition("/")[2]

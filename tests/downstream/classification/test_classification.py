@@ -279,6 +279,23 @@ def test_unreadable_images_are_skipped_and_named(tmp_path, caplog):
     assert sum(map(sum, record["confusion"]["images"])) == 8
 
 
+def test_a_step_that_is_not_finite_is_skipped_and_named(images, tmp_path, monkeypatch):
+    """Once mixed with its neighbours, a NaN is in the loss of the whole batch; the weights never see it."""
+    whole = TrainingViews.__getitem__
+
+    def broken(self, index):
+        view = whole(self, index)
+        if index == (0, 3):
+            view["pixel_values"][0, 2, 2] = float("nan")
+        return view
+
+    monkeypatch.setattr(TrainingViews, "__getitem__", broken)
+    record = main([str(images), *FLAGS, "--output_dir", str(tmp_path)])
+    assert record["guards"]["skipped_steps"] == 1 and record["guards"]["skipped"][0]["skipped"] == "loss"
+    assert record["asked_used"]["optimizer steps"]["used"] == 3
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
 def test_a_neighbour_that_stands_in_brings_its_own_class(tmp_path):
     """Of an unreadable image of one class before images of the other."""
     folder = class_folders(tmp_path / "images", count=2, kinds=(0, 1))
