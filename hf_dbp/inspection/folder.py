@@ -148,6 +148,11 @@ def describe_masks(
             f"{len(survey.errors)} masks cannot be read and will be left out of fine-tuning with their images, e.g. "
             f"{next(iter(survey.errors.values()))}; repair them or move them away"
         )
+    if survey.refused:
+        found.problems.append(
+            f"{len(survey.refused)} masks are not understood, which ends fine-tuning, e.g. "
+            f"{next(iter(survey.refused.values()))}"
+        )
     values = ((value_of(image), value_of(mask)) for image, mask in pooled(pairs).values())
     if warning := unturned_masks(values):
         found.problems.append(warning)
@@ -323,7 +328,9 @@ def rehearse(data: Mapping[str, Any], found: Findings) -> list[str]:
         logger.propagate = propagated
     said = {gist(problem) for problem in found.problems}
     fresh = (message for message in dict.fromkeys(heard.messages) if " left out: " not in message)  # these are said
-    return [message for message in fresh if gist(message.partition(": ")[2]) not in said]
+    text = "\n".join(found.problems)
+    reasons = ((message, message.partition(": ")[2]) for message in fresh)
+    return [message for message, reason in reasons if gist(reason) not in said and reason not in text]
 
 
 def gist(message: str) -> str:

@@ -53,6 +53,7 @@ class MaskSurvey:
         chances: of each mask, value -> share of the crops at native resolution that hold it, see `crop_chances`.
         names: what messages call each mask.
         errors: masks that cannot be read, and why.
+        refused: masks that can be read but not understood, which ends training, and why.
     """
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class MaskSurvey:
     chances: dict[str, dict[int, float]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def smallest(self, long_edge: int | None = None) -> float | None:
         """Thickness of the smallest objects, the tenth percentile over all masks; None if there are no objects.
@@ -140,25 +142,29 @@ def survey_masks(masks: Samples, coloured: bool = False, crop: int = 512) -> Mas
     found = MaskSurvey(coloured=coloured)
     colours: set[str] = set()
 
-    def look(name: str) -> tuple[str, Any]:
+    def look(name: str) -> tuple[str, Any, str, str]:
+        """What messages call the mask, what is in it, or else why it cannot be read or is refused."""
         where = name
         try:
             value = value_of(masks[name])
             where = value_name(value, name)
             mask = stored(value)
+        except DECODING_ERRORS as error:
+            return where, None, f"{where}: the mask cannot be read: {error}", ""
+        try:
             array = np.asarray(mask)
             rgb = array.ndim == 3 and array.shape[2] > 1
             values = rgb_codes(mask) if rgb else whole_numbers(array.reshape(array.shape[:2]))
             counts, kind = np.unique(values, return_counts=True), mask_kind(value, mask)
-            return where, (rgb, kind, values.shape, counts, thickness(values), crop_chances(values, crop))
+            return where, (rgb, kind, values.shape, counts, thickness(values), crop_chances(values, crop)), "", ""
         except DECODING_ERRORS as error:
-            return where, f"{where}: the mask cannot be read: {error}"
+            return where, None, "", f"{where}: {error}"
 
     progress = tqdm(in_threads(look, list(masks), THREADS), "Masks", len(masks), leave=False)
-    for name, (where, seen) in zip(masks, progress, strict=True):
+    for name, (where, seen, error, refusal) in zip(masks, progress, strict=True):
         found.names[name] = where
-        if isinstance(seen, str):
-            found.errors[name] = seen
+        if seen is None:
+            (found.errors if error else found.refused)[name] = error or refusal
             continue
         rgb, found.kinds[name], found.sizes[name], (values, counts), found.objects[name], found.chances[name] = seen
         colours |= {name} if rgb else set()

@@ -186,7 +186,12 @@ def test_float_ids(capsys):
     out = report(capsys)
     assert "PROBLEM" not in out and "class 2" in out and not Path("outputs/inspection/palette.yaml").exists()
     tifffile.imwrite("masks/0.tif", np.full(SHAPE, 0.5, np.float32))
-    assert "1 masks cannot be read" in report(capsys)
+    out = report(capsys)
+    with pytest.raises(ValueError, match="not all of its values are whole numbers") as error:
+        labelled()
+    reason = str(error.value).partition("): ")[2]
+    assert f"1 masks are not understood, which ends fine-tuning, e.g. masks/0.tif: {reason}" in out
+    assert out.count(reason) == 1
 
 
 def test_binary_masks_of_different_values():

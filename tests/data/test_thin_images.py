@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dbp.data.augmentation import random_resized_crop
+from hf_dbp.downstream.segmentation.inference import window_origins
+from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.inspection.folder import main as inspect
 from hf_dbp.recipes import read_yaml
 
@@ -86,3 +88,37 @@ def test_inspect_chooses_the_scale_by_both_sides_and_the_smallest_objects(
     inspect(["images", "--masks", "masks"])
     assert why in capsys.readouterr().out
     assert read_yaml(Path("outputs/inspection/finetune.yaml"))["long_edge"] == str(long_edge)
+
+
+# ---- fine-tuning and evaluation ----
+
+
+def shown(size, crop, draws):
+    """How often each pixel was in a training crop at native resolution; the mask holds the numbers of the pixels."""
+    augmentation = Augmentation(crop, None, -1)
+    numbers = np.arange(size[0] * size[1], dtype=np.int32).reshape(size)
+    image, counts = np.zeros((*size, 1), np.uint8), np.zeros(numbers.size, int)
+    for draw in range(draws):
+        _, labels = augmentation(image, numbers, np.zeros(1, np.float32), np.random.default_rng(draw))
+        counts[np.unique(labels[labels >= 0])] += 1
+    return counts.reshape(size)
+
+
+@pytest.mark.parametrize("size", [(32, 640), (640, 32), (8, 400), (70, 90)])
+def test_training_crops_reach_both_ends(size):
+    counts = shown(size, 32, 1500)
+    along = counts.sum(axis=int(size[0] < size[1]) ^ 1)
+    third = len(along) // 3
+    assert counts.max() > 0 and (along > 0).mean() > 0.99 and along[:5].any() and along[-5:].any()
+    for part in (along[:third], along[third:-third], along[-third:]):  # the thirds alike, but for the ends
+        assert 0.6 < part.mean() / along.mean() < 1.6
+
+
+@given(st.integers(1, 3000), st.integers(8, 512))
+@settings(max_examples=100, deadline=None)
+def test_windows_of_evaluation_cover_any_length(length, crop):
+    seen_by = np.zeros(max(length, crop), int)
+    for start in window_origins(length, crop):
+        assert 0 <= start <= max(length, crop) - crop
+        seen_by[start : start + crop] += 1
+    assert seen_by.min() >= 1
