@@ -325,9 +325,7 @@ def measured_once(
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
         if file.is_file():
-            with contextlib.suppress(
-                ValueError, TypeError
-            ):  # left by a process that died while writing: measured again
+            with contextlib.suppress(ValueError, TypeError):  # cut off by a process that died: measured again
                 first, second = json.loads(file.read_text(encoding="utf-8"))
                 return first, second
         found = measure(images, picks)
