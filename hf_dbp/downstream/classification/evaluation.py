@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_dbp.data.feeding import feeding
 from hf_dbp.data.images import unreadable_images
 from hf_dbp.data.sources import ImageSource
@@ -17,6 +20,9 @@ from hf_dbp.records import hardware, source_commit, versions
 from hf_dbp.training.accounting import asked_lines
 
 __all__ = ["evaluation_record", "summary"]
+
+WHOLE = 100  # classes up to which eval.json has the whole confusion matrix
+PRINTED = 30  # classes that are printed
 
 
 def evaluation_record(
@@ -55,7 +61,7 @@ def evaluation_record(
         "accuracy_interval_95": list(wilson_interval(int(confusion_KK.trace()), total)),
         "majority_class_accuracy": float(true_K.max() / total),
         "per_class": class_figures(confusion_KK, trainer.model.config.id2label),
-        "confusion": {"rows": "true", "columns": "predicted", "images": confusion_KK.astype(int).tolist()},
+        "confusion": confusion(confusion_KK),
         "calibration": calibration(trainer),
         "data": data,
         "best_checkpoint": None if trainer.restored is None else trainer.state.best_model_checkpoint,
@@ -72,6 +78,14 @@ def evaluation_record(
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
     return record | {"asked_used": accounts(trainer, record, history), "evaluations": [*history]}
+
+
+def confusion(confusion_KK: NDArray[Any]) -> dict[str, Any]:
+    """The confusion matrix; of more than `WHOLE` classes its entries that are not 0, as [true, predicted, images]."""
+    counts_KK = confusion_KK.astype(int)
+    if len(counts_KK) <= WHOLE:
+        return {"rows": "true", "columns": "predicted", "images": counts_KK.tolist()}
+    return {"entries": [[int(i), int(j), int(counts_KK[i, j])] for i, j in np.argwhere(counts_KK)]}
 
 
 def calibration(trainer: ClassificationTrainer) -> list[dict[str, float | int]]:
@@ -108,7 +122,10 @@ def summary(record: Mapping[str, Any], folder: Path) -> str:
         f"  calibration error {record['expected_calibration_error']:.4f}, loss {record['loss']:.4f}",
         f"    {'':<24} {'recall':>8}{'prec.':>8}{'images':>8}",
     ]
-    for name, scores in record["per_class"].items():
+    classes = sorted(record["per_class"].items(), key=lambda row: row[1]["recall"] if row[1]["images"] else 2.0)
+    if len(classes) > PRINTED:
+        rows.append(f"    the {PRINTED} of {len(classes)} classes with the lowest recall; all are in eval.json:")
+    for name, scores in classes[:PRINTED] if len(classes) > PRINTED else record["per_class"].items():
         figures = (scores[key] for key in ("recall", "precision"))
         rows.append(f"    {name:<24} " + "".join("     -  " if f is None else f"{f:8.4f}" for f in figures)
                     + f"{scores['images']:8d}")  # fmt: skip

@@ -81,7 +81,8 @@ class TrainingViews(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.mean_C, self.std_C = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         eight_bits = data.images.readable(0).dtype == np.uint8
         self.operations, self.left_out = operations_for(len(mean), eight_bits)
-        self.rows = [rows for k in range(len(data.names)) if len(rows := np.flatnonzero(data.labels_N == k))]
+        by_class = np.split(np.argsort(data.labels_N, kind="stable"), np.cumsum(data.counts_K)[:-1])
+        self.rows = [rows for rows in by_class if len(rows)]
         self.balanced = balanced
 
     def __len__(self) -> int:
