@@ -19,6 +19,8 @@ from transformers import AutoImageProcessor, ViTConfig, ViTModel
 from hf_dbp.data.classes import ClassSource, load_classified
 from hf_dbp.downstream.classification.arguments import ClassificationArguments
 from hf_dbp.downstream.classification.finetuning import main
+from hf_dbp.downstream.classification.model import build_classifier
+from hf_dbp.downstream.classification.trainer import ClassificationTrainer
 from hf_dbp.downstream.classification.views import Augmentation, CentralViews, TrainingViews, image_processor
 from hf_dbp.downstream.predicting import predict
 from hf_dbp.errors import UserError
@@ -294,6 +296,30 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(images, tmp_path, monkey
     assert record["guards"]["skipped_steps"] == 1 and record["guards"]["skipped"][0]["skipped"] == "loss"
     assert record["asked_used"]["optimizer steps"]["used"] == 3
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
+
+
+def test_the_most_confident_mistakes_are_kept(images, tmp_path, monkeypatch):
+    """In order, whatever the batch: what the whole validation set, image by image, gives."""
+    monkeypatch.setattr("hf_dbp.downstream.classification.trainer.SHOWN", 4)
+    _, validation = load_classified(ClassSource(train_dir=str(images), cache_dir=str(tmp_path / "cache")))
+    data = CentralViews(validation, (16, 16), [0.5] * 3, [0.25] * 3)
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=16, patch_size=8
+    )
+    model = build_classifier(ViTModel(config, add_pooling_layer=False), validation.names).eval()
+    torch.nn.init.normal_(model.classifier.weight)
+    args = ClassificationArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True,
+                                   per_device_eval_batch_size=2)  # fmt: skip
+    trainer = ClassificationTrainer(model=model, args=args, eval_dataset=data)
+    accuracy = trainer.evaluate()["eval_accuracy"]
+    expected = []
+    with torch.no_grad():
+        for index, pixels, label in (data[number] for number in range(len(data))):
+            confidence, predicted = model(pixels[None]).logits.softmax(dim=1)[0].max(dim=0)
+            expected += [] if predicted == label else [(float(confidence), index, int(predicted), label)]
+    assert accuracy == pytest.approx(1 - len(expected) / 9) and len(expected) > 4
+    found = [(one.index, one.predicted, one.true) for one in trainer.mistakes]
+    assert found == [row[1:] for row in sorted(expected, reverse=True)[:4]]
 
 
 def test_a_neighbour_that_stands_in_brings_its_own_class(tmp_path):
