@@ -57,6 +57,7 @@ __all__ = [
     "PlannedRun",
     "Probe",
     "Run",
+    "RunsBySeed",
     "best_settings",
     "collect_runs",
     "is_number",
@@ -134,6 +135,9 @@ class Run:
         """Lowest validation loss."""
         best = None if self.record is None else self.record.best
         return None if best is None else float(best["eval_loss"])
+
+
+RunsBySeed = dict[int, Run]
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_dbp.data.order import EpochSampler, Lanes
 from hf_dbp.errors import UserError
 
 __all__ = [
+    "EpochCallback",
     "adopt_order",
     "feeding",
     "make_sampler",
     "step_images",
 ]
+
+
+class EpochCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells the sampler which epoch begins, however the loader wraps it (after a resume it is wrapped once more)."""
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch))
 
 
 def step_images(args: TrainingArguments) -> int:

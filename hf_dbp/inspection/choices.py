@@ -24,6 +24,7 @@ __all__ = [
     "choose_scale",
     "choose_split",
     "common",
+    "held_by_crops",
 ]
 
 SMALLEST = 32  # pixels of a view, to which smaller images are enlarged: 4 x 4 patches
@@ -195,3 +196,16 @@ def choose_split(balance: Mapping[str, Mapping[str, int]], found: Findings) -> N
         second = seed if second is None and parts[0] == every else second
     if second is not None:
         found.finetuning["subset_seed"] = second
+
+
+def held_by_crops(survey: MaskSurvey, names: Mapping[int, str], found: Findings) -> dict[str, float]:
+    """The share of the training crops that hold a class by chance, at most that of its masks: see `crop_chances`.
+
+    Of images made smaller a crop sees most of one.
+    """
+    native = not found.finetuning["long_edge"]
+    shares: dict[str, float] = {}
+    for value, name in names.items():
+        chances = [(chances[value] if native else 1.0) for chances in survey.chances.values() if value in chances]
+        shares[name] = min(1.0, shares.get(name, 0.0) + sum(chances) / max(1, len(survey.chances)))
+    return shares

@@ -42,6 +42,7 @@ from hf_dbp.inspection.choices import (
     choose_scale,
     choose_split,
     common,
+    held_by_crops,
 )
 from hf_dbp.inspection.class_folders import describe_class_folders
 from hf_dbp.inspection.contact_sheet import write_contact_sheet
@@ -248,19 +249,6 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
             found.lines.append(f"           {name:<20} {share:8.3%} of the pixels, in {holders} masks")
     choose_balance([name for name in order if name != IGNORE], total, held_by_crops(survey, names, found), found)
     return balance
-
-
-def held_by_crops(survey: MaskSurvey, names: Mapping[int, str], found: Findings) -> dict[str, float]:
-    """The share of the training crops that hold a class by chance, at most that of its masks: see `crop_chances`.
-
-    Of images made smaller a crop sees most of one.
-    """
-    native = not found.finetuning["long_edge"]
-    shares: dict[str, float] = {}
-    for value, name in names.items():
-        chances = [(chances[value] if native else 1.0) for chances in survey.chances.values() if value in chances]
-        shares[name] = min(1.0, shares.get(name, 0.0) + sum(chances) / max(1, len(survey.chances)))
-    return shares
 
 
 def remove_earlier(recipe: Path) -> None:

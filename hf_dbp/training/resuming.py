@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, SchedulerType
 
 from hf_dbp.callbacks import DecorrelationCallback, ReportingCallback
-from hf_dbp.data.feeding import step_images
+from hf_dbp.data.feeding import EpochCallback, step_images
 from hf_dbp.data.order import EpochSampler, Lanes
 from hf_dbp.errors import UserError
 from hf_dbp.training.clocked import ClockCallback
@@ -62,16 +62,6 @@ C = TypeVar("C", bound=TrainerCallback)
 STATE = "trainer_state.json"
 MEASURED = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow metric_for_best_model
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of the optimizer's groups
-
-
-class EpochCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler which epoch begins, however the loader wraps it (after a resume it is wrapped once more)."""
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch))
 
 
 class ResumingTrainer(Trainer):  # type: ignore[misc]

@@ -16,7 +16,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.comparison.plans import HEADS, Plan, Run, best_settings, is_number
+from hf_dbp.comparison.plans import HEADS, Plan, Run, RunsBySeed, best_settings
+from hf_dbp.comparison.report.remarks import remarks
 from hf_dbp.comparison.statistics import Mean, crossing, mean_interval, paired_test, value_at
 
 __all__ = ["COSTS", "analyse", "chosen_runs", "points"]
@@ -24,9 +25,6 @@ __all__ = ["COSTS", "analyse", "chosen_runs", "points"]
 #: what a run pays -> key in its rows
 COSTS = {"steps": "step", "seconds": "train_seconds", "kWh": "kwh", "kg CO2e": "co2e_kg"}
 LOSSES = {"validation": "eval_loss", "training": "train_loss"}
-DATA_KEYS = ("source", "train_images", "validation_images", "size", "channels", "mean", "std")
-
-RunsBySeed = dict[int, Run]
 
 
 def points(run: Run, x: str, y: str) -> list[tuple[float, float]]:
@@ -253,71 +251,10 @@ def metric_figures(
     return {"variants": variants, "tests": [row for row in tests if row["test"]]}
 
 
-def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
-    """What a reader must know to judge the figures, found in the runs themselves."""
-    found = []
-    for run in runs:
-        name = run.planned.name
-        if run.error is not None:
-            found.append(f"{name} failed and is left out: {run.error}")
-        elif run.diverged:
-            found.append(f"{name} diverged: its validation loss ended above where it began, or was not finite.")
-        found += [f"{name}: {note}" for note in run.notes]
-    found += left_out(plan, runs, chosen)
-    for variant in plan.variants:
-        if variant not in chosen:
-            found.append(f"{variant} has no finished run.")
-    if chosen and min(map(len, chosen.values())) == 1:
-        found.append("One seed: there is neither interval nor significance; another seed could turn the order round.")
-    if len({len(by_seed) for by_seed in chosen.values()}) > 1:
-        counts = ", ".join(f"{name} {len(by_seed)}" for name, by_seed in chosen.items())
-        found.append(f"Unequal numbers of seeds ({counts}): each comparison uses the seeds that both have.")
-    lengths = {
-        run.record.rows[-1]["step"] for by in chosen.values() for run in by.values() if run.record and run.record.rows
-    }
-    if len(lengths) > 1:
-        found.append(f"Curves of unequal length: runs end after {min(lengths)} to {max(lengths)} steps.")
-    found += edge_remarks(plan, chosen)
-    for key, what in (("data", "Data"), ("hardware", "Hardware"), ("commit", "Code (commit)")):
-        if differs(chosen, key):
-            found.append(f"{what} differ between runs that are compared.")
-    return found
-
-
-def left_out(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
-    """Finished runs at a setting that was not chosen, but for those that the search with the first seed is made of."""
-    found = []
-    for run in runs:
-        by_seed = chosen.get(run.planned.variant, {})
-        searched = run.planned.seed == plan.seeds[0] and run.planned.seed in by_seed
-        finished = run.record is not None and run.planned.length is None
-        if finished and by_seed and run not in by_seed.values() and not searched:
-            best = next(iter(by_seed.values())).planned.setting
-            found.append(f"{run.planned.name} is left out: the setting chosen for {run.planned.variant} is {best}.")
-    return found
-
-
-def edge_remarks(plan: Plan, chosen: dict[str, RunsBySeed]) -> list[str]:
-    """Best settings at the edge of the searched range: a better one may lie beyond."""
-    found = []
-    for variant, by_seed in chosen.items():
-        for flag, value in next(iter(by_seed.values())).planned.searched:
-            values = sorted({float(v) for v in plan.searched(variant).get(flag, []) if is_number(v)})
-            if len(values) > 1 and is_number(value) and float(value) in (values[0], values[-1]):
-                found.append(f"{variant}: the best {flag}, {value}, is at the edge of what was tried.")
-    return found
-
-
-def differs(chosen: dict[str, RunsBySeed], key: str) -> bool:
-    """Whether runs of one seed differ in this field of their records."""
-    by_seed: dict[int, set[str]] = {}
-    for runs in chosen.values():
-        for seed, run in runs.items():
-            value = getattr(run.record, key)
-            if key == "data":
-                value = {name: value.get(name) for name in DATA_KEYS}
-            by_seed.setdefault(seed, set()).add(repr(value))
-    return any(len(values) > 1 for values in by_seed.values())
+def final_loss(run: Run) -> float | None:
+    """The validation loss at the end of the schedule."""
+    rows = run.record.rows if run.record is not None else []
+    return float(rows[-1]["eval_loss"]) if rows and math.isfinite(rows[-1]["eval_loss"]) else None
 
 
 def setting_of(chosen: dict[str, RunsBySeed]) -> dict[str, Any]:

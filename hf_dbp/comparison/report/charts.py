@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_dbp.comparison.plans import HEADS, Plan, Run
-from hf_dbp.comparison.report.analysis import COSTS, RunsBySeed, chosen_runs, points
+from hf_dbp.comparison.plans import HEADS, Plan, Run, RunsBySeed
+from hf_dbp.comparison.report.analysis import COSTS, chosen_runs, points
 from hf_dbp.comparison.report.pages import Picture
 
 __all__ = ["correlation_chart", "grid_charts", "head_chart", "loss_chart", "target_chart"]

@@ -30,9 +30,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hf_dbp.comparison.plans import Plan, Run
-from hf_dbp.comparison.report.analysis import RunsBySeed, chosen_runs, edge_remarks, step_seconds
+from hf_dbp.comparison.plans import Plan, Run, RunsBySeed
+from hf_dbp.comparison.report.analysis import chosen_runs, final_loss, step_seconds
 from hf_dbp.comparison.report.pages import Block, Heading, Items, Picture, Table
+from hf_dbp.comparison.report.remarks import edge_remarks
 from hf_dbp.comparison.report.tables import certainty, mean, number, percent
 from hf_dbp.comparison.statistics import crossing, margin, mean_interval
 
@@ -40,12 +41,6 @@ __all__ = ["QUALITIES", "yardstick_blocks", "yardstick_charts", "yardstick_figur
 
 Figures = dict[str, Any]
 Ends = dict[int, dict[int, float]]  # length -> seed -> figure at the end
-
-
-def final_loss(run: Run) -> float | None:
-    """The validation loss at the end of the schedule."""
-    rows = run.record.rows if run.record is not None else []
-    return float(rows[-1]["eval_loss"]) if rows and math.isfinite(rows[-1]["eval_loss"]) else None
 
 
 def probe_error(kind: str) -> Callable[[Run], float | None]:
