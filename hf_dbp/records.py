@@ -174,13 +174,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
+def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
     """Write JSON, NaN as null, through a temporary file beside it, so that an interruption leaves the old file."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
-            json.dump(finite(content), file, indent=2, allow_nan=False)
+            json.dump(finite(content), file, indent=indent, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())

@@ -1,22 +1,23 @@
-"""One step of every R from the rows gathered since the last step: R <- R - eta * C R (paper eq. 4).
+"""One update of every R, from the input rows gathered since the last update: R <- R - eta * C R (paper eq. 4).
 
-A hand-written loop needs one more line after the optimizer's:
+A hand-written loop needs one more line after the optimizer step:
 
     loss.backward(); optimizer.step(); optimizer.zero_grad()
     update_decorrelation(model, eta=5e-4)
 
-Guards. Each layer takes the share of eta that is stable on its rows (`step_share`): in the paper's regime exactly all
-of it; none if a row, R or a sum is not finite, so R does not change. Both are decided on the device.
+Guards. Each layer uses only the share of eta that is stable for its rows (`step_share`). In the paper's regime this is
+all of eta. If a row, R or a sum is not finite it is zero, and R does not change. The share is computed on the device.
 
 Few tokens. A layer that saw no row since the last update, such as an expert that received no token, keeps its R bit for
-bit. From few rows C is a rough estimate, and the share of eta keeps the step stable.
+bit. With few rows C is only a rough estimate; the share of eta still keeps the step stable.
 
 Processes. Each process sums over its rows (`covariance_sums`, D x D + D + 2 numbers per layer); the sums are
-all-reduced, so R follows from all processes' rows and is bit-identical everywhere.
+all-reduced, so every process computes R from the rows of all, and R is bit-identical on each.
 
 Speed. Layers of one width are reduced in one collective and updated by batched products, in groups of at most
-`GROUP_NUMBERS` matrix entries: many small matrices are bound by launches, few large ones by memory. A single process on
-the CPU, where launches cost nothing, updates one layer at a time without copies. Nothing here waits for the device.
+`GROUP_NUMBERS` matrix entries: for many small matrices kernel launches are the bottleneck, for a few large ones memory.
+A single process on the CPU, where launches cost nothing, updates one layer at a time without copies. An update never
+waits for the device.
 
 Precision. R, the sums and the step are in float32, outside autocast. On a GPU the products take TF32 inputs (10 bits)
 and accumulate in float32, whatever the global setting: strict float32 products alone could double a fast step, and the

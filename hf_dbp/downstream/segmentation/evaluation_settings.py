@@ -16,8 +16,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_dbp.errors import UserError
+from hf_dbp.hub.untrusted import read_json
 
-__all__ = ["EVALUATED", "Evaluated", "autocast_of", "read_evaluated"]
+__all__ = ["EVALUATED", "Evaluated", "autocast_of", "read_evaluated", "stock_crop"]
 
 EVALUATED = "hf_dbp_evaluated"
 LARGEST = 2**16  # pixels of a crop's side, or of an edge
@@ -85,3 +86,13 @@ def read_evaluated(config: Mapping[str, Any], source: str) -> Evaluated | None:
     if not isinstance(found, dict) or not {"crop_size", "long_edge"} <= found.keys() <= names:
         raise UserError(f"{source}: {EVALUATED} in its config.json is {found!r:.100}; expected {sorted(names)}")
     return Evaluated(**found)
+
+
+def stock_crop(model: str) -> int:
+    """The size that a stock model's image processor resizes to. UserError if it says none."""
+    found = read_json(model, "preprocessor_config.json")
+    size = {} if found is None else found[1].get("size")
+    sides = [size] if isinstance(size, int) else list(size.values()) if isinstance(size, dict) else []
+    if not sides or not all(type(side) is int and side > 0 for side in sides):
+        raise UserError(f"{model} does not say at which size it was trained: give --crop_size")
+    return max(sides)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +49,14 @@ from hf_dbp.data.windows import TiffRows, open_rows
 from hf_dbp.downstream.networks import channels_of, load_stock, weights_digest
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
 from hf_dbp.downstream.segmentation.evaluation import class_scores
-from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated, read_evaluated
+from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, foreground, logit_bands
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import read_config, read_json, read_statistics, read_value_range
+from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
+from hf_dbp.records import write_json
 
 __all__ = ["Segmented", "Segmenter", "load"]
 
@@ -137,16 +137,6 @@ def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel:
     if content["model_type"] == "upernet" and isinstance(backbone, dict) and backbone.get("model_type") == "beit":
         return load_upernet(model, names, ignore_index=int(content.get("loss_ignore_index", 255)))
     return load_stock(AutoModelForSemanticSegmentation, model, content, "semantic segmentation")
-
-
-def stock_crop(model: str) -> int:
-    """The size that a stock model's image processor resizes to. UserError if it says none."""
-    found = read_json(model, "preprocessor_config.json")
-    size = {} if found is None else found[1].get("size")
-    sides = [size] if isinstance(size, int) else list(size.values()) if isinstance(size, dict) else []
-    if not sides or not all(type(side) is int and side > 0 for side in sides):
-        raise UserError(f"{model} does not say at which size it was trained: give --crop_size")
-    return max(sides)
 
 
 # ---- images ----
@@ -334,7 +324,7 @@ class Segmenter:
             write_overlay(folder / "overlays" / name, picture, ids_HW, len(self.names))
         if "labelme" in self.settings["export"]:
             content = labelme_content(ids_HW, self.names, f"{Path(name).name}{Path(result.image.file).suffix}")
-            write_json_whole(folder / "labelme" / f"{name}.json", content)
+            write_json(folder / "labelme" / f"{name}.json", content, indent=None)
         parts_K = Components(len(self.names)).counted(ids_HW)
         pixels_K = class_pixels(ids_HW, len(self.names))
         rows = []
@@ -365,7 +355,7 @@ class Segmenter:
         record: dict[str, Any] = {"files": files, "classes": self.names}
         exported = list(self.settings["export"])
         if "coco" in exported:
-            write_json_whole(folder / "coco.json", coco_content(rows, folder, self.names))
+            write_json(folder / "coco.json", coco_content(rows, folder, self.names), indent=None)
         files += ["coco.json" if kind == "coco" else kind for kind in exported]
         look = f"look at {folder / 'overlays'}, " if self.settings["overlays"] else ""
         record["next"] = f"{look}correct masks, add them to the training set and `hf-dbp finetune` again"
@@ -378,12 +368,6 @@ class Segmenter:
         per_class = class_scores(hits_K, true_K, predicted_K, self.names)
         ious = [row["iou"] for row in per_class.values() if row["iou"] is not None]
         return record | {"mean_iou": float(np.mean(ious)) if ious else None, "per_class": per_class}
-
-
-def write_json_whole(file: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file, whole or not there."""
-    with whole_file(file) as part:
-        part.write_text(json.dumps(content), encoding="utf-8")
 
 
 def coco_content(rows: Sequence[Mapping[str, Any]], folder: Path, names: Mapping[int, str]) -> dict[str, Any]:
