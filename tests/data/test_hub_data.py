@@ -115,3 +115,20 @@ def test_what_passes_is_tried_again_and_what_stays_ends_in_one_line(hub, ask, tm
         assert result["error"].startswith(message.format(f"lasting/{status}")) and "\n" not in result["error"]
     hub.faults.clear()
     assert [result["train"] for result in ask(*lasting)] == [180] * 5
+
+
+@pytest.mark.slow
+def test_a_data_set_is_inspected(hub, tmp_path):
+    """As training downloads it; a gated one is refused in the same words."""
+
+    def inspected(name: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", "from hf_dbp.cli import main; main()", "inspect", "--dataset_name", name],
+            env=hub_environment(hub.url, tmp_path / "home") | {"PYTHONPATH": str(ROOT)},
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    found = inspected("me/open")
+    assert "images     200\n" in found.stdout and "PROBLEM" not in found.stdout, found.stderr[-2000:]
+    assert "dataset_name: me/open" in (tmp_path / "outputs/inspection/pretrain.yaml").read_text()
+    assert "data set me/gated is gated: log in with `hf auth login`" in inspected("me/gated").stderr

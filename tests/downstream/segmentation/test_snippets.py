@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import hf_dbp
 from hf_dbp import cli
+from hf_dbp.data.windows import open_rows
 from hf_dbp.data.wire_bonding import render
+from hf_dbp.downstream.segmentation import predictor
 from hf_dbp.downstream.segmentation.finetuning import main as finetune
 
 ROOT = Path(__file__).parents[3]
@@ -127,3 +131,16 @@ def test_the_command(trained, tmp_path, monkeypatch):
     cli.main([*shlex.split(line)[1:-1], "scored", "--masks", "masks"])
     found = json.loads(Path("scored/predictions.json").read_text())
     assert (found["mean_iou"], found["per_class"]) == (record["mean_iou"], record["per_class"])
+
+
+def test_a_mosaic_that_is_read_in_rows(trained, tmp_path, monkeypatch):
+    """As TIFF files too large for memory are: the same figures."""
+    record = run_elsewhere(trained, tmp_path, monkeypatch)
+    Path("tiffs").mkdir()
+    with Image.open("street.png") as picture:
+        tifffile.imwrite("tiffs/street.tif", np.asarray(picture), photometric="rgb", tile=(64, 48))
+    opened = []
+    monkeypatch.setattr(predictor, "open_rows", lambda file: opened.append(open_rows(file, least=1)) or opened[-1])
+    found = hf_dbp.predict("segmenter", "tiffs", "predictions", masks="masks")
+    assert opened[0] is not None
+    assert (found.record["mean_iou"], found.record["per_class"]) == (record["mean_iou"], record["per_class"])
