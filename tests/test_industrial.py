@@ -165,7 +165,7 @@ def test_defects_on_strips_are_found_by_the_recipes_as_inspect_writes_them():
     main(["inspect", "images", "--masks", "masks"])
     main(["pretrain", "--config", "outputs/inspection/pretrain.yaml", "--model_size", "mini", *quick])
     main(["fuse", "outputs/industrial", "--output_dir", "outputs/industrial-fused"])
-    small = ["--head_size", "32", "--auxiliary_head_size", "16", "--num_train_epochs", "200"]
+    small = ["--head_size", "32", "--auxiliary_head_size", "16", "--num_train_epochs", "150"]
     main(["finetune", "--config", "outputs/inspection/finetune.yaml", *small, *quick])
     record = json.loads(Path("outputs/industrial_upernet/eval.json").read_text())
     assert record["per_class"]["class 1"]["iou"] > 0.8

@@ -126,8 +126,9 @@ def crop_chances(values_HW: NDArray[Any], crop: int) -> dict[int, float]:
             found[value] = 1.0
             continue
         sums = cv2.integral((values_HW == value).astype(np.uint8))
-        held = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
-        found[value] = float((held[::step, ::step] > 0).mean())
+        corners = sums[height:, width:], sums[:-height, width:], sums[height:, :-width], sums[:-height, :-width]
+        end, above, before, both = (corner[::step, ::step] for corner in corners)
+        found[value] = float((end - above - before + both > 0).mean())
     return found
 
 
