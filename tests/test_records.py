@@ -1,10 +1,13 @@
 """run.json: what is written can be read, and nothing secret or invented is in it."""
 
+import ast
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+import hf_dbp
 from hf_dbp.records import RunRecord, arguments_record, without_secrets
 from hf_dbp.training.arguments import ModelArguments
 
@@ -71,3 +74,19 @@ def test_what_is_not_finite_is_null_on_disk_and_nan_again_when_read(tmp_path):
     again = RunRecord.read(tmp_path / "run.json")
     assert math.isnan(again.rows[1]["eval_loss"])
     assert again.best["eval_loss"] == 3.0
+
+
+#: where what is not a number may pass: flags before `write_json`, a value of a recipe, an example that needs no hf_dbp
+ELSEWHERE = {"records.py", "recipes/__init__.py", "downstream/onnx_run.py"}
+
+
+def test_whatever_else_is_written_as_json_cannot_hold_what_is_not_finite():
+    """Caches and journals, which do not go through `write_json`."""
+    package, found = Path(hf_dbp.__file__).parent, []
+    for file in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dumps", "json.dump"):
+                strict = any(key.arg == "allow_nan" and ast.unparse(key.value) == "False" for key in node.keywords)
+                found.append((file.relative_to(package).as_posix(), strict))
+    assert {name for name, strict in found if not strict} == ELSEWHERE
+    assert len(found) > 10

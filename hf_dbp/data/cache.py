@@ -100,7 +100,7 @@ def _make(images: ShardedImages, target: Path, how: Materialization) -> None:
         raise UserError(f"{images.listing.files[0]} and its like hold no readable image")
     content = {"parts": len(parts), "channels": how.num_channels, "dtype": how.depth}
     part_file = target / ".images.json"
-    part_file.write_text(json.dumps(content), encoding="utf-8")
+    part_file.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
     part_file.replace(target / "images.json")
 
 

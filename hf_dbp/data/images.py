@@ -330,7 +330,7 @@ def measured_once(
                 return first, second
         found = measure(images, picks)
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(found), encoding="utf-8")
+        part.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
         part.replace(file)
     return found
 

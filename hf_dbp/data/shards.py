@@ -206,7 +206,7 @@ def list_tars(files: list[str], column: str, token: str | None) -> Listing:
         members=[name for name, _, _ in flat],
         offsets=np.array([offset for _, offset, _ in flat], np.int64),
         sizes=np.array([size for _, _, size in flat], np.int64),
-        left_out=json.dumps(left_out.record()),
+        left_out=json.dumps(left_out.record(), allow_nan=False),
     )
 
 

@@ -168,7 +168,7 @@ def tar_table(files: Sequence[str], column: str, cache_dir: str | None, left_out
                 "int64" if extension in NUMBERS else "string" if extension in TEXTS else "binary"
             )
     stamps = tuple(map(file_stamp, files))
-    images_of = json.dumps(chosen)
+    images_of = json.dumps(chosen, allow_nan=False)
     how = {"files": tuple(files), "stamps": stamps, "column": column, "chosen": images_of, "kinds": tuple(kinds)}
     return datasets.Dataset.from_generator(tar_rows, datasets.Features(kinds), cache_dir=cache_dir, gen_kwargs=how)
 

@@ -63,7 +63,8 @@ COMPARED = 200_000  # images; above, comparing all pairs takes hours
 
 def fingerprint(encoder: FrozenEncoder, images: ImageList, how: dict[str, Any]) -> str:
     """A name for these images through this model in this way: work of another name is not resumed."""
-    digest = hashlib.blake2b(json.dumps([how, encoder.size, list(encoder.mean), list(encoder.std)]).encode())
+    about = [how, encoder.size, list(encoder.mean), list(encoder.std)]
+    digest = hashlib.blake2b(json.dumps(about, allow_nan=False).encode())
     for name, tensor in sorted(encoder.vit.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     if isinstance(images.samples, WireBonding):
@@ -167,7 +168,7 @@ def schema_of(width: int, record: dict[str, Any]) -> pa.Schema:
         ("row", pa.int64()), ("name", pa.string()), ("feature", pa.list_(pa.float32(), width)),
         ("duplicate_of", pa.string()), ("outlier_score", pa.float32()), ("error", pa.string()),
     ]  # fmt: skip
-    return pa.schema(columns, metadata={"hf_dbp": json.dumps(record)})
+    return pa.schema(columns, metadata={"hf_dbp": json.dumps(record, allow_nan=False)})
 
 
 def write_table(path: Path, work: Work, images: ImageList, record: dict[str, Any]) -> dict[str, Any]:
@@ -314,6 +315,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     if args.nearest < 1 or args.batch_size < 1:
         raise UserError(f"--nearest and --batch_size are at least 1, got {args.nearest} and {args.batch_size}")
+    if not -1 <= args.threshold <= 1:
+        raise UserError(f"--threshold is a cosine, from -1 to 1, got {args.threshold}")
     source = image_source(args)
     images = open_images(source, args.split)
     encoder = load_encoder(args.model, images, cache_dir=args.cache_dir, token=args.token)

@@ -39,7 +39,7 @@ from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.whole_files import clear_parts, whole_file
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_json
-from hf_dbp.records import versions, write_json
+from hf_dbp.records import finite, versions, write_json
 
 __all__ = ["Predictions", "Predictor", "load_predictor", "main", "predict"]
 
@@ -151,8 +151,9 @@ def predict(
     started = time.monotonic()
     with (folder / DONE).open("a", encoding="utf-8") as journal:
         if not done:
-            note(journal, {"settings": dict(predictor.settings)})
-        for name, rows in finished(predictor, left, folder, unreadable, len(samples)):
+            note(journal, {"settings": finite(predictor.settings)})
+        for name, found in finished(predictor, left, folder, unreadable, len(samples)):
+            rows = finite(found)  # as a resumed run reads them back
             note(journal, {"image": name, "rows": rows})
             done[name] = rows
     seconds = time.monotonic() - started
@@ -186,7 +187,7 @@ def samples_of(images: str, channel_files: Sequence[str] | None) -> tuple[Sample
 
 def note(journal: Any, entry: Mapping[str, Any]) -> None:
     """Add a line that is there after a crash."""
-    journal.write(json.dumps(entry) + "\n")
+    journal.write(json.dumps(entry, allow_nan=False) + "\n")
     journal.flush()
     os.fsync(journal.fileno())
 
@@ -205,7 +206,7 @@ def read_done(file: Path, settings: Mapping[str, Any]) -> dict[str, list[Row]]:
     entries = [json.loads(line) for line in whole.splitlines()]
     if not entries:
         return {}
-    before, now = entries[0]["settings"], json.loads(json.dumps(dict(settings)))
+    before, now = entries[0]["settings"], json.loads(json.dumps(finite(settings), allow_nan=False))
     changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
     if changed:
         name = sorted(changed)[0]

@@ -264,7 +264,7 @@ def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
     for key, value in content.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         plain = not isinstance(value, list) and re.fullmatch(r"[\w./+-]+", text)
-        lines.append(f"{key}: {text if plain else json.dumps(value)}")
+        lines.append(f"{key}: {text if plain else json.dumps(value, allow_nan=False)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

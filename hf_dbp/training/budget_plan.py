@@ -217,8 +217,8 @@ def write_plan(
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["# What the budget chose, and why. Edit what you like, then repeat the command; or --config this file."]
-    lines += [f"{name}: {json.dumps(value)}" for name, value in head.items()]
+    lines += [f"{name}: {json.dumps(value, allow_nan=False)}" for name, value in head.items()]
     for choice in choices:
         if choice.flag not in given:
-            lines.append(f"{choice.flag}: {json.dumps(choice.value)}  # {choice.reason}")
+            lines.append(f"{choice.flag}: {json.dumps(choice.value, allow_nan=False)}  # {choice.reason}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -50,7 +50,7 @@ def mask_folder(
     files = {name: paths[0] for name, paths in folder.named(Path(image_dir), folder.files, None).items()}
     given = [Path(source)] if Path(source).is_file() else sorted(f for f in Path(source).rglob("*") if f.is_file())
     about = [VERSION, names, os.path.abspath(image_dir), *((str(f.resolve()), file_stamp(str(f))) for f in given)]
-    key = hashlib.blake2b(json.dumps([about, sorted(files)]).encode(), digest_size=10).hexdigest()
+    key = hashlib.blake2b(json.dumps([about, sorted(files)], allow_nan=False).encode(), digest_size=10).hexdigest()
     kept = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_dbp" / "labels"
     kept.mkdir(parents=True, exist_ok=True)
     target = kept / key
@@ -82,7 +82,7 @@ def draw(source: str, files: dict[str, str], names: Sequence[str] | None, kept: 
             path = Path(aside, "masks", f"{name}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(mask.astype(np.uint8 if len(classes) <= 255 else np.uint16)).save(path)
-        (Path(aside) / "masks" / NAMES).write_text(json.dumps(classes), encoding="utf-8")
+        (Path(aside) / "masks" / NAMES).write_text(json.dumps(classes, allow_nan=False), encoding="utf-8")
         Path(aside, "masks").rename(target)
 
 

@@ -349,6 +349,32 @@ def test_two_processes_make_one_model(images, tmp_path):
     assert done.stdout.count("  accuracy ") == 1
 
 
+def test_the_batch_that_fits_is_the_one_recorded(images, tmp_path, monkeypatch):
+    """No more than six images fit; the learning rate follows."""
+    stock, batches = ClassificationTrainer.training_step, []
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if len(inputs["pixel_values"]) > 6:
+            raise RuntimeError("CUDA out of memory.")
+        batches.append(len(inputs["pixel_values"]))
+        return stock(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ClassificationTrainer, "training_step", training_step)
+    place = FLAGS.index("--learning_rate") if "--learning_rate" in FLAGS else None
+    flags = FLAGS if place is None else [*FLAGS[:place], *FLAGS[place + 2 :]]
+    batch = ["--per_device_train_batch_size", "8", "--auto_find_batch_size", "--base_learning_rate", "0.1"]
+    given = ["--max_steps", "2", "--eval_steps", "2", "--output_dir", str(tmp_path)]
+    record = main([str(images), *flags, *batch, *given])
+    assert batches == [6, 6]
+    used = {"per_device_train_batch_size": 6, "learning_rate": pytest.approx(0.1 * 6 / 256)}
+    for found in (record, json.loads((tmp_path / "checkpoint-2" / "arguments.json").read_text())):
+        assert {name: found["arguments"][name] for name in used} == used
+    asked = {name: record["asked_used"][name]["asked"] for name in used}
+    assert asked == {"per_device_train_batch_size": 8, "learning_rate": 0.1}
+    assert record["data"]["feeding"]["step_images"] == 6
+    assert "| images per optimizer step | 6 |" in (tmp_path / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_a_budget_of_time_in_place_of_epochs(images, tmp_path):
     place = FLAGS.index("--max_steps")
