@@ -43,7 +43,7 @@ class PlannedMethod(Method):
             named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
             self.optimizer = torch.optim.AdamW(decay_groups(named, args.weight_decay), fused=True, **options)
         else:
-            self.optimizer = HiddenWithAdamW(
+            self.optimizer = HiddenWithAdamW(  # type: ignore[assignment]
                 self.model, model_args.optimizer, weight_decay=args.weight_decay, **options
             )
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=args.bf16)

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy import stats
@@ -58,7 +59,7 @@ def measure(args):
     train_data, eval_data = (WholeImages(one, args.long_edge, encoder.mean, encoder.std) for one in (train, validation))
     memories = []
     for index in range(len(train_data)):
-        alone = torch.utils.data.Subset(train_data, [index])
+        alone: Any = torch.utils.data.Subset(train_data, [index])
         alone.images = train
         memories.append(retrieval.build_memory(encoder.vit, alone, args.crop_size, len(names), 10**9))
     retrieval.patch_tokens = cached(retrieval.patch_tokens)
@@ -68,14 +69,14 @@ def measure(args):
             for seed in range(1 if method == "k_centre" else args.seeds):
                 chosen = select_images(table, labels, method, seed=seed)
                 parts = [memories[int(table.rows[one])] for one in chosen]
-                memory, shares = (torch.cat([part[which] for part in parts]) for which in (0, 1))
+                memory, shares = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
                 model = retrieval.RetrievalSegmenter(encoder.vit, memory, shares, names)
-                confusion, _ = count_pixels(
+                counts = count_pixels(
                     model, ([eval_data[i]] for i in range(len(eval_data))), num_labels=len(names),
                     ignore_index=source.ignore_index, crop_size=args.crop_size,
                 )  # fmt: skip
                 rows.append({"method": method, "labels": labels, "seed": seed,
-                             "mean_iou": retrieval.figures(confusion, names)["mean_iou"]})  # fmt: skip
+                             "mean_iou": retrieval.figures(counts.confusion_KK, names)["mean_iou"]})  # fmt: skip
                 print(f"{time.monotonic() - began:7.1f} s", rows[-1], flush=True)
     record = {
         "schema": 1, "data": args.name or source.name, "pool": len(train), "validation": len(validation),

@@ -79,7 +79,7 @@ def test_an_update_is_the_formula_on_the_tokens_of_each_shared_input(title):
     disturb(model)
     seen = {}
     for name, layer in decorrelated_layers(model):
-        layer.register_forward_pre_hook(lambda layer, args, name=name: seen.setdefault(name, []).append(args[0]))
+        layer.register_forward_pre_hook(lambda layer, args, name=name: seen.setdefault(name, []).append(args[0]))  # type: ignore[attr-defined]
     before = matrices(model)
     shares = step(model, batch)
     assert shares.keys() == before.keys()
@@ -184,7 +184,7 @@ class TwoTowers(nn.Module):
     def __init__(self):
         super().__init__()
         self.text, self.vision, self.pooled, self.flat, self.other = (self.Tower() for _ in range(5))
-        self.other = nn.Linear(6, 2)
+        self.other = nn.Linear(6, 2)  # type: ignore[assignment]
 
     def forward(self, x, image, attention_mask=None):
         x = self.text(x, attention_mask)
@@ -283,7 +283,7 @@ def test_every_layer_that_must_stay_plain_says_why():
         assert reason in found[name] and bool(reason) == bool(found[name]), (name, found[name])
         if reason:
             with pytest.raises(ValueError, match=f"{name} cannot be decorrelated: .*{reason}"):
-                decorrelate(copy.deepcopy(model), lambda _, other, name=name: other == name, batch=x)
+                decorrelate(copy.deepcopy(model), lambda _, other, name=name: other == name, batch=x)  # type: ignore[misc]
     assert [name for name, _ in decorrelated_layers(decorrelate(model, "all", batch=x))] == ["good"]
 
 

@@ -32,7 +32,7 @@ def fresh_dynamo() -> Iterator[None]:
 def compiled(model: nn.Module, backend: str, fullgraph: bool = True) -> tuple[nn.Module, CompileCounterWithBackend]:
     """The compiled model and a counter of the graphs made for it; the tracing is that of inductor in any case."""
     counter = CompileCounterWithBackend(backend)
-    return torch.compile(model, backend=counter, fullgraph=fullgraph), counter
+    return torch.compile(model, backend=counter, fullgraph=fullgraph), counter  # type: ignore[return-value]
 
 
 def step(call: Callable[..., Tensor], model: nn.Module, batches: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:

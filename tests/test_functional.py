@@ -34,7 +34,7 @@ def double(*shape: int) -> Tensor:
 def test_fused_is_naive_in_outputs_and_gradients(shape: tuple[int, ...], bias: bool) -> None:
     R, x, W = near_identity(6), double(*shape, 6).requires_grad_(), double(4, 6).requires_grad_()
     leaves = (x, W, double(4).requires_grad_()) if bias else (x, W)
-    outputs = [decorrelated_linear(*(*leaves, None)[:3], R, naive=naive) for naive in (False, True)]
+    outputs = [decorrelated_linear(*(*leaves, None)[:3], R, naive=naive) for naive in (False, True)]  # type: ignore[misc]
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
     pull = torch.randn_like(outputs[0])
     fused, naive = (torch.autograd.grad(y, leaves, pull) for y in outputs)

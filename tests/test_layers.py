@@ -100,7 +100,7 @@ def test_what_the_linear_gathers_is_its_input_in_train_mode_only() -> None:
     layer.decorrelation.gathering = True
     layer(x), layer(2 * x)
     rows = layer.decorrelation.rows
-    assert not rows.requires_grad
+    assert not rows.requires_grad  # type: ignore[attr-defined]
     assert torch.equal(rows, torch.cat([x, 2 * x]).detach().reshape(-1, 6))
 
 

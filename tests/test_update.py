@@ -128,7 +128,7 @@ def test_a_draw_depends_on_seed_step_rank_and_layer_alone() -> None:
         module = model(fraction=0.1)
         seed_sampling(module, seed=seed, step=step, rank=rank)
         module(x)
-        return module[0].decorrelation.rows
+        return module[0].decorrelation.rows  # type: ignore[return-value]
 
     assert torch.equal(drawn(1, 2, 3), drawn(1, 2, 3))
     assert not any(torch.equal(drawn(1, 2, 3), drawn(*other)) for other in ((0, 2, 3), (1, 3, 3), (1, 2, 0), (2, 1, 3)))

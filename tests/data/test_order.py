@@ -103,7 +103,7 @@ def test_a_run_resumed_on_other_processes_keeps_its_order():
     samplers = [make_sampler(Blocks(), args) for args in (first, second)]
     records = [{"train_images": 210, "feeding": feeding(*pair)} for pair in zip(samplers, (first, second), strict=True)]
     assert list(samplers[0]) != list(samplers[1])
-    adopt_order(samplers[1], *records, drop_last=True)
+    adopt_order(samplers[1], *records, drop_last=True)  # type: ignore[misc]
     assert list(samplers[0]) == list(samplers[1])
     assert records[1]["feeding"]["lanes"] == 6  # what a third run would go on with
 

@@ -180,7 +180,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_scale_that_leaves_enough_pixels():
         ((8, 16, 520, 400), (32, 32), 8),
         ((8, 16, 520, 400), (400, 600), 1),
     ):
-        part = jpeg_part(value, lambda _, box=box: box, size)
+        part = jpeg_part(value, lambda _, box=box: box, size)  # type: ignore[misc]
         assert part.shape[:2] == (round((box[3] - box[1]) / divisor), round((box[2] - box[0]) / divisor))
         small = Image.open(io.BytesIO(value["bytes"])).reduce(divisor)
         expected = np.asarray(small.crop(tuple(round(edge / divisor) for edge in box))).astype(float)
@@ -231,7 +231,7 @@ def test_other_files_are_read_as_they_were(tmp_path):
     for name, value in (ours | others).items():
         whole = decode(value, 3, name)
         for box in ((0, 0, whole.shape[1], whole.shape[0]), (11, 7, 52, 60)):
-            part = decode_part(value, 3, name, lambda _, box=box: box, (40, 40))
+            part = decode_part(value, 3, name, lambda _, box=box: box, (40, 40))  # type: ignore[misc]
             assert part.dtype == whole.dtype and np.array_equal(part, whole[box[1] : box[3], box[0] : box[2]]), name
         assert (jpeg_part(value, lambda size: (0, 0, *size[::-1]), (40, 40)) is not None) == (name in ours), name
 

@@ -92,7 +92,7 @@ def test_the_two_lights_show_different_pictures() -> None:
 
 def test_dataset_is_a_window_on_the_series() -> None:
     dataset = WireBonding(3, size=(32, 48), seed=7, bits=16, first=10)
-    items = list(dataset)
+    items = list(dataset)  # type: ignore[call-overload]
     assert len(dataset) == len(items) == 3
     image, annotation = render(11, seed=7, size=(32, 48), bits=16)
     assert np.array_equal(items[1]["image"], image)

@@ -124,7 +124,7 @@ def cases(draw):
     numbers = {"elements": {"allow_nan": False, "allow_infinity": False}} if depth.startswith("float") else {}
     if draw(st.booleans()):
         return name, kind, drawn(np.random.default_rng(draw(st.integers(0, 10**6))), depth, *shape)
-    return name, kind, draw(arrays.arrays(depth, shape, **numbers))
+    return name, kind, draw(arrays.arrays(depth, shape, **numbers))  # type: ignore[call-overload]
 
 
 def read_or_refused(folder, case):

@@ -156,11 +156,11 @@ def test_cards_pass_validation_and_read_back(pushed, repo_id, record):
     assert pushed.hub.requests.count(("POST", "/api/validate-yaml")) >= len(pushed.hub.repositories)
     card = ModelCard(held(pushed, repo_id)["README.md"].decode())
     measured = json.loads(held(pushed, repo_id)[record])
-    values = [result.metric_value for result in card.data.eval_results]
+    values = [result.metric_value for result in card.data.eval_results]  # type: ignore[attr-defined]
     names = ("mean_iou", "mean_accuracy", "overall_accuracy") if "mean_iou" in measured else ("accuracy",)
     expected = [measured["best"]["eval_loss"]] if "best" in measured else [measured[name] for name in names]
     assert values == expected
-    assert card.data.model_name == repo_id.partition("/")[2]
+    assert card.data.model_name == repo_id.partition("/")[2]  # type: ignore[attr-defined]
 
 
 def test_the_pulled_card_is_the_pushed_one(pushed, pulled):

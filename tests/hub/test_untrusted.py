@@ -80,7 +80,7 @@ ABSURD = {
     "qkv_bias": ["yes"],
     "decorrelated_layers": ["all", ["full"]],
 }
-CASES = [(field, value) for field, values in ABSURD.items() for value in values]
+CASES = [(field, value) for field, values in ABSURD.items() for value in values]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("field", "value"), CASES)

@@ -254,7 +254,7 @@ def check_pretraining(folder, given, stop, parts, made):
     for step in theirs.keys() - {given["max_steps"]}:  # at a resume, --eval_on_start evaluates once more
         assert ours[step] == pytest.approx(theirs[step], **tolerance(given))
     ends = [(one["step"], one["eval_loss"]) for one in (model, undisturbed.results["model"])]
-    check_same_end(given, stop, *ends, (folder / "run", folder / "undisturbed"))
+    check_same_end(given, stop, *ends, (folder / "run", folder / "undisturbed"))  # type: ignore[call-arg]
 
 
 # ---- Trainers in Python ----
@@ -306,7 +306,7 @@ def check_trainer(folder, given, stop, parts, made):
     if ends[0][0] != ends[1][0]:
         assert given["load_best_model_at_end"] and stop + 1 in run.saved
     else:
-        check_same_end(given, stop, *ends, (folder / "saved", folder / "other"))
+        check_same_end(given, stop, *ends, (folder / "saved", folder / "other"))  # type: ignore[call-arg]
 
 
 def check_stock(folder, given, stop, parts, made):
@@ -409,7 +409,7 @@ def check_finetuning(folder, given, stop, parts, made):
         for name in ("eval_loss", "eval_mean_iou"):
             assert ours[name] == pytest.approx(theirs[name], **tolerance(given))
     ends = [(one["step"], one["loss"]) for one in (run, undisturbed)]
-    check_same_end(given, stop, *ends, (folder / "run", folder / "undisturbed"))
+    check_same_end(given, stop, *ends, (folder / "run", folder / "undisturbed"))  # type: ignore[call-arg]
 
 
 CHECKS = dict(zip(TRAINERS, (check_pretraining, check_trainer, check_stock, check_finetuning), strict=True))
@@ -432,6 +432,6 @@ def test_what_lies_on_disk_is_what_a_run_says(trainer, made, monkeypatch):
     def drawn(case):
         note(f"drawn with TRUTH_RUNS={RUNS} TRUTH_SEED={SEED}, -k {trainer}")
         with tempfile.TemporaryDirectory() as folder, trained_parts() as parts:
-            CHECKS[trainer](Path(folder), *case, parts, made)
+            CHECKS[trainer](Path(folder), *case, parts, made)  # type: ignore[call-arg]
 
     drawn()

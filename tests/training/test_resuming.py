@@ -187,8 +187,9 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path, change
     assert "the same command goes on from" in errors.strip().splitlines()[-1]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one processor
 def test_a_signal_ends_no_worker_that_has_only_begun(monkeypatch):
-    stock = popen_fork.Popen._launch
+    stock = popen_fork.Popen._launch  # type: ignore[attr-defined]
 
     def launch(self, process):
         stock(self, process)

@@ -349,7 +349,7 @@ def test_the_clock_counts_training_alone_in_any_trainer(tmp_path, mae_config, mo
     monkeypatch.setattr("hf_dbp.training.measurement.time.perf_counter", lambda: now[0])
     clock = clocked.ClockCallback()
 
-    class Slow(trainer_class):
+    class Slow(trainer_class):  # type: ignore[misc, valid-type]
         pass
 
     for name, seconds in (("training_step", 1), ("prediction_step", 1000), ("_save", 1000), ("_load_best_model", 1000)):

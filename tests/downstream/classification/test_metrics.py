@@ -53,7 +53,7 @@ def test_the_figures_are_those_of_the_formulas(images, classes):
     scores, expected = metric.compute(), by_hand(logits, labels)
     assert scores.keys() == expected.keys()
     for name, value in expected.items():
-        assert scores[name] == (value if value is None else pytest.approx(value, rel=1e-12, abs=1e-12)), name
+        assert scores[name] == (value if value is None else pytest.approx(value, rel=1e-12, abs=1e-12)), name  # type: ignore[literal-required]
     assert metric.compute(predictions=logits[:1], references=labels[:1])["accuracy"] in (0.0, 1.0)  # it began anew
 
 

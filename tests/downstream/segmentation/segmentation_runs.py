@@ -40,7 +40,7 @@ def frozen_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]
 
 
 def trainer(folder: Path, *, count: int = 8, void: float = 0.0, frozen: bool = False, **options: Any):

@@ -18,7 +18,7 @@ from hf_dbp.downstream.segmentation.data import TrainingCrops
 def assert_same_weights(states, expected, **tolerance):
     assert states.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(states[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(states[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)  # type: ignore[misc]
 
 
 def test_four_micro_batches_give_the_gradient_of_one_batch(tmp_path):
