@@ -1,13 +1,13 @@
-"""Does a long run grow or slow down? A very small pre-training run, watched from outside.
+"""Does a long run grow or slow down? Watches a very small pre-training run from outside.
 
     python benchmarks/endurance.py                        # 20,000 steps on one core: about six minutes
     python benchmarks/endurance.py --steps 2000 --output endurance.json
 
-The run is the true command in a process of its own, with an evaluation and a checkpoint every 200 steps. Memory
-(resident set), open files and processor time are read from /proc once a second, the seconds of a step from the record
-(the median between two evaluations, training alone). Processor time per step, with evaluations and saves, is what
-other programs on the machine distort least. Compared are the first quarter of the training, without its first tenth, in
-which the libraries still load, and the last quarter.
+The run is the real command in a separate process, with an evaluation and a checkpoint every 200 steps. Memory (resident
+set), open files and processor time are read from /proc once a second, and the seconds of a step from the record (the
+median between two evaluations, training alone). Other programs on the machine distort processor time per step, with
+evaluations and saves, the least. The last quarter of training is compared with the first, without its first tenth, in
+which libraries still load.
 """
 
 import argparse
@@ -36,7 +36,7 @@ FLAGS = (
 
 
 def sample(pid: int) -> dict[str, float]:
-    """Resident memory in MiB, open files and processor seconds of a process now."""
+    """Current resident memory in MiB, open files and processor seconds of a process."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     resident = int(status.split("VmRSS:")[1].split()[0])
     ticks = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[11:13]
@@ -45,7 +45,7 @@ def sample(pid: int) -> dict[str, float]:
 
 
 def watch(steps: int, folder: Path) -> list[dict[str, float]]:
-    """Run ``steps`` steps into ``folder``; a sample a second from the first checkpoint to the last."""
+    """Run ``steps`` steps in ``folder``, and take one sample per second from the first checkpoint to the last."""
     command = [sys.executable, str(SCRIPT), *FLAGS, "--max_steps", str(steps), "--output_dir", str(folder)]
     samples = []
     with (folder / "log.txt").open("w") as log:
@@ -61,14 +61,14 @@ def watch(steps: int, folder: Path) -> list[dict[str, float]]:
 
 
 def processor_times(samples: list[dict[str, float]]) -> list[float]:
-    """Processor milliseconds per step, from twentieths of the run so that a second more or less does not count."""
+    """Processor milliseconds per step, over twentieths of the run, so a second more or less does not matter."""
     ends = [samples[len(samples) * part // 20] for part in range(20)] + [samples[-1]]
     pairs = [(a, b) for a, b in itertools.pairwise(ends) if b["step"] > a["step"]]
     return [1000 * (b["processor seconds"] - a["processor seconds"]) / (b["step"] - a["step"]) for a, b in pairs]
 
 
 def quarters(values: list[float]) -> dict[str, float]:
-    """Medians over the first quarter, without its first tenth, and over the last quarter; largest value of all."""
+    """Medians over the first quarter, without its first tenth, and over the last quarter, and the largest value."""
     quarter = len(values) // 4
     first, last = values[quarter // 10 : quarter], values[-quarter:]
     return {"first": statistics.median(first), "last": statistics.median(last), "largest": max(values)}
@@ -77,7 +77,7 @@ def quarters(values: list[float]) -> dict[str, float]:
 def main() -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Memory, open files and step time of a long run.")
     parser.add_argument("--steps", type=int, default=20_000, help="optimizer steps, at least 2000")
-    parser.add_argument("--output", type=Path, help="where the figures are written as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         samples = watch(args.steps, Path(folder))

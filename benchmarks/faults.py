@@ -1,17 +1,17 @@
-"""Kill a run again and again, repeat its command each time, and compare what comes out to the bit.
+"""Kill a run again and again, repeat its command each time, and compare the results bit for bit.
 
     python benchmarks/faults.py                                   # 60 kills: about ten minutes on one core
     python benchmarks/faults.py --kills 6 --steps 12 --output faults.json
 
-One process trains a very small model and saves every three steps. An attempt is ended by a signal at a random moment
-(seeded): while it starts, between two saves, inside a save, at its end; one in five is SIGTERM, the others SIGKILL.
-The same command is then repeated, until it finishes; with signals left over, another run begins. Every finished run is
-compared with one that nothing happened to: weights, every R, optimizer state, schedule, random state and validation
-losses to the bit, and of every step the images with their views and masks.
+One process trains a very small model and saves every three steps. A signal ends each attempt at a random moment
+(seeded): during start-up, between two saves, during a save, or at the end; one in five is SIGTERM, the others SIGKILL.
+The same command is then repeated until it finishes; if signals are left, another run begins. Every finished run is
+compared bit for bit with an undisturbed one: weights, every R, optimizer state, schedule, random state, validation
+losses, and for every step the images with their views and masks.
 
 To save the seconds of importing torch, an attempt is forked from a process that has imported it and calls the main of
-`training_scripts/run_dbp_mae.py`; every sixth attempt is that command itself. Where a signal hit is read from what it
-left in the folder.
+`training_scripts/run_dbp_mae.py`; every sixth attempt is that command itself. The files in the folder show where a
+signal hit.
 """
 
 import argparse
@@ -60,7 +60,7 @@ AIMS = {"start": 1, "training": 3, "save": 5, "end": 1}  # with these weights
 
 
 def trace_to(file: Path) -> None:
-    """Have every step write its number and a digest of its images, views and masks."""
+    """Make every step write its number and a digest of its images, views and masks."""
     stock = MAETrainer.training_step
 
     def training_step(self: MAETrainer, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def trace_to(file: Path) -> None:
 
 
 def start(folder: Path, steps: int, *, as_command: bool) -> int:
-    """Begin or go on with the run in ``folder``, as a process; its id."""
+    """Start or resume the run in ``folder`` as a process; return its id."""
     arguments = [*FLAGS, "--max_steps", str(steps), "--output_dir", str(folder)]
     with Path(f"{folder}.log").open("a") as log:
         if as_command:
@@ -105,7 +105,7 @@ def ended(process: int) -> int | None:
 
 
 def wait(process: int, until: Callable[[], bool], seconds: float) -> int | None:
-    """Wait until something is so, or the process ends, or the time is over."""
+    """Wait until the condition holds, the process ends, or the time is up."""
     end = time.monotonic() + seconds
     while (status := ended(process)) is None and not until() and time.monotonic() < end:
         time.sleep(0.0005)
@@ -113,7 +113,7 @@ def wait(process: int, until: Callable[[], bool], seconds: float) -> int | None:
 
 
 def moment(aim: str, folder: Path, rng: random.Random) -> tuple[Callable[[], bool], float]:
-    """What to wait for, and how many seconds from then on, before the signal."""
+    """The condition to wait for, and the seconds from then until the signal."""
     before, saves, seen = {*folder.glob("checkpoint-*")}, rng.randint(1, 3), {*()}
 
     def saved() -> int:
@@ -130,13 +130,13 @@ def moment(aim: str, folder: Path, rng: random.Random) -> tuple[Callable[[], boo
 
 
 def traced(folder: Path) -> list[list[str]]:
-    """Step and digest of every step that a run has begun."""
+    """Step and digest of every step that a run started."""
     file = Path(f"{folder}.trace")
     return [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def where(folder: Path, steps: int, *, since: float, trains: bool) -> str:
-    """What a signal hit, from what an attempt has left in the folder since it began and whether it has trained."""
+    """What a signal hit, judging by what the attempt left in the folder and whether it trained."""
     left = folder / UNFINISHED
     fresh = left.is_dir() and left.stat().st_mtime > since
     if fresh and next(left.glob("deleted-*"), None):
@@ -150,11 +150,11 @@ def where(folder: Path, steps: int, *, since: float, trains: bool) -> str:
     return "training or evaluating" if trains else "starting or restoring"
 
 
-# ---- what came out ----
+# ---- results ----
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal to the bit, through dictionaries and lists."""
+    """Whether two values, including nested dictionaries and lists, are bit-identical."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -165,7 +165,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def outcome(folder: Path, steps: int) -> dict[str, Any]:
-    """Everything that must not depend on what happened to a run."""
+    """Everything that must not depend on interruptions."""
     last = folder / f"checkpoint-{steps}"
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return {
@@ -180,7 +180,7 @@ def outcome(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def differences(run: Path, undisturbed: Path, steps: int) -> list[str]:
-    """What is not the same in two finished runs."""
+    """The differences between two finished runs."""
     ours, theirs = outcome(run, steps), outcome(undisturbed, steps)
     found = [name for name in ours if not same(ours[name], theirs[name])]
     expected = dict(traced(undisturbed))
@@ -193,7 +193,7 @@ def differences(run: Path, undisturbed: Path, steps: int) -> list[str]:
 
 
 def disturbed_run(folder: Path, steps: int, kills: list[dict[str, Any]], count: int, rng: random.Random) -> None:
-    """Repeat a run's command until it finishes, with signals, which join ``kills``, until there are ``count``."""
+    """Repeat a run's command until it finishes, sending signals, which are added to ``kills``, up to ``count``."""
     while True:
         as_command = len(kills) % COMMAND_EVERY == COMMAND_EVERY - 1
         since, begun, saved = time.time(), len(traced(folder)), last_checkpoint(folder)
@@ -214,7 +214,7 @@ def disturbed_run(folder: Path, steps: int, kills: list[dict[str, Any]], count: 
                 raise SystemExit(f"error: {number.name} ended with status {status}; see {folder}.log")
             if status != 0:
                 last = last_checkpoint(folder)
-                if number == signal.SIGKILL or status != 128 + number:  # what it left is what it hit
+                if number == signal.SIGKILL or status != 128 + number:  # the files it left show what it hit
                     hit = where(folder, steps, since=since, trains=len(traced(folder)) > begun or last != saved)
                 kills.append({"signal": number.name, "aim": aim, "where": hit, "status": status})
                 kills[-1] |= {
@@ -229,7 +229,7 @@ def disturbed_run(folder: Path, steps: int, kills: list[dict[str, Any]], count: 
 
 
 def trial(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
-    """All runs of a trial in ``folder``; what is written as JSON."""
+    """All runs of a trial in ``folder``; returns the content of the JSON file."""
     begun, rng = time.monotonic(), random.Random(seed)
     undisturbed = folder / "undisturbed"
     process = start(undisturbed, steps, as_command=False)
@@ -249,7 +249,7 @@ def trial(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Signals by where they hit: tried, survived, lost."""
+    """A table of signals by where they hit: tried, survived, lost."""
     tried = Counter((kill["signal"], kill["where"]) for kill in report["kills"])
     survived = Counter((kill["signal"], kill["where"]) for kill in report["kills"] if kill["survived"])
     lines = ["| signal | while | tried | survived | lost |", "| --- | --- | ---: | ---: | ---: |"]
@@ -261,15 +261,15 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill a run at random moments and compare what comes out.")
+    parser = argparse.ArgumentParser(description="Kill a run at random moments and compare the results.")
     parser.add_argument("--kills", type=int, default=60, help="signals in all")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run, a multiple of 3")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, help="where the report is written as JSON")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--output", type=Path, help="JSON file for the report")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported is no garbage of the forks
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))  # stays if something is lost, with the logs
+    gc.freeze()  # imported objects are not garbage of the forks
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))  # kept, with the logs, if something is lost
     report = trial(folder, args.kills, args.steps, args.seed)
     print(table(report))
     runs = report["runs"]

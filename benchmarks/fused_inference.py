@@ -1,11 +1,11 @@
-"""What a fused ViT costs in use beside a stock ViT of the same shape, alternating in one run.
+"""The cost of inference with a fused ViT, compared with a stock ViT of the same shape, alternating in one run.
 
     python benchmarks/fused_inference.py [--model_size small] [--output fused_inference.json]
 
-Both are evaluated on the same images without gradients; R of every layer is far from I before fusing. The naive form
-(z for every token) and the unfused model (A = W R formed in each forward) stand beside them. Medians over the repeats
-of each one's time divided by the stock model's in the same repeat. On a CPU the time is that of the processor, which
-other programs do not count into; on a GPU it is the wall clock's.
+Both are evaluated on the same images without gradients; R of every layer is far from I before fusing. The naive form (z
+for every token) and the unfused model (A = W R formed in each forward pass) are measured too. Figures are medians, over
+the repeats, of each model's time divided by the stock model's in the same repeat. On a CPU it is processor time, which
+excludes other programs; on a GPU it is wall-clock time.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from hf_dbp import SIZES, DBPViTMAEConfig, DBPViTMAEForPreTraining, decorrelated
 
 
 def models(size: str) -> dict[str, torch.nn.Module]:
-    """A fused ViT, a stock one with weights of its own, and the encoder before fusing, fused on the fly and naive."""
+    """A fused ViT, a stock one with other weights, and the encoder before fusing, fused on the fly and naive."""
     torch.manual_seed(0)
     shape = SIZES[size]
     found: dict[str, torch.nn.Module] = {}
@@ -61,7 +61,7 @@ def measure(size: str, batch: int, repeats: int) -> dict[str, Any]:
     images = torch.randn(batch, 3, 224, 224, device=device)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for repeat in range(repeats + 1):
-        for name in sorted(candidates, reverse=repeat % 2 == 1):  # whoever is first in one repeat is last in the next
+        for name in sorted(candidates, reverse=repeat % 2 == 1):  # the first in one repeat is the last in the next
             times[name].append(seconds(candidates[name], images))
     times = {name: values[1:] for name, values in times.items()}  # without the warm-up
     ratios = {
@@ -82,7 +82,7 @@ def measure(size: str, batch: int, repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost of a fused ViT in use beside a stock one.")
+    parser = argparse.ArgumentParser(description="Cost of inference with a fused ViT compared with a stock one.")
     parser.add_argument("--model_size", default="small", choices=list(SIZES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=40)

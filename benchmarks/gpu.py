@@ -1,14 +1,14 @@
-"""First light on a GPU, in one call of at most ten minutes: what a step costs there, in each setting.
+"""What a step costs on a GPU in each setting, in one call of at most ten minutes.
 
     python benchmarks/gpu.py                              # ViT-B, batches 512 and 1024, bf16, eager and compiled
     python benchmarks/gpu.py --device cpu --size mini --image_size 32 --patch_size 8 --batches 4 --methods bp dbp_full
 
-The last thing it prints is one table, of `step_time.py`'s rows: ratio to plain backprop, FLOPs, seconds, images/s, the
+Finally it prints one table with the rows of `step_time.py`: ratio to plain backprop, FLOPs, seconds, images/s, the
 share of the machine's own matrix rate, seconds of each part (forward, backward, optimizer, update of R), peak memory.
-Methods take turns. A batch that does not fit is named and left out; with `--seconds` used up, what is left is named and
-left out. With `--images FOLDER` it says before the table what one core reads from that folder.
+Methods take turns. A batch that does not fit, and whatever remains when `--seconds` are used up, is named and left out.
+With `--images FOLDER` it first reports how fast one core reads from that folder.
 
-Tested in small on a CPU; it has not been run on a GPU yet.
+Tested on a small scale on a CPU; it has not been run on a GPU yet.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=420.0, help="begin nothing new after so many")
+    parser.add_argument("--seconds", type=float, default=420.0, help="start nothing new after this many seconds")
     parser.add_argument("--images", help="folder of images, to say how fast one core reads them")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""What the numerical guards cost, as a share of a training step.
+"""The cost of the numerical guards, as a share of a training step.
 
     python benchmarks/guards.py                                     # ViT-Small/16, 224 pixels, batch 64, this device
     python benchmarks/guards.py --size mini --image_size 64 --patch_size 8
 
 The guards are the check of loss and gradients (`GuardCallback`) and, in the update of R, the bound on eta and the
-check of its sums. After a real step the update takes turns with and without them on the same rows, and the check runs
-on the step's gradients; medians over the repeats are set against the step's time. The clock is the CPU's time of this
-process, or the wall's on a GPU, synchronised.
+check of its sums. After a real step, the update runs with and without them in turn on the same rows, and the check runs
+on the step's gradients; medians over the repeats are compared with the step's time. Times are CPU times of this
+process, or synchronised wall-clock times on a GPU.
 """
 
 import argparse

@@ -5,16 +5,16 @@
 
 Ways
     plain               Pillow: decode, crop, bicubic resize, flip; then normalised in float32. Ratios are to this one
-    jpeg                ours: JPEGs decoded at the smallest scale that will do, resized in one step, normalised
+    jpeg                ours: JPEGs decoded at the smallest sufficient scale, resized in one step, normalised
     jpeg_whole          the same without scaling in the decoder
     jpeg_to_device      ours with --augment_on_device, host part: decoded, cut, collated as bytes
     cache               from the decoded, memory-mapped cache, all on the CPU
     cache_to_device     the same with --augment_on_device, host part: bytes of the part copied from the map to a batch
-    device              what the device then does to such a batch: flip, resize, normalise (on --device)
+    device              what the device then does with such a batch: flip, resize, normalise (on --device)
 
 All draw the same crops, flips and masks. Nothing is trained; one process, one thread, no loader. A batch is collated
-where the device makes the views, since that is the copy from the map; finished views are not, in any way. Times are
-those that the process computed (a GPU's: until it is done). Medians over the rounds, each ratio within its round.
+only if the device makes the views, because that is the copy from the map. Times are CPU times of the process (for a
+GPU: until it is done). Figures are medians over the rounds, with each ratio taken within its round.
 """
 
 import argparse
@@ -47,7 +47,7 @@ BATCH = 64
 
 
 def plain_view(data: MaskedImages, epoch: int, index: int) -> dict[str, torch.Tensor]:
-    """The plain way, as torchvision's transforms do it; to two steps of 8 bits `MaskedImages`' view of this index."""
+    """The plain way, as in torchvision's transforms; equals the view of `MaskedImages` to two 8-bit steps."""
     rng = image_rng(data.seed, epoch, index)
     noise = torch.from_numpy(rng.random(data.num_patches, dtype=np.float32))
     picture = Image.open(io.BytesIO(data.images.samples[index]["image"]["bytes"])).convert("RGB")
@@ -62,7 +62,7 @@ def plain_view(data: MaskedImages, epoch: int, index: int) -> dict[str, torch.Te
 
 
 def encoded_images(dataset: str, count: int) -> list[dict[str, Any]]:
-    """The first so many images, encoded, in memory: reading files is not measured."""
+    """The first ``count`` images, encoded, in memory, because reading files is not measured."""
     rows = next(iter(load_dataset(dataset).values()))
     column = find_column(rows, None)
     rows = rows.cast_column(column, ImageFeature(decode=False))
@@ -91,7 +91,7 @@ def batches(data: MaskedImages, epoch: int) -> list[dict[str, torch.Tensor]]:
 
 
 def ways(args: argparse.Namespace, samples: list[dict[str, Any]], folder: Path) -> dict[str, Callable[[int], Any]]:
-    """What each way does to all images in an epoch."""
+    """For each way, a function that processes all images of an epoch."""
     views: dict[str, Any] = {"size": (args.size, args.size), "patch_size": args.size // 4, "seed": 0}
     views |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     lists = {"jpeg": ImageList(samples, "image", 3), "cache": cached_images(samples, folder, args.cache_short_side)}
@@ -127,7 +127,7 @@ def ways(args: argparse.Namespace, samples: list[dict[str, Any]], folder: Path) 
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """A row for each way: images per second and the ratio to the plain way, medians and all rounds."""
+    """One row per way: images per second and the ratio to the plain way, medians and all rounds."""
     samples = encoded_images(args.dataset, args.images)
     run = {name: way for name, way in ways(args, samples, folder).items() if name in args.ways}
     rates: dict[str, list[float]] = {name: [] for name in run}

@@ -1,4 +1,4 @@
-"""Tiles of segmented photographs with one class each, a folder per class: something real to probe an encoder with.
+"""Tiles of segmented photographs with one class each, one folder per class: real data to probe an encoder with.
 
     python benchmarks/labelled_tiles.py DATASET --names names.json --output_dir tiles
 

@@ -1,4 +1,4 @@
-"""Speed and memory of MeanIoU beside the published algorithm (three histograms an image), both in one run.
+"""Speed and memory of MeanIoU compared with the published algorithm (three histograms per image), both in one run.
 
     python benchmarks/mean_iou.py [--output mean_iou.json]
 
@@ -72,7 +72,7 @@ def seconds(work: Callable[[], None]) -> float:
 
 
 def speed(rounds: int = 40, batch: int = 8) -> dict[str, Any]:
-    """Both metrics count each new batch of maps, the one that goes first changing from batch to batch."""
+    """Both metrics count each new batch of maps, taking turns in going first."""
     rng, ours, published = np.random.default_rng(1), MeanIoU(CLASSES, IGNORED), PublishedMeanIoU()
     times: dict[str, list[float]] = {"published": [], "ours": []}
     for turn in range(rounds):
@@ -101,7 +101,7 @@ def speed(rounds: int = 40, batch: int = 8) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="write the result as JSON here too")
+    parser.add_argument("--output", type=Path, help="also write the result to this JSON file")
     output = parser.parse_args().output
     setting = {"maps": f"int64 {SIDE} x {SIDE}", "classes": CLASSES, "threads": torch.get_num_threads()}
     result = {**setting, "machine": platform.machine(), "peak_growth_mb_2000_maps": peak_growth_mb(2000), **speed()}

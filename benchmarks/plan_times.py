@@ -1,12 +1,12 @@
-"""How long a step of each variant of a plan takes, in turns of one process: the step times for the plan's yardstick.
+"""How long a step of each variant of a plan takes, measured in turn in one process, for the plan's yardstick.
 
     OMP_NUM_THREADS=1 python benchmarks/plan_times.py PLAN [--flag VALUE ...] --output step_times.json
     python training_scripts/run_comparison.py --plan PLAN ... --step_times step_times.json
 
-The runs' own clocks hold whatever else the machine did meanwhile, and the runs of two variants never see the same. Here
-all variants take their steps in turns: forward and backward on random images of the plan's size and batch, the
-optimizer, and the update of R at its interval, averaged over a whole cycle of them. Weights, optimizer and settings are
-the plan's, at the first searched setting. On a CPU the clock counts what this process computed.
+Other programs on the machine disturb the runs' own clocks, and differently for each run. Here all variants take their
+steps in turn: forward and backward on random images of the plan's size and batch, the optimizer, and the update of R at
+its interval, averaged over a whole cycle of them. Weights, optimizer and settings are the plan's, at the first searched
+setting. On a CPU the clock counts the processor time of this process.
 """
 
 import argparse

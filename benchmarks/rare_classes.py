@@ -1,12 +1,12 @@
-r"""Do crops around rare classes, Dice and class weights pay? Paired fine-tunings, each part alone and together.
+r"""Do crops around rare classes, Dice and class weights pay off? Paired fine-tuning runs, with each alone and together.
 
     python benchmarks/rare_classes.py --data wire_bonding --output_dir outputs/rare_classes
     python benchmarks/rare_classes.py --data wire_bonding FOLDER --id2label NAMES.json --report_dir REPORT
 
 Every variant trains the same small UperNet from the same random weights, on the same images, for the same steps, once
-per seed; what differs are the flags of `VARIANTS`. A run that has its `eval.json` is not repeated. The report holds
-mean IoU and the IoU, recall and precision of the rare classes, and for each variant against plain cross-entropy the
-paired difference with its 95 % interval. FOLDER holds parquet files of images and masks, --id2label their class names.
+per seed; only the flags of `VARIANTS` differ. A run that has its `eval.json` is not repeated. The report holds mean IoU
+and the IoU, recall and precision of the rare classes, and for each variant against plain cross-entropy the paired
+difference with its 95 % interval. FOLDER holds parquet files of images and masks, --id2label their class names.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def flags_of(args: argparse.Namespace) -> list[str]:
 
 
 def records(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """What each run of each variant found; runs that are missing are made, seed after seed."""
+    """The results of each run of each variant; missing runs are made, seed after seed."""
     name = Path(args.data).name
     found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     for seed in range(args.seeds):
@@ -90,7 +90,7 @@ def rare_names(record: dict[str, Any]) -> list[str]:
 
 
 def figure(record: dict[str, Any], name: str, key: str = "iou") -> float:
-    """A figure of a class, or the mean IoU of all or of the rare classes; what is undefined counts 0."""
+    """A figure of a class, or the mean IoU of all or of the rare classes; undefined values count as 0."""
     if name == "all":
         return float(record["mean_iou"])
     names = rare_names(record) if name == "rare" else [name]
@@ -139,7 +139,7 @@ def section(data: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def report(folder: Path, sets: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """Write README.md and the figures that it was made of."""
+    """Write README.md and its figures."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
         "# Rare classes",

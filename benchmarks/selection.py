@@ -1,12 +1,12 @@
-"""Images to label: chosen by `hf-dbp select` against drawn at random, by the mean IoU that retrieval gets from them.
+"""Compare images chosen by `hf-dbp select` with random ones, by the mean IoU that retrieval gets from their labels.
 
     python benchmarks/selection.py --model VIT --dataset_name wire_bonding --output_dir docs/results/selection
     python benchmarks/selection.py --page docs/results/selection
 
-The training images are embedded once. For each method, number of labels and seed as many are chosen, their labels are
-given to `hf-dbp retrieve` (a fixed encoder, nothing trained), and the same validation images are scored. The seed is
-that of k-means and of the random draw; k-centre has none, so its runs are equal and it is run once. The second command
-makes README.md of all JSON files in the folder; intervals are of the difference to the mean of the random draws (t).
+The training images are embedded once. For each method, number of labels and seed, that many images are chosen, their
+labels are given to `hf-dbp retrieve` (a fixed encoder, nothing trained), and the same validation images are scored. The
+seed is for k-means and the random draw; k-centre has none, so it runs once. The second command makes README.md from all
+JSON files in the folder; intervals are of the difference to the mean of the random draws (t).
 """
 
 import argparse
@@ -128,7 +128,7 @@ def cells(rows, labels):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--page", help="make README.md of the results in this folder, and no more")
+    parser.add_argument("--page", help="only make README.md from the results in this folder")
     parser.add_argument("--model", help="stock ViT")
     parser.add_argument("--encoder", default="", help="how it was pre-trained, for the page")
     parser.add_argument("--dataset_name")

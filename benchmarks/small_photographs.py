@@ -1,4 +1,4 @@
-"""Square tiles of photographs at a small size, as a folder that the scripts read: decoding no longer bounds small runs.
+"""Small square tiles of photographs, as a folder that the scripts read, so decoding does not limit small runs.
 
     python benchmarks/small_photographs.py DATASET [DATASET ...] --output_dir photographs
 

@@ -25,11 +25,11 @@ LABELS = {
     "dbp_block_inputs": "dbp, block inputs",
     "dbp_fast": "dbp, block inputs, every 5 steps",
 }
-Point = tuple[int, dict[str, int]]  # images per step, and what differs from ViT-Tiny
+Point = tuple[int, dict[str, int]]  # images per step, and the differences from ViT-Tiny
 
 
 def width(features: int) -> dict[str, int]:
-    """Four blocks of that width, heads of 64 features, an MLP of four times the width."""
+    """Four blocks of that width, with heads of 64 features and an MLP of four times the width."""
     return {
         "hidden_size": features,
         "intermediate_size": 4 * features,

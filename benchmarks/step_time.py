@@ -1,4 +1,4 @@
-"""What a training step costs with and without decorrelation: all methods take turns, step by step, in one run.
+"""The cost of a training step with and without decorrelation: all methods take turns, step by step, in one run.
 
     python benchmarks/step_time.py                                  # ViT-Small/16, 224 pixels, batch 64, this device
     python benchmarks/step_time.py --sizes tiny small --batches 16 64 --compile --memory --output step_time.json

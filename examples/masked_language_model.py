@@ -1,10 +1,11 @@
-"""A BERT from scratch by masked language modelling, with or without decorrelation, on text files.
+"""Train a BERT from scratch by masked language modelling on text files, with or without decorrelation.
 
     python examples/masked_language_model.py --output_dir outputs/bert
     python examples/masked_language_model.py --output_dir outputs/bert-dbp --method dbp
 
-Without --train_dir (a folder of .txt, .rst or .md files) the text is Python's own documentation. What decorrelation
-adds to a script like transformers' run_mlm.py is marked with (*). The model that is saved is a stock BertForMaskedLM.
+Without --train_dir (a folder of .txt, .rst or .md files) the text is Python's own documentation. Lines that
+decorrelation adds to a script like transformers' run_mlm.py are marked with (*). The saved model is a stock
+BertForMaskedLM.
 """
 
 import sys
@@ -35,7 +36,7 @@ class ScriptArguments:
     hidden_size: int = field(default=128, metadata={"help": "Width; heads are 32 wide, the MLP four times as wide."})
     num_layers: int = field(default=4, metadata={"help": "Blocks."})
     length: int = field(default=64, metadata={"help": "Tokens of a sequence."})
-    vocabulary: int = field(default=4000, metadata={"help": "Size of the vocabulary that is learnt from the text."})
+    vocabulary: int = field(default=4000, metadata={"help": "Size of the vocabulary learnt from the text."})
 
 
 def texts(folder: str | None) -> list[str]:
@@ -63,7 +64,7 @@ def sequences(tokenizer: Tokenizer, documents: list[str], length: int) -> list[t
 
 
 def masked(batch: list[torch.Tensor], generator: torch.Generator | None = None) -> dict[str, torch.Tensor]:
-    """15 % of the tokens, at least one of the batch, are to be guessed."""
+    """Mask 15 % of the tokens, at least one per batch."""
     ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD)
     chosen = (torch.rand(ids.shape, generator=generator) < 0.15) & (ids != PAD)
     chosen[0, 0] |= not chosen.any()
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     train, validation = (sequences(tokenizer, some, script.length) for some in (seen, held_out))
 
     def collate(batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The masks of validation are always the same."""
+        """Collate validation batches; their masks are always the same."""
         return masked(batch, None if trainer.model.training else torch.Generator().manual_seed(len(batch)))
 
     torch.manual_seed(args.seed)

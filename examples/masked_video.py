@@ -1,10 +1,10 @@
-"""VideoMAE from scratch on image sequences or volumes, with or without decorrelation.
+"""Train a VideoMAE from scratch on image sequences or volumes, with or without decorrelation.
 
     python examples/masked_video.py --train_dir CAMVID/images --output_dir outputs/video --method dbp
 
 --train_dir holds pictures whose names are SEQUENCE_FRAME.png, or stacks of slices: .npy (T, H, W) and NIfTI (.nii,
-.nii.gz), of which the slices are the frames. What decorrelation adds is marked with (*). The model that is saved is a
-stock VideoMAEForPreTraining.
+.nii.gz), whose slices are the frames. Lines that decorrelation adds are marked with (*). The saved model is a stock
+VideoMAEForPreTraining.
 """
 
 import sys
@@ -36,9 +36,7 @@ class ScriptArguments:
     patch_size: int = field(default=16, metadata={"help": "Side of a patch."})
     hidden_size: int = field(default=128, metadata={"help": "Width; the decoder is half as wide."})
     num_layers: int = field(default=4, metadata={"help": "Blocks of the encoder; the decoder has two."})
-    mask_ratio: float = field(
-        default=0.75, metadata={"help": "Share of the tubes that is masked, alike in all frames."}
-    )
+    mask_ratio: float = field(default=0.75, metadata={"help": "Share of the tubes to mask, the same in all frames."})
 
 
 def read_stack(file: Path) -> np.ndarray:
@@ -85,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     places = (script.image_size // script.patch_size) ** 2
 
     def collate(batch: list[torch.Tensor], seed: int | None = None) -> dict[str, torch.Tensor]:
-        """Clips and the mask of a batch, a tube through all frames; for validation always the same."""
+        """Clips and the mask of a batch, the same in all frames; in validation the mask never changes."""
         fixed = seed is not None or not trainer.model.training
         generator = torch.Generator().manual_seed(seed or len(batch)) if fixed else None
         order = torch.rand(len(batch), places, generator=generator).argsort(1)

@@ -61,7 +61,7 @@ class DecorrelationArguments:
     eta_schedule: Annotated[str, OF_R(card="schedule of eta")] = field(
         default="decay",
         metadata={
-            "help": "decay: eta follows the weights' learning rate down, not its warm-up. constant: the paper's.",
+            "help": "decay: eta follows the weights' learning rate down, but not its warm-up. constant: the paper's.",
             "choices": ["decay", "constant"],
         },
     )
@@ -69,16 +69,18 @@ class DecorrelationArguments:
         default=1.0, metadata={"help": "Stop updating R after this share of all steps, in (0, 1]."}
     )
     kappa: Annotated[float, OF_R(card="weight of the pull of variances to 1 (kappa)")] = field(
-        default=0.0, metadata={"help": "Weight in [0, 1] of the pull of variances to 1 (paper: 0, decorrelate only)."}
+        default=0.0,
+        metadata={"help": "Weight in [0, 1] of the term that pulls variances to 1 (paper: 0, only decorrelate)."},
     )
     update_interval: Annotated[int, OF_R(card="optimizer steps per update of R")] = field(
-        default=1, metadata={"help": "Update R every so many optimizer steps, with eta times as large (paper: 1)."}
+        default=1,
+        metadata={"help": "Update R every so many optimizer steps, with eta larger by that factor (paper: 1)."},
     )
     sample_fraction: Annotated[float, OF_R(card="share of the token rows that estimates C")] = field(
-        default=0.1, metadata={"help": "Share of the token rows that estimates C, in (0, 1] (paper: 0.1)."}
+        default=0.1, metadata={"help": "Share of the token rows used to estimate C, in (0, 1] (paper: 0.1)."}
     )
     row_floor: Annotated[float | None, OF_R(card="rows for C at least, times the width")] = field(
-        default=None, metadata={"help": "Use at least this many times D rows where the batch has them."}
+        default=None, metadata={"help": "Use at least this many times D rows, if the batch has them."}
     )
     row_cap: Annotated[float | None, OF_R(card="rows for C at most, times the width")] = field(
         default=None, metadata={"help": "Use at most this many times D rows."}
@@ -86,7 +88,7 @@ class DecorrelationArguments:
     bound_eta: Annotated[
         bool,
         OF_R(card="eta kept below 1 / the largest eigenvalue of cov(z)", card_if_off=True),
-    ] = field(default=True, metadata={"help": "Keep eta, layer by layer, below 1 / the largest eigenvalue of cov(z)."})
+    ] = field(default=True, metadata={"help": "In each layer, keep eta below 1 / the largest eigenvalue of cov(z)."})
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta < 1.0:
@@ -329,9 +331,10 @@ def refuse_sharding(args: TrainingArguments) -> None:
 
 
 def refuse_restoring(args: TrainingArguments, model: nn.Module, *, resumed: bool) -> None:
-    """Raise a UserError if a stock Trainer would lose tensors when it restores a checkpoint. For our models it finds no
-    ``model.safetensors``. For some of transformers' models, even plain ones, it saves tensors under older names but
-    restores them by the current ones, and only warns.
+    """Raise a UserError if a stock Trainer would lose tensors when it restores a checkpoint.
+
+    For our models it finds no ``model.safetensors``. For some of transformers' models, even plain ones, it saves
+    tensors under older names but restores them by the current ones, and only warns.
     """
     if isinstance(model, DBPViTMAEModel | DBPViTMAEForPreTraining):
         reason = (

@@ -1,9 +1,9 @@
-"""What a flag does to a run, said where the flag is declared; everything that treats flags differently reads it here.
+"""What a flag does to a run, stated where the flag is declared and read by everything that treats flags differently.
 
     eta: Annotated[float, Nature("training", "told", card="learning rate of R (eta)", dbp=True)] = field(default=5e-4)
 
-It is an annotation because transformers' parser hands whatever the metadata of a field hold to argparse. The fields of
-transformers' `TrainingArguments` are not ours to annotate: their natures are one table, ``STOCK`` of
+It is an annotation because transformers' parser passes the metadata of a field to argparse. We cannot annotate the
+fields of transformers' `TrainingArguments`, so their natures are one table, ``STOCK`` of
 `hf_dbp.training.arguments.RunArguments`.
 """
 
@@ -21,16 +21,16 @@ class Nature:
     """What a flag does to a run.
 
     Args:
-        shapes: what follows from it. ``method``: how the model is trained, which is what comparisons compare. ``data``:
-            which images are learned from and measured on. ``model``: the network and the weights that it starts from.
-            ``training``: everything else that the result depends on. ``chance``: a seed; runs that differ in it alone
-            repeat one another. ``nothing``: where, how fast and with what rights a run is made.
-        on_resume: what a resumed run does about another value than its checkpoint's: go on and say so (``told``), or
-            end (``refused``). ``ignored`` too where another check refuses it, such as that of the tensors' shapes.
-        card: what the model card calls it; no row without.
-        card_if_off: whether it has a row where it is off.
-        dbp: whether it counts for decorrelated training alone.
-        common: whether ``--help`` shows it though transformers declares it.
+        shapes: what it determines. ``method``: how the model is trained, which comparisons compare. ``data``: the
+            images to learn from and measure on. ``model``: the network and its initial weights. ``training``:
+            everything else that the result depends on. ``chance``: a seed; runs that differ only in it repeat one
+            another. ``nothing``: where, how fast and with which permissions a run is made.
+        on_resume: what a resumed run does if the value differs from its checkpoint's: resume and say so (``told``), or
+            end (``refused``). Also ``ignored`` if another check refuses it, such as that of the tensors' shapes.
+        card: its name in the model card; without one it has no row.
+        card_if_off: whether it has a row if it is off.
+        dbp: whether it matters only for decorrelated training.
+        common: whether ``--help`` shows it although transformers declares it.
     """
 
     shapes: Literal["method", "data", "model", "training", "chance", "nothing"] = "nothing"
@@ -45,7 +45,7 @@ class Nature:
 def natures(*groups: type) -> dict[str, Nature]:
     """The natures of the flags of these classes of arguments, by name; a field of TrainingArguments may have none.
 
-    A flag that a class declares again, with another default or help text, keeps its nature unless that is said again.
+    A flag that a class redeclares, with another default or help text, keeps its nature unless that is redeclared too.
     """
     found: dict[str, Nature] = {}
     for kind in (kind for group in groups for kind in reversed(group.__mro__)):

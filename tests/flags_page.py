@@ -1,4 +1,4 @@
-"""docs/flags.md, made of what the flags say about themselves: python tests/flags_page.py > docs/flags.md"""
+"""Makes docs/flags.md from the flags' help texts: python tests/flags_page.py > docs/flags.md"""
 
 import argparse
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ COMMANDS: dict[str, tuple[type, ...]] = {
 }
 HEAD = """# Flags
 
-Every command takes the flags below, and those that train take all of transformers' `TrainingArguments` too
-(`--help-all` lists them). `--config RECIPE` puts a YAML file of flags, your own or one of the package, under those that
-you type. This page is made of what `--help` says.
+Commands take the flags below, and those that train also take all of transformers' `TrainingArguments` (`--help-all`
+lists them). `--config RECIPE` reads flags from a YAML file, your own or one from the package; flags that you type
+override it. This page is generated from `--help`.
 """
 
 
 def default(action: argparse.Action) -> str:
-    """The default of a flag; empty where there is none or the help text names it."""
+    """The default of a flag; empty if there is none or the help text names it."""
     if action.required:
         return "required"
     return "" if action.default in (None, "") or "efault" in told(action) else f"`{action.default}`"

@@ -119,7 +119,8 @@ def test_fusing_gives_the_stock_model_in_float64(title):
 
 @MODELS
 def test_what_is_saved_loads_in_the_stock_class(title, tmp_path, recwarn):
-    """Fused to the bit. Not fused it is the same function, and the decorrelated model goes on from it to the bit."""
+    """Fused, bit-identical. Unfused, it is the same function, and the decorrelated model resumes from it bit for
+    bit."""
     model, batch = decorrelated(title)
     disturb(model)
     fused = fuse(model)
@@ -157,7 +158,7 @@ def test_the_table_of_the_page_is_what_the_models_show():
 )
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_padding_never_enters_c(title, fraction):
-    """What stands there changes no R, to the bit; without the mask it would."""
+    """The content of the padding does not change R by a bit; without the mask it would."""
     results = []
     for filler, masked in ((0, True), (7, True), (0, False), (7, False)):
         model, batch = decorrelated(title, RowSampling(fraction=fraction))

@@ -95,7 +95,7 @@ def test_a_trainer_resumes_to_the_bit_and_ends_with_the_best_model(make, trainer
 
 @pytest.mark.parametrize("how", ["best", "resume"])
 def test_a_stock_trainer_is_refused_where_it_would_lose_tensors(how, tmp_path):
-    """It saves a ViT under the names of transformers 4 and restores by today's, with no more than a warning."""
+    """It saves a ViT under the names of transformers 4 but restores it by today's, and only warns."""
     trainer = trainer_of(vit, tmp_path, load_best_model_at_end=how == "best")
     if how == "best":
         with pytest.raises(ValueError, match=r"other names .* hf_dbp\.ResumingTrainer"):

@@ -1,4 +1,4 @@
-"""torch.compile: one graph, the eager numbers, rows gathered once, and no more recompilations than there are cases."""
+"""torch.compile: one graph, the same numbers as eager, rows gathered once, at most one recompilation per case."""
 
 import copy
 import shutil

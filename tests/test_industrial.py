@@ -1,4 +1,4 @@
-"""The walk-through of docs/industrial.md as it is written; memory and speed of folders of large images."""
+"""The walk-through of docs/industrial.md as written; memory and speed with folders of large images."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Each layer against the plain layer it stands for, and what a forward keeps for the next update."""
+"""Each layer compared with its plain layer, and what a forward pass keeps for the next update."""
 
 import copy
 import functools

@@ -43,7 +43,7 @@ def test_a_new_flag_that_says_nothing_is_found() -> None:
 
 @pytest.mark.parametrize("group", [PretrainingArguments, FinetuningArguments])
 def test_the_flags_of_training_arguments_stand_in_one_table(group: type[RunArguments]) -> None:
-    """Those that they have, and no other; what we declare again with another default says nothing of its own."""
+    """The natures of existing flags, and no others; a flag redeclared with another default states no nature."""
     assert group.STOCK.keys() <= STOCK
     annotated = {name for name in natures(group) if name not in group.STOCK}
     assert not annotated & STOCK

@@ -84,7 +84,7 @@ def test_every_method_trains_saves_and_fuses_to_a_stock_vit(tmp_path, method, ca
 
 
 def test_stock_and_bp_give_the_same_curve(tmp_path):
-    """The baseline of every comparison is the stock model, trained alike."""
+    """The baseline of every comparison is the stock model, trained in the same way."""
     curves = [losses(main(flags(tmp_path / method, method=method, num_train_epochs=2))) for method in ("stock", "bp")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
@@ -112,15 +112,15 @@ def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys,
     main(flags(tmp_path, **run))
     before = contents(tmp_path)
     for changed, message in (
-        ({"method": "bp"}, "was trained with --method dbp, not bp: to go on, give --method dbp; to begin anew, "),
-        ({"optimizer": "muon"}, "was trained with --optimizer adamw, not muon: to go on, give --optimizer adamw; "),
-        ({"decorrelated_layers": "full"}, "with --decorrelated_layers encoder, not full: to go on, give "),
-        ({"seed": 1}, "with --seed 42, not 1: to go on, give --seed 42; to begin anew, another --output_dir"),
+        ({"method": "bp"}, "was trained with --method dbp, not bp: to resume, give --method dbp; to start over, "),
+        ({"optimizer": "muon"}, "was trained with --optimizer adamw, not muon: to resume, give --optimizer adamw; "),
+        ({"decorrelated_layers": "full"}, "with --decorrelated_layers encoder, not full: to resume, give "),
+        ({"seed": 1}, "with --seed 42, not 1: to resume, give --seed 42; to start over, use another --output_dir"),
         (
             {"model_name_or_path": tmp_path},
-            "with --model_name_or_path None, .*: to go on, leave --model_name_or_path out",
+            "with --model_name_or_path None, .*: to resume, leave --model_name_or_path out",
         ),
-        ({"patch_size": 4}, "of another shape than the model, among them .*; to go on, give the flags it was "),
+        ({"patch_size": 4}, "whose shapes differ from the model's, among them .*; to resume, give the flags it was "),
     ):
         with pytest.raises(SystemExit) as stop:
             main(flags(tmp_path, **run, **changed))
@@ -129,9 +129,9 @@ def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys,
         assert contents(tmp_path) == before
     caplog.clear()
     record = main(flags(tmp_path, num_train_epochs=2, eta=1e-4, logging_steps=1, built_in_size=40))
-    told = [text for text in caplog.messages if "goes on with" in text]
+    told = [text for text in caplog.messages if "resumes with" in text]
     news = (
-        "goes on with other settings: --built_in_size 48 -> 40, --num_train_epochs 1.0 -> 2.0, --eta 0.0005 -> 0.0001"
+        "resumes with other settings: --built_in_size 48 -> 40, --num_train_epochs 1.0 -> 2.0, --eta 0.0005 -> 0.0001"
     )
     assert told == [f"{tmp_path / 'checkpoint-3'} {news}"]
     changed = {"built_in_size": [48, 40], "num_train_epochs": [1.0, 2.0], "eta": [5e-4, 1e-4]}
@@ -191,7 +191,7 @@ def test_restoring_refuses_an_incomplete_checkpoint(tmp_path, mae_config):
         ({"decorrelated_layers": "none"}, "has 9 tensors that the model lacks"),
         ({"decorrelated_layers": "full"}, "lacks 6 tensors of the model"),
         ({"num_hidden_layers": 1}, "has 20 tensors that the model lacks"),
-        ({"intermediate_size": 24}, "has 8 tensors of another shape than the model"),
+        ({"intermediate_size": 24}, "has 8 tensors whose shapes differ from the model's"),
     ],
 )
 def test_restoring_refuses_the_checkpoint_of_another_model(tmp_path, mae_config, changed, message):
@@ -298,7 +298,7 @@ def picture_folder(folder, count, mode="RGB"):
         ({"sample_fraction": 0.0}, r"the sample fraction must lie in \(0, 1\], got 0.0"),
         ({"sample_fraction": 1.5}, r"the sample fraction must lie in \(0, 1\], got 1.5"),
         ({"num_channels": 3}, "wire_bonding images have 2 channels"),
-        ({"trust_remote_code": True}, "--trust_remote_code: no code of a model or a data set is ever run"),
+        ({"trust_remote_code": True}, "--trust_remote_code: code from a model or a data set is never run"),
         ({"decorrelated_layers": "none"}, "is plain backprop: use --method bp"),
         ({"mask_ratio": 1.0}, "--mask_ratio is a share between 0 and 1"),
         ({"max_train_samples": 4}, "4 training images do not fill one batch of 8"),

@@ -46,7 +46,7 @@ def test_the_users_flags_win_wherever_they_stand(tmp_path, form):
     [
         ("- a\n- b", "must be a mapping"),
         ("a: [1", "not readable YAML"),
-        ("1 2: 3", "no flag name"),
+        ("1 2: 3", "not a flag name"),
         ("note: !!python/object/apply:os.system ['true']", "not readable YAML"),
         ("note: !!python/name:os.system", "not readable YAML"),
         ("note: &a [1, 2]\nimage_size: *a", r"an alias \(\*name\)"),

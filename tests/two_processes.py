@@ -25,7 +25,7 @@ def model(fraction: float) -> nn.Module:
 
 
 def train(module: nn.Module, batches: list[Tensor], steps: int = 3, eta: float = 0.1) -> list[Tensor]:
-    """A few steps of the optimizer and of R; the matrices at the end. The weights get no gradient of their own here."""
+    """A few steps of the optimizer and of R; returns the final matrices. The weights get no gradients here."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.1)
     for step in range(steps):
         seed_sampling(module, seed=0, step=step, rank=dist.get_rank() if dist.is_initialized() else 0)

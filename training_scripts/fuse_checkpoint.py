@@ -1,4 +1,4 @@
-"""Fuse a pre-training run to a stock ViT that transformers loads with no trace of this library.
+"""Fuse a pre-training run into a stock ViT that transformers loads without this library.
 
 python training_scripts/fuse_checkpoint.py outputs/demo --output_dir outputs/demo-fused
 """

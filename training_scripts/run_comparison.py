@@ -4,7 +4,7 @@ r"""Compare ways of pre-training on your own images: plan, run what is missing, 
         --train_dir IMAGES
     python training_scripts/run_comparison.py --runs outputs/bp-* outputs/dbp-* --output_dir outputs/comparison
 
-An interrupted comparison goes on where it stopped. See --help; further flags are those of run_dbp_mae.py.
+Repeat the command to resume an interrupted comparison. See --help; further flags are those of run_dbp_mae.py.
 """
 
 from hf_dbp.comparison.runner import main

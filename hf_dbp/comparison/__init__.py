@@ -1,1 +1,1 @@
-"""Methods side by side: plans (methods x settings x seeds), the runner, paired statistics and the report."""
+"""Compare methods: plans (methods x settings x seeds), the runner, paired statistics and the report."""

@@ -1,9 +1,9 @@
-"""Which runs make a comparison: plans of methods x settings x seeds, and what became of them.
+"""Plans of comparisons (methods x settings x seeds), and the results of their runs.
 
-A plan is a YAML file, of the package's or the user's own:
+A plan is a YAML file, from the package or your own:
 
     title: Four methods on photographs
-    script: examples/my_script.py           # optional: in place of hf-dbp pretrain; takes --seed and --output_dir, and
+    script: examples/my_script.py           # optional: instead of hf-dbp pretrain; takes --seed and --output_dir, and
                                             # writes a run record (`hf_dbp.training.recording`)
     recipe: demo.yaml                       # optional: flags that all runs share ...
     flags: {max_steps: 600, image_size: 32} # ... and more of them
@@ -11,18 +11,18 @@ A plan is a YAML file, of the package's or the user's own:
       method:
         adamw: {method: bp, optimizer: adamw}
         dbp+adamw: {method: dbp, optimizer: adamw}
-    search: {learning_rate: [1e-3, 2e-3]}   # tried for every variant alike, with the first seed; or a list of its
-                                            # own for each: {learning_rate: {adamw: [...], dbp+adamw: [...]}}
+    search: {learning_rate: [1e-3, 2e-3]}   # tried for every variant, with the first seed; or a separate list
+                                            # for each: {learning_rate: {adamw: [...], dbp+adamw: [...]}}
     seeds: [0, 1, 2]                        # the others run at each variant's best
-    against: {adamw: [dbp+adamw]}           # baseline -> variants held against it (default: the first, all others)
+    against: {adamw: [dbp+adamw]}           # baseline -> variants compared with it (default: the first, all others)
     segmentation: {recipe: demo_upernet.yaml, flags: {}, random: true}  # optional: mean IoU of each seed's encoder
     classification: {flags: {train_dir: tiles}, random: true}           # optional: accuracy of each seed's encoder
     probe: {flags: {train_dir: tiles}}      # optional: k nearest neighbours and a linear probe on each encoder
     lengths: {adamw: [900, 1200]}           # optional: complete schedules of other lengths (max_steps) of a baseline,
-                                            # at its best setting: where does it reach another variant's end?
+                                            # at its best setting: where does it reach another variant's result?
 
 Seeds are paired: data order, crops and masks are functions of (seed, epoch, image), and weights start from the seed, so
-runs of one seed differ in the method alone. `hf_dbp.comparison.runner` runs a plan.
+runs of one seed differ only in the method. `hf_dbp.comparison.runner` runs a plan.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ __all__ = [
 ]
 
 FINETUNING_KEYS = ("recipe", "flags", "random")
-EVALUATION = "eval.json"  # what fine-tuning leaves
-PROBE_FILE = "probe.json"  # what a probe leaves
-OWN = ("seed", "output_dir", "config")  # set per run by the tool
+EVALUATION = "eval.json"  # written by fine-tuning
+PROBE_FILE = "probe.json"  # written by a probe
+OWN = ("seed", "output_dir", "config")  # set by the tool for each run
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,10 @@ class PlannedRun:
 
     Args:
         variant: what is compared, such as ``dbp+adamw``.
-        searched: the searched flags' values.
-        seed: of everything random in the run.
-        arguments: the flags of the pre-training script but for the output folder.
-        length: steps of its complete schedule if they are not those of the plan's other runs.
+        searched: values of the searched flags.
+        seed: seed of everything random in the run.
+        arguments: flags of the pre-training script except the output folder.
+        length: steps of its complete schedule, if they differ from those of the plan's other runs.
     """
 
     variant: str
@@ -104,15 +104,15 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """The run's place below the comparison's ``runs``."""
+        """The run's folder below the comparison's ``runs``."""
         settings = [*([("max_steps", self.length)] if self.length else []), *self.searched]
         return Path(slug(self.variant), *(slug(f"{name}={value}") for name, value in settings), f"seed{self.seed}")
 
 
 @dataclass
 class Run:
-    """What became of a planned run: its record, the evaluations of its encoder (of each head, probe) if there are any,
-    and in ``notes`` why there are none."""
+    """The result of a planned run: its record, the evaluations of its encoder (each head, probe), and in ``notes`` why
+    any are missing."""
 
     planned: PlannedRun
     record: RunRecord | None = None
@@ -123,7 +123,7 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """A loss that is not finite, or a validation loss that ended above where it began."""
+        """Whether a loss is not finite, or the validation loss ended above its start."""
         if self.record is None or not self.record.rows:
             return False
         losses = [row[key] for row in self.record.rows for key in ("eval_loss", "train_loss") if key in row]
@@ -142,15 +142,15 @@ RunsBySeed = dict[int, Run]
 
 @dataclass(frozen=True)
 class Head:
-    """A task that every encoder of a comparison may be fine-tuned to.
+    """A task that every encoder of a comparison can be fine-tuned for.
 
     Args:
-        module: of its ``main``.
+        module: module of its ``main``.
         groups: its classes of flags.
         model: what is trained, in words.
-        metrics: figures of its `eval.json`, in words; the first is drawn, too.
-        guess: the figure that the plainest guess, the commonest class everywhere, has in the first metric.
-        check: refuses flags of its data.
+        metrics: figures of its `eval.json`, in words; the first is also plotted.
+        guess: figure with the first metric's value for always predicting the most common class.
+        check: refuses invalid data flags.
     """
 
     module: str
@@ -185,13 +185,13 @@ KEYS = ("title", "script", "recipe", "flags", "axes", "search", "seeds", "agains
 
 @dataclass(frozen=True)
 class Finetuning:
-    """Fine-tuning of each encoder: its flags, and whether random weights are fine-tuned too."""
+    """Fine-tuning of each encoder: its flags, and whether to fine-tune random weights too."""
 
     arguments: tuple[str, ...] = ()
     random: bool = False
 
     def check(self, head: Head) -> None:
-        """Parse the flags. ValueError for one that a run would refuse, for want of data, or of names of classes."""
+        """Parse the flags. UserError for one that a run would refuse, or if data or class names are missing."""
         arguments = [*self.arguments, "--model_name_or_path", "unused", "--output_dir", "unused"]
         _, data_args, _ = parse_arguments(head.groups, arguments)
         head.check(data_args)
@@ -204,7 +204,7 @@ class Probe:
     arguments: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Parse the flags. ValueError for one that a probe would refuse, or for want of data."""
+        """Parse the flags. UserError for one that a probe would refuse, or if data are missing."""
         (args,) = parse_arguments((ProbeArguments,), [*self.arguments, "--model_name_or_path", "unused"])
         args.source()
 
@@ -234,11 +234,11 @@ class Plan:
         return PlannedRun(variant, searched, seed, arguments, length)
 
     def searched(self, variant: str) -> dict[str, list[str]]:
-        """The values of each searched flag that a variant has to choose from."""
+        """The values of each searched flag that a variant can choose from."""
         return {flag: self.own_search.get(flag, {}).get(variant, values) for flag, values in self.search.items()}
 
     def search_runs(self) -> list[PlannedRun]:
-        """Every variant at every searched setting of its own, with the first seed."""
+        """Every variant at each of its searched settings, with the first seed."""
         settings = list(itertools.product(*([(name, v) for v in values] for name, values in self.search.items())))
         return [
             self.run(variant, setting, self.seeds[0])
@@ -248,7 +248,8 @@ class Plan:
         ]
 
     def length_runs(self, best: dict[str, tuple[tuple[str, str], ...]]) -> list[PlannedRun]:
-        """Every seed of the baselines' schedules of other lengths, at the setting that was best at the plan's."""
+        """Every seed of the baselines' schedules of other lengths, at the setting that was best at the plan's
+        length."""
         return [
             self.run(baseline, best[baseline], seed, length)
             for baseline, lengths in self.lengths.items()
@@ -262,16 +263,18 @@ class Plan:
         return [self.run(variant, best[variant], seed) for seed in self.seeds[1:] for variant in best]
 
     def check(self) -> None:
-        """Parse the flags of every run. ValueError for one that a run would refuse, or for want of data.
+        """Parse the flags of every run. UserError for one that a run would refuse, or if data are missing.
 
-        Those of another script are for the script to parse.
+        Another script parses its own flags.
         """
         if self.script is not None:
             if not Path(self.script).is_file():
-                raise UserError(f"the plan's script {self.script} is no file; paths count from the working directory")
+                raise UserError(
+                    f"the plan's script {self.script} does not exist; paths are relative to the working directory"
+                )
             if self.heads or self.probe is not None:
                 names = ", ".join((*HEADS, "probe"))
-                raise UserError(f"{names} follow hf-dbp pretrain alone; a plan with a script has none of them")
+                raise UserError(f"{names} work only with hf-dbp pretrain; remove them from a plan with a script")
             return
         for planned in self.search_runs():
             _, data_args, *_ = parse_arguments(pretraining.GROUPS, [*planned.arguments, "--output_dir", "unused"])
@@ -292,11 +295,11 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     """Read a plan.
 
     Args:
-        name: YAML file, or the name of a plan in the package.
-        extra: the user's flags for all runs, over the plan's.
+        name: YAML file, or name of a plan in the package.
+        extra: the user's flags for all runs, which override the plan's.
 
     Raises:
-        ValueError: there is no such plan, it is not one, or ``extra`` sets what the plan varies.
+        UserError: there is no such plan, it is invalid, or ``extra`` sets what the plan varies.
     """
     if not Path(name).is_file() and name not in plan_names():
         raise UserError(f"no plan {name!r}: give a YAML file or one of {', '.join(plan_names())}")
@@ -341,7 +344,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
 
 
 def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
-    """The mapping under a key of a plan, empty if there is none. ValueError if it is something else."""
+    """The mapping under a key of a plan, empty if there is none. UserError if it is something else."""
     value = content.get(key) or {}
     if value in ("null", "~"):
         return {}
@@ -351,7 +354,7 @@ def mapping(content: dict[str, Any], key: str, name: str) -> dict[str, Any]:
 
 
 def read_finetuning(settings: dict[str, Any], head: str, name: str) -> Finetuning:
-    """What the plan says on a head. ValueError for what it cannot say."""
+    """The plan's settings for a head. UserError for invalid ones."""
     unknown = sorted(settings.keys() - set(FINETUNING_KEYS))
     if unknown:
         raise UserError(f"plan {name}: {head} has {', '.join(FINETUNING_KEYS)}; not {unknown[0]!r}")
@@ -366,7 +369,7 @@ def read_finetuning(settings: dict[str, Any], head: str, name: str) -> Finetunin
 
 
 def read_probe(settings: dict[str, Any], name: str) -> Probe | None:
-    """What the plan says on the probe; None if nothing. ValueError for what it cannot say."""
+    """The plan's settings for the probe; None if there are none. UserError for invalid ones."""
     unknown = sorted(settings.keys() - {"flags"})
     if unknown:
         raise UserError(f"plan {name}: probe has flags; not {unknown[0]!r}")
@@ -377,10 +380,10 @@ def read_probe(settings: dict[str, Any], name: str) -> Probe | None:
 def check_search(
     search: dict[str, Any], variants: list[str], name: str
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, list[str]]]]:
-    """Flag -> all values that are searched, and flag -> variant -> its own where the variants have their own.
+    """Flag -> all searched values, and flag -> variant -> its values if the variants have separate ones.
 
     Raises:
-        ValueError: a flag has values for some variants alone, or for unknown ones.
+        UserError: a flag has values for only some variants, or for unknown ones.
     """
     every: dict[str, list[str]] = {}
     own: dict[str, dict[str, list[str]]] = {}
@@ -406,7 +409,10 @@ def is_number(text: str) -> bool:
 
 
 def check_lengths(lengths: dict[str, Any], baselines: list[str], name: str) -> dict[str, list[int]]:
-    """Baseline -> steps of its complete schedules of other lengths. ValueError for what are none, or no baseline."""
+    """Baseline -> steps of its complete schedules of other lengths.
+
+    UserError for invalid steps or an unknown baseline.
+    """
     found = {}
     for baseline, steps in lengths.items():
         if baseline not in baselines:
@@ -419,7 +425,7 @@ def check_lengths(lengths: dict[str, Any], baselines: list[str], name: str) -> d
 
 
 def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """The axes, each label with its flags. ValueError if they are not mappings of mappings."""
+    """The axes, each label with its flags. UserError if they are not mappings of mappings."""
     is_mapping = isinstance(axes, dict) and all(isinstance(values, dict) and values for values in axes.values())
     if not is_mapping or not all(isinstance(flags, dict) for values in axes.values() for flags in values.values()):
         raise UserError(f"plan {name}: axes are mappings, axis -> label -> flags")
@@ -427,7 +433,7 @@ def check_axes(axes: Any, name: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def check_seeds(seeds: Any, name: str) -> tuple[int, ...]:
-    """The seeds as numbers. ValueError if they are none or not different."""
+    """The seeds as numbers. UserError if there are none or they repeat."""
     try:
         numbers = tuple(int(seed) for seed in (seeds if isinstance(seeds, list) else [seeds]))
     except (TypeError, ValueError) as error:
@@ -438,7 +444,7 @@ def check_seeds(seeds: Any, name: str) -> tuple[int, ...]:
 
 
 def check_against(against: dict[str, Any], variants: list[str], name: str) -> dict[str, list[str]]:
-    """Baseline -> variants held against it, by default the first and all others. ValueError for unknown ones."""
+    """Baseline -> variants compared with it, by default the first and all others. UserError for unknown ones."""
     against = against or {variants[0]: variants[1:]}
     if not all(isinstance(others, list) for others in against.values()):
         raise UserError(f"plan {name}: against maps a baseline to a list of variants; got {against!r:.80}")
@@ -450,12 +456,12 @@ def check_against(against: dict[str, Any], variants: list[str], name: str) -> di
 
 
 def best_settings(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Each variant's searched values with the lowest best validation loss; runs that diverged only for want of others.
+    """Each variant's searched values with the lowest best validation loss; diverged runs only if there are no others.
 
-    A setting counts by its mean over the seeds that all settings of the variant have. In a plan that is the first one,
-    before the chosen setting's other seeds have run as after: they cannot unmake the choice that they follow from.
-    Settings without a common seed count by their own. A variant without any finished run is absent; runs of other
-    lengths do not count.
+    A setting is judged by its mean over the seeds that all settings of the variant have. In a plan that is the first
+    seed, both before and after the chosen setting's other seeds have run, so these cannot reverse the choice. Settings
+    without a common seed are judged by their own. A variant without a finished run is absent; runs of other lengths do
+    not count.
     """
     scores: dict[str, dict[tuple[tuple[str, str], ...], dict[int, tuple[bool, float]]]] = {}
     for run in runs:
@@ -475,7 +481,7 @@ def best_settings(runs: Iterable[Run]) -> dict[str, tuple[tuple[str, str], ...]]
 
 
 def read_run(planned: PlannedRun, folder: Path) -> Run | None:
-    """The run in that folder if it has finished; None if not."""
+    """The run in that folder if it has finished, else None."""
     if not (folder / RECORD).is_file():
         return None
     record = RunRecord.read(folder / RECORD)
@@ -492,11 +498,12 @@ def variant_of(record: RunRecord) -> str:
 
 
 def collect_runs(folders: Sequence[str]) -> list[Run]:
-    """Finished runs made by other means, as if they had been planned: variants by method, settings by the flags that
-    shape a result and differ between runs of one variant.
+    """Finished runs made by other means, as if planned: variants by method, settings by flags that differ.
+
+    Only flags that affect a result and differ between runs of one variant make a setting.
 
     Raises:
-        ValueError: no finished run in a folder, or two runs of one variant, setting and seed.
+        UserError: a folder holds no finished run, or two runs have the same variant, setting and seed.
     """
     records = []
     for folder in folders:
@@ -513,26 +520,26 @@ def collect_runs(folders: Sequence[str]) -> list[Run]:
             raise UserError(f"{places[planned]} and {folder} are both {planned.name}; name one of them")
         run = read_run(planned, Path(folder))
         if run is None:
-            raise UserError(f"the run in {folder} has not finished; start it again to go on")
+            raise UserError(f"the run in {folder} has not finished; repeat its command to resume it")
         runs[planned], places[planned] = run, folder
     return list(runs.values())
 
 
 def varied_flags(records: Sequence[RunRecord]) -> list[str]:
-    """The flags that shape a result and differ between runs of one variant, where both know them."""
+    """The flags that affect a result and differ between runs of one variant, if both have them."""
     pairs = [pair for pair in itertools.combinations(records, 2) if len(set(map(variant_of, pair))) == 1]
     arguments = [(one.arguments, other.arguments) for one, other in pairs]
     return [flag for flag in settings() if any(flag in a and flag in b and a[flag] != b[flag] for a, b in arguments)]
 
 
 def settings() -> list[str]:
-    """The flags that make two runs of one method runs of two settings; the others leave the result as it is."""
+    """The flags that distinguish settings of one method; the others do not affect the result."""
     flags = natures(*pretraining.GROUPS).items()
     return sorted(name for name, flag in flags if flag.shapes in ("data", "model", "training"))
 
 
 def plan_of(runs: Sequence[Run]) -> Plan:
-    """The plan that collected runs amount to: plain AdamW, if it is there, is what the others are held against."""
+    """The plan that collected runs amount to; plain AdamW, if present, is the baseline."""
     order = sorted({run.planned.variant for run in runs}, key=lambda name: (name.startswith("dbp+"), name))
     variants = sorted(order, key=lambda name: name != "adamw")
     against = {variants[0]: variants[1:]}

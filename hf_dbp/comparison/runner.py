@@ -1,10 +1,12 @@
-"""Compare ways of training: run what a plan lacks, then report. The main of `training_scripts/run_comparison.py`.
+"""Compare training methods: run what is missing from a plan, then report.
 
-Every run is a process of its own. One that has finished is not run again, one that was interrupted goes on from its
-last checkpoint, one that fails is reported and the others go on. The order: every variant at every searched setting
-with the first seed, then the other seeds of each variant at its best setting, then, if asked for, the baselines'
-schedules of other lengths, the probe of each of these encoders, and the heads on those of the plan's own length. At
-SIGTERM and SIGINT the pre-training runs are told to save and end, and waited for.
+The main of `training_scripts/run_comparison.py`.
+
+Every run is a separate process. A finished run is not repeated, an interrupted one resumes from its last checkpoint,
+and a failed one is reported while the others continue. The order is: every variant at every searched setting with the
+first seed; the other seeds of each variant at its best setting; then, if asked for, the baselines' schedules of other
+lengths, the probe of each of these encoders, and the heads on those of the plan's own length. On SIGTERM and SIGINT the
+pre-training runs are told to save and end, and the runner waits for them.
 """
 
 from __future__ import annotations
@@ -50,20 +52,20 @@ __all__ = ["Runner", "main", "run_plan"]
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-FLAGS_FILE = "flags.json"  # what a run was started with
+FLAGS_FILE = "flags.json"  # the flags a run was started with
 FINETUNE = "from MODULE import main; main()"
 PROBE = "from hf_dbp.downstream.probe import main; main()"
 
 
 class Runner:
-    """Runs planned runs as processes, several at a time, with one progress bar over all of them.
+    """Runs planned runs as processes, several at a time, with one progress bar for all of them.
 
     Args:
-        folder: of the comparison; runs lie in ``folder/runs``.
-        total: number of runs that the bar counts to.
+        folder: folder of the comparison; runs are in ``folder/runs``.
+        total: number of runs in the progress bar.
         jobs: runs at a time.
-        launcher: command in place of ``python``, such as ``accelerate launch --multi_gpu``.
-        script: what is run in place of the package's pre-training.
+        launcher: command instead of ``python``, such as ``accelerate launch --multi_gpu``.
+        script: script to run instead of the package's pre-training.
     """
 
     def __init__(
@@ -78,10 +80,10 @@ class Runner:
         )
 
     def run(self, planned: Iterable[PlannedRun]) -> list[Run]:
-        """The runs in the given order, each finished, or with its error.
+        """The runs in the given order, each finished or with its error.
 
         Raises:
-            ValueError: a folder holds a run made with other flags.
+            UserError: a folder holds a run made with other flags.
         """
         planned = list(planned)
         for one in planned:
@@ -125,7 +127,7 @@ class Runner:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
     def outcome(self, planned: PlannedRun, status: int) -> Run:
-        """The finished run, or what its log says went wrong."""
+        """The finished run, or one with the error from its log."""
         run = read_run(planned, self.path(planned)) if status == 0 else None
         if run is None:
             run = Run(planned, error=failure(status, self.path(planned) / "log.txt"))
@@ -134,7 +136,7 @@ class Runner:
         return run
 
     def progress(self, planned: PlannedRun) -> float:
-        """How much of the run is done, in [0, 1], by its last evaluation."""
+        """The finished share of the run, in [0, 1], judging by its last evaluation."""
         file = self.path(planned) / RECORD
         if not file.is_file():
             return 0.0
@@ -144,7 +146,7 @@ class Runner:
         steps, epochs = (record.arguments.get(name) or 0 for name in ("max_steps", "num_train_epochs"))
         last = record.rows[-1]
         if steps <= 0 and not epochs:
-            return 0.0  # another script need not say
+            return 0.0  # another script may not record it
         return float(min(last["step"] / steps if steps > 0 else last["epoch"] / epochs, 1.0))
 
     def show(self, partly: float, done: int, running: list[PlannedRun]) -> None:
@@ -157,9 +159,9 @@ class Runner:
 
 
 def check_flags(folder: Path, arguments: Sequence[str]) -> None:
-    """Refuse a folder whose run was made with other flags: what was run must be what is reported.
+    """Refuse a folder whose run was made with other flags, because the report must describe what was run.
 
-    A run that left neither a result nor a checkpoint is none: its flags may be put right.
+    A run that left neither a result nor a checkpoint does not count: its flags may be corrected.
     """
     begun = any((folder / name).is_file() for name in (RECORD, EVALUATION, PROBE_FILE)) or any(
         folder.glob("checkpoint-*")
@@ -177,10 +179,10 @@ def failure(status: int, log: Path) -> str:
 
 
 def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = None) -> list[Run]:
-    """Run what is missing of a plan; all its runs, failed ones with their error.
+    """Run what is missing from a plan; return all its runs, failed ones with their error.
 
     Raises:
-        ValueError: a flag of the plan is refused, or a folder holds a run made with other flags.
+        UserError: a flag of the plan is refused, or a folder holds a run made with other flags.
     """
     plan.check()
     for head, finetuning in plan.heads.items():
@@ -206,7 +208,7 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
 
 
 def probe_all(probe: Probe, runs: Sequence[Run], folder: Path) -> None:
-    """Probe the fused encoder of each finished run. What fails is logged and noted on the run; the others go on."""
+    """Probe the fused encoder of each finished run. Failures are logged and noted on the run; the others continue."""
     for run in tqdm([run for run in runs if run.record is not None], desc="probe", unit="run"):
         target = folder / "runs" / run.planned.folder / "probe" / PROBE_FILE
         try:
@@ -218,9 +220,9 @@ def probe_all(probe: Probe, runs: Sequence[Run], folder: Path) -> None:
 
 
 def finetune_all(head: str, finetuning: Finetuning, plan: Plan, runs: Sequence[Run], folder: Path) -> None:
-    """Fine-tune a head on the fused encoder of each run, and on random weights where the plan says so.
+    """Fine-tune a head on the fused encoder of each run, and on random weights if the plan says so.
 
-    What fails is told and noted on the run, and the others go on.
+    Failures are logged and noted on the run, and the others continue.
     """
     finished = [run for run in runs if run.record is not None]
     jobs = [(run, folder / "runs" / run.planned.folder, False) for run in finished]
@@ -242,7 +244,7 @@ def finetune_all(head: str, finetuning: Finetuning, plan: Plan, runs: Sequence[R
 
 
 def fused(run: Path) -> Path:
-    """The folder of the run's stock ViT, made if it is not there. ValueError or OSError if it cannot be."""
+    """The folder of the run's stock ViT, created if necessary. UserError or OSError if that fails."""
     vit = run / "vit"
     if not (vit / "config.json").is_file():
         fuse_run(run, vit, check_views(run))
@@ -250,7 +252,7 @@ def fused(run: Path) -> Path:
 
 
 def finetune(head: str, arguments: Sequence[str], own: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The evaluation in ``folder/HEAD``, made if it is not there; arguments and errors as of `evaluated`."""
+    """The evaluation in ``folder/HEAD``, created if necessary; arguments and errors as for `evaluated`."""
     evaluation = folder / head / EVALUATION
     return evaluated(
         FINETUNE.replace("MODULE", HEADS[head].module),
@@ -261,16 +263,16 @@ def finetune(head: str, arguments: Sequence[str], own: Sequence[str], folder: Pa
 
 
 def evaluated(code: str, arguments: Sequence[str], own: Sequence[str], file: Path) -> dict[str, Any]:
-    """The evaluation in ``file``, from a process of its own if it is not there.
+    """The evaluation in ``file``, created by a separate process if necessary.
 
     Args:
-        code: what the process runs.
+        code: code that the process runs.
         arguments: the plan's flags.
-        own: what is added to them for this run.
-        file: what the process leaves.
+        own: arguments added for this run.
+        file: file that the process writes.
 
     Raises:
-        ValueError: the process left none; with what its log says.
+        UserError: the process wrote none; the message quotes its log.
     """
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +287,7 @@ def evaluated(code: str, arguments: Sequence[str], own: Sequence[str], file: Pat
 
 
 def random_evaluations(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Evaluations of each head from random weights, by seed, where the comparison has them."""
+    """Evaluations of each head from random weights, by seed, if the comparison has them."""
     found = {head: sorted((folder / "runs" / "random").glob(f"seed*/{head}/{EVALUATION}")) for head in HEADS}
     return {
         head: [json.loads(file.read_text(encoding="utf-8")) for file in files] for head, files in found.items() if files
@@ -293,10 +295,10 @@ def random_evaluations(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def read_step_times(file: Path | None, plan: Plan) -> dict[str, list[float]] | None:
-    """Variant -> seconds of its step, one for each turn; None without a file.
+    """Variant -> seconds of its step, one per turn; None without a file.
 
     Raises:
-        ValueError: the file is none, or lacks a variant of the plan.
+        UserError: the file is invalid or lacks a variant of the plan.
     """
     if file is None:
         return None
@@ -306,7 +308,7 @@ def read_step_times(file: Path | None, plan: Plan) -> dict[str, list[float]] | N
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"--step_times {file} does not hold the step times of every variant ({error}): make it with "
-            "benchmarks/plan_times.py of the same plan"
+            f"benchmarks/plan_times.py from the same plan"
         ) from error
     assert not missing
     return found
@@ -318,13 +320,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
         allow_abbrev=False,
     )
     parser.add_argument("--plan", help=f"YAML file, or one of {', '.join(plan_names())}")
-    parser.add_argument("--runs", nargs="+", help="report these finished runs (output folders) in place of a plan")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where runs and report are written")
-    parser.add_argument("--report_dir", type=Path, help="where the report is written (default: OUTPUT_DIR/report)")
+    parser.add_argument("--runs", nargs="+", help="report these finished runs (output folders) instead of a plan")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for runs and report")
+    parser.add_argument("--report_dir", type=Path, help="folder for the report (default: OUTPUT_DIR/report)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--launcher", help="command in place of python, e.g. 'accelerate launch --multi_gpu'")
+    parser.add_argument("--launcher", help="command instead of python, e.g. 'accelerate launch --multi_gpu'")
     parser.add_argument("--step_times", type=Path, help="JSON file of benchmarks/plan_times.py, for the yardstick")
-    parser.add_argument("--note", default="", help="a sentence for the report, such as what ran beside")
+    parser.add_argument("--note", default="", help="a sentence for the report, e.g. on what else was running")
     args, extra = parser.parse_known_args(arguments)
     if (args.plan is None) == (args.runs is None):
         raise UserError("give --plan PLAN or --runs FOLDER ... (not both)")
@@ -337,7 +339,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the comparison and write its report. User mistakes end with one line on stderr and exit status 2."""
+    """Run the comparison and write its report. A user's mistake ends with one line on stderr and exit status 2."""
     args, extra = parse(arguments)
     if args.plan is None:
         runs = collect_runs(args.runs)
@@ -349,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not any(run.record for run in runs):
         raise UserError(f"no run has finished; the first says: {runs[0].error}")
     own = without_secrets(sys.argv[1:] if arguments is None else arguments)
-    here = f"{Path.cwd()}{os.sep}"  # reports are passed on: they name no folder above the working one
+    here = f"{Path.cwd()}{os.sep}"  # reports are shared, so they name no folder above the working directory
     program = sys.argv[0] if sys.argv[0] == "hf-dbp compare" else "python training_scripts/run_comparison.py"
     command = shlex.join([*program.split(), *(one.replace(here, "") for one in own)])
     report = write_report(

@@ -1,4 +1,4 @@
-"""Statistics of paired runs and of curves: what a saving is, how sure it is, and when a curve met a target.
+"""Statistics of paired runs and curves: the size and certainty of a saving, and when a curve meets a target.
 
 Runs are paired by seed. For pairs (a_i, b_i) of baseline and other, differences d_i = b_i - a_i:
 
@@ -6,10 +6,10 @@ Runs are paired by seed. For pairs (a_i, b_i) of baseline and other, differences
     effect size    Cohen's d_z = mean(d) / sd(d), sd with n - 1
     interval       95 % of the mean, mean(d) -+ t(0.975, n - 1) * sd(d) / sqrt(n)
 
-With one pair there is a difference but neither p-value, effect size nor interval: they are None. Where all differences
-are equal there is neither p-value nor effect size.
+With one pair there is a difference but no p-value, effect size or interval: they are None. If all differences are
+equal, there is no p-value or effect size.
 
-Between two evaluations a curve is taken as linear, in seconds, kWh or steps as well as in loss.
+Curves are taken as linear between evaluations, in seconds, kWh and steps as well as in loss.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from hf_dbp.errors import UserError
 __all__ = ["Mean", "Paired", "crossing", "margin", "mean_interval", "paired_test", "value_at"]
 
 CONFIDENCE = 0.95
-ROUNDING = 1e-10  # differences that vary by less, relative to the values, are equal
+ROUNDING = 1e-10  # differences that vary by less than this, relative to the values, are equal
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean of n values, their standard deviation (n - 1) and the mean's 95 % interval; None where n = 1."""
+    """A mean of n values, their standard deviation (n - 1) and the mean's 95 % interval; None if n = 1."""
 
     mean: float
     n: int
@@ -65,7 +65,7 @@ def mean_interval(values: Sequence[float]) -> Mean:
     """Mean, standard deviation and the t-based 95 % interval of the mean.
 
     Raises:
-        ValueError: no values, or one that is not finite.
+        ValueError: there are no values, or one is not finite.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.size == 0 or not np.isfinite(x).all():
@@ -79,10 +79,10 @@ def mean_interval(values: Sequence[float]) -> Mean:
 
 
 def paired_test(baseline: Sequence[float], other: Sequence[float]) -> Paired:
-    """Compare paired values, the same seed at the same place.
+    """Compare paired values, with the same seed at the same position.
 
     Raises:
-        ValueError: another number of values on either side, none, or one that is not finite.
+        ValueError: the sides differ in length or are empty, or a value is not finite.
     """
     if len(baseline) != len(other):
         raise UserError(f"pairs need as many values on both sides, got {len(baseline)} and {len(other)}")
@@ -98,7 +98,8 @@ def paired_test(baseline: Sequence[float], other: Sequence[float]) -> Paired:
 
 
 def margin(baseline: dict[int, float], other: dict[int, float]) -> dict[str, Any] | None:
-    """The paired test of the ends, and by how many standard errors of its own the other's mean is below."""
+    """The paired test of the final values, and how many of its standard errors the other's mean lies below the
+    baseline's."""
     seeds = sorted(baseline.keys() & other.keys())
     if not seeds:
         return None
@@ -112,11 +113,11 @@ def crossing(points: Sequence[Point], target: float) -> float | None:
     """Where a falling curve first reaches ``target``: the x at which the line between two evaluations meets it.
 
     Args:
-        points: (x, loss) by rising x; losses that are not finite are passed over.
+        points: (x, loss) by rising x; losses that are not finite are skipped.
         target: a loss.
 
     Returns:
-        x; that of the first point if it already lies at or below the target; None if no point does.
+        x; that of the first point if it is already at or below the target; None if no point is.
     """
     before: Point | None = None
     for x, loss in points:
@@ -134,7 +135,7 @@ def value_at(points: Sequence[Point], x: float) -> float | None:
     """The curve's value at ``x``, on the line between the two evaluations around it.
 
     Returns:
-        The value; the last one if the curve ends before ``x``; None if it begins after it or has no finite value.
+        The value; the last one if the curve ends before ``x``; None if it begins after ``x`` or has no finite value.
     """
     finite = [point for point in points if math.isfinite(point[1])]
     if not finite or x < finite[0][0]:

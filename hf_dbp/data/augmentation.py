@@ -1,10 +1,10 @@
 """Views of an image: the paper's random resized crop and flip for training, a centre crop for evaluation.
 
-Any number of channels and any bit depth: an image is an array (height, width, channels), uint8, uint16 or float, and is
-resized channel by channel with one bicubic, antialiased step (a = -0.5, as Pillow's) to the view's size.
+An image is an array (height, width, channels) of uint8, uint16 or float, with any number of channels. It is resized
+channel by channel to the view's size in one bicubic, antialiased step (a = -0.5, like Pillow's).
 
 All randomness comes from the generator passed in, `image_rng(seed, epoch, image)`: a view is a pure function of these
-three, so that a resumed run, another process count and another method see the same views.
+three, so a resumed run, another number of processes and another method see the same views.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """A random part of an image, as in He et al. (paper section 2.3: scale [0.2, 1.0]).
+    """A random box of an image, as in He et al. (paper section 2.3: scale [0.2, 1.0]).
 
-    Its area is uniform in ``scale`` times the image's, its aspect log-uniform in ``ratio`` times the view's. Of a long
-    thin image no such box may fit: after ten that do not, the largest box of the last aspect, its centre uniform over
-    the image and moved inside, so that the ends are seen half as often as the middle, and not once in a thousand.
+    Its area is uniform in ``scale`` times the image's, its aspect log-uniform in ``ratio`` times the view's. Such a box
+    may not fit into a long thin image. After ten that do not fit, take the largest box of the last aspect, with its
+    centre uniform over the image and then moved inside, so the ends are seen half as often as the middle instead of
+    hardly ever.
 
     Args:
         rng: source of randomness.
@@ -69,7 +70,7 @@ def center_box(size: tuple[int, int], view: tuple[int, int]) -> Box:
 
 
 def native_tile(rng: np.random.Generator | None, size: tuple[int, int], view: tuple[int, int]) -> Box:
-    """A random box of the view's size, or without ``rng`` the central one; of a smaller image, `center_box`."""
+    """A random box of the view's size, or the central one without ``rng``; `center_box` for a smaller image."""
     spare = size[0] - view[0], size[1] - view[1]
     if min(spare) < 0:
         return center_box(size, view)
@@ -84,15 +85,15 @@ def _centered(size: tuple[int, int], aspect: float) -> Box:
 
 
 def cut(image_HWC: NDArray[Any], box: Box) -> NDArray[Any]:
-    """The pixels of the box, its edges rounded to whole ones; nothing is copied."""
+    """The pixels of the box, with its edges rounded to whole pixels; a view, not a copy."""
     left, top, right, bottom = (round(edge) for edge in box)
     return image_HWC[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
 def resized(image_HWC: NDArray[np.generic], view: tuple[int, int], box: Box | None = None) -> NDArray[np.generic]:
-    """The image, or its box, at the view's size, bicubic and antialiased, in the image's dtype (float for others).
+    """The image, or a box of it, resized to the view's size, bicubic and antialiased, in the image's dtype (or float).
 
-    Of a box the kernel reaches beyond its edges; of what was `cut` it ends there.
+    With a box, the kernel reaches beyond its edges; an image that was `cut` ends there.
     """
     if image_HWC.shape[:2] == view and box is None:
         return image_HWC
@@ -111,7 +112,7 @@ def resized(image_HWC: NDArray[np.generic], view: tuple[int, int], box: Box | No
 
 
 def _resized_by_torch(image_HWC: NDArray[Any], view: tuple[int, int]) -> NDArray[Any]:
-    """What Pillow computes in 8-bit steps, by vector instructions: a third of the time."""
+    """What Pillow computes in 8-bit steps, with vector instructions, in a third of the time."""
     image_BCHW = torch.from_numpy(np.require(image_HWC, requirements=["C", "W"])).permute(2, 0, 1)[None]
     view_BCHW = torch.nn.functional.interpolate(image_BCHW, view, mode="bicubic", antialias=True)
     return np.asarray(view_BCHW[0].permute(1, 2, 0).numpy())
@@ -124,7 +125,7 @@ def normalized(image_HWC: NDArray[np.float32], mean_C: NDArray[Any], std_C: NDAr
 
 
 def _surroundings(image_HWC: NDArray[Any], view: tuple[int, int], box: Box) -> tuple[NDArray[Any], Box]:
-    """The part of the image that a bicubic kernel reaches from the box, and the box in it."""
+    """The part of the image that a bicubic kernel reaches from the box, and the box relative to it."""
     left, top, right, bottom = box
     reach_x, reach_y = (2 * max(1.0, side / pixels) + 1 for side, pixels in
                         ((right - left, view[1]), (bottom - top, view[0])))  # fmt: skip

@@ -1,13 +1,13 @@
-"""Decoded images in memory-mapped files: what is streamed is read, decoded and made smaller once, then read at once.
+"""Decoded images in memory-mapped files: streamed images are read, decoded and scaled down once, then read instantly.
 
 A cache is a folder of parts. Part p holds the images of up to `PART_ROWS` source rows:
 
     part-00000.bin     the values of its images, one after the other, each (height, width, channels)
-    part-00000.npz     heights, widths, keys; paths and reasons of the unreadable
+    part-00000.npz     heights, widths, keys; paths and reasons of unreadable images
     images.json        written last: number of parts, channels, dtype
 
-A part appears whole or not at all, so an interrupted run goes on with the parts that are missing. Processes that want
-the same cache wait for the one that makes it; on machines that share no disk, each makes its own.
+A part appears whole or not at all, so an interrupted run continues with the missing parts. Processes that want the same
+cache wait for the one that makes it; machines that share no disk make one each.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ __all__ = ["CachedImages", "Materialization", "materialized"]
 
 logger = logging.getLogger(__name__)
 
-PART_ROWS = 8192  # a part is one thread's work
+PART_ROWS = 8192  # one thread makes a part
 THREADS = 16
 
 
 @dataclass(frozen=True)
 class Materialization:
-    """What of the images is kept, and how.
+    """How images are stored in a cache, and which.
 
     Args:
         num_channels: channels of every image.
-        depth: the type of every image's values, such as ``uint8``; images of 8 and 16 bits become one another.
-        short_side: side in pixels that larger images are made smaller to, bicubic and antialiased.
+        depth: type of all values, such as ``uint8``; 8-bit and 16-bit images are converted to it.
+        short_side: shorter side in pixels to which larger images are scaled down, bicubic and antialiased.
         fraction, seed: the subset, see `hf_dbp.data.subset.chosen`.
         limit: how many unreadable images are tolerated.
     """
@@ -59,10 +59,10 @@ class Materialization:
 
 
 def materialized(images: ShardedImages, folder: Path, how: Materialization) -> CachedImages:
-    """The cache of these images below ``folder``, made if it is not there.
+    """The cache of these images below ``folder``, created if it does not exist.
 
     Raises:
-        ValueError: more unreadable images than the limit, none readable, images of differing kinds, or the Hub refuses.
+        UserError: more unreadable images than the limit, none readable, images of different types, or the Hub refuses.
     """
     listing = images.listing
     digest = hashlib.blake2b(images.rows.tobytes(), digest_size=8).hexdigest()
@@ -97,7 +97,7 @@ def _make(images: ShardedImages, target: Path, how: Materialization) -> None:
         if len(unreadable) > how.limit:
             raise too_many(how.limit, unreadable[-1])
     if count == 0:
-        raise UserError(f"{images.listing.files[0]} and its like hold no readable image")
+        raise UserError(f"{images.listing.files[0]} and similar files hold no readable image")
     content = {"parts": len(parts), "channels": how.num_channels, "dtype": how.depth}
     part_file = target / ".images.json"
     part_file.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
@@ -109,7 +109,7 @@ def _name(part: int) -> str:
 
 
 def _make_part(images: ShardedImages, pieces: list[int], path: Path, how: Materialization) -> dict[str, NDArray[Any]]:
-    """Read, choose, decode and write the images of some pieces; what is already written is taken as it is."""
+    """Read, choose, decode and write the images of some pieces, unless they are already written."""
     index = path.with_suffix(".npz")
     if index.is_file():
         with np.load(index) as saved:
@@ -157,7 +157,7 @@ def _smaller(image_HWC: NDArray[Any], short_side: int) -> NDArray[Any]:
 
 
 def _in_depth(image_HWC: NDArray[Any], depth: str, name: str) -> NDArray[Any]:
-    """The image with values of that type: 8 and 16 bits become one another. UnreadableImageError for floats."""
+    """The image converted to that type, between 8 and 16 bits. UnreadableImageError for floats."""
     wanted = np.dtype(depth)
     if image_HWC.dtype == wanted:
         return image_HWC
@@ -206,4 +206,4 @@ class CachedImages:
         return {"image": np.asarray(values).reshape(height, width, self.channels)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # a pickled memory map would carry its contents
+        return self.__dict__ | {"_maps": {}}  # pickling a memory map would copy its contents

@@ -1,11 +1,11 @@
-"""Images of one class each: class folders, parquet files and Hub data sets with a column of labels, CSV files of paths.
+"""Images with one class each: class folders, parquet files and Hub data sets with labels, CSV files of paths.
 
-`load_classified` makes the training and the validation list and refuses labels that cannot be learned from. In a folder
-of pictures, or in its ``train``, ``validation`` ... if it has them, each class is a folder. A CSV file (or TSV) has a
-header, a column of paths, which count from its own folder, and a column of labels. Labels are names or whole numbers;
-class ids follow the names' order, numbers by their value, and in a data set with class labels of its own that order.
+`load_classified` makes the training and validation lists and refuses labels that cannot be learned from. A folder of
+pictures, or each of its ``train``, ``validation`` ... if it has them, holds one folder per class. A CSV (or TSV) file
+has a header, a column of paths relative to its own folder, and a column of labels. Labels are names or whole numbers;
+class ids follow the order of the names (numbers by value), or of the data set's own class labels.
 
-Where there is no validation set, a share of each class is set aside.
+If there is no validation set, a share of each class is held out.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ PATH_COLUMNS = ("image", "path", "file", "file_name", "filename")
 
 @dataclasses.dataclass
 class ClassSource(ImageSource):
-    """Which images of which classes to load; the flags of `ImageSource` and these.
+    """Which images of which classes to load: the flags of `ImageSource` and these.
 
     Args:
-        train_dir, validation_dir: may be CSV files, both.
-        label_column_name: column of the classes; default the first of label, class, labels, target.
+        train_dir, validation_dir: may both be CSV files.
+        label_column_name: column of the classes; default: the first of label, class, labels, target.
     """
 
     label_column_name: str | None = None
@@ -62,7 +62,7 @@ class ClassSource(ImageSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dataset_name == BUILT_IN:
-            raise UserError(f"the images of {BUILT_IN} have masks and no class; give --train_dir or a Hub data set")
+            raise UserError(f"the images of {BUILT_IN} have masks but no class; give --train_dir or a Hub data set")
         if self.validation_dir is not None and is_csv(self.train_dir) != is_csv(self.validation_dir):
             raise UserError("--train_dir and --validation_dir are both CSV files or both folders")
         if is_csv(self.train_dir) and self.channel_files:
@@ -71,12 +71,12 @@ class ClassSource(ImageSource):
 
 @dataclasses.dataclass
 class ClassifiedImages:
-    """Images and the id of each one's class.
+    """Images and their class ids.
 
     Args:
         images: the images.
         labels_N: class ids.
-        names: of the classes, by id.
+        names: class names by id.
     """
 
     images: ImageList
@@ -100,16 +100,16 @@ def is_csv(path: str | None) -> bool:
 
 
 def class_labels(data: datasets.Dataset, wanted: str | None, name: str) -> tuple[list[str], list[str]]:
-    """The class name of each row, and the names in their order.
+    """The class name of each row, and the names in order.
 
     Args:
         data: a table.
         wanted: the column of the labels; None for the first of `LABEL_COLUMNS`.
-        name: what messages call the table.
+        name: how messages refer to the table.
 
     Raises:
-        UserError: no such column, an image without a label or with several, labels that are no names or whole numbers,
-            or names that differ in case or spaces alone.
+        UserError: there is no such column, an image has no label or several, a label is neither a name nor a whole
+            number, or names differ only in case or spaces.
     """
     column = next((one for one in ([wanted] if wanted else LABEL_COLUMNS) if one in data.column_names), None)
     if column is None:
@@ -124,7 +124,7 @@ def class_labels(data: datasets.Dataset, wanted: str | None, name: str) -> tuple
     if bare:
         raise UserError(
             f"{name}: {len(bare)} of {len(values)} images have no label in column {column!r}, the first in row "
-            f"{bare[0]}; label them or take them out"
+            f"{bare[0]}; label them or remove them"
         )
     odd = [value for value in values if isinstance(value, float) and not value.is_integer()]
     if odd:
@@ -135,17 +135,19 @@ def class_labels(data: datasets.Dataset, wanted: str | None, name: str) -> tuple
     if len(alike) < len(order):
         key = next(key for key, count in alike.items() if count > 1)
         same = [one for one in order if " ".join(one.casefold().split()) == key]
-        raise UserError(f"{name}: the classes {', '.join(map(repr, same))} differ in case or spaces; write them alike")
+        raise UserError(
+            f"{name}: the classes {', '.join(map(repr, same))} differ only in case or spaces; spell them the same"
+        )
     return labels, order
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a label is none: null, NaN or empty text."""
+    """Whether a label is missing: null, NaN or empty text."""
     return value is None or (isinstance(value, float) and math.isnan(value)) or (value == "" or str(value).isspace())
 
 
 def ordered(labels: Sequence[str]) -> list[str]:
-    """The different labels, sorted: whole numbers by value, names by letters."""
+    """The distinct labels, sorted: whole numbers by value, names alphabetically."""
     found = set(labels)
     return sorted(found, key=int) if all(one.removeprefix("-").isdecimal() for one in found) else sorted(found)
 
@@ -154,7 +156,7 @@ def csv_table(file: str, source: ClassSource) -> datasets.Dataset:
     """A CSV file of paths and labels as a table with the columns ``image`` and ``label``.
 
     Raises:
-        UserError: it is none, lacks a column, names files that are not there, or one file twice.
+        UserError: it is not a CSV file, lacks a column, names missing files, or names a file twice.
     """
     path = Path(file)
     try:
@@ -192,10 +194,11 @@ def csv_table(file: str, source: ClassSource) -> datasets.Dataset:
 
 
 def split_classes(labels: Sequence[str], share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Training and test rows, both in order: of each class ``share`` is tested, at least one image and never all.
+    """Training and test rows, both in order: the share ``share`` of each class, at least one image and never all, is
+    for testing.
 
     Raises:
-        ValueError: no class has two images.
+        UserError: no class has two images.
     """
     rng, classes = np.random.default_rng(seed), np.asarray(labels)
     tested = np.zeros(len(classes), np.bool_)
@@ -204,14 +207,14 @@ def split_classes(labels: Sequence[str], share: float, seed: int) -> tuple[NDArr
         tested[rows[: min(max(1, round(len(rows) * share)), len(rows) - 1)]] = True
     if not tested.any():
         raise UserError(
-            f"no class of the {len(classes)} images has two, one to train and one to test on; add images, or give "
-            "those to test on by --validation_dir"
+            f"none of the {len(classes)} classes has two images, one to train and one to test on; add images, or give "
+            f"test images with --validation_dir"
         )
     return np.flatnonzero(~tested), np.flatnonzero(tested)
 
 
 def image_list(data: datasets.Dataset, source: ImageSource, name: str) -> ImageList:
-    """The images of a table, left encoded, so that a damaged one is met where it is decoded."""
+    """The images of a table, kept encoded, so a damaged one is detected when it is decoded."""
     column = find_column(data, source.image_column_name)
     data = encoded_column(data, column)
     return ImageList(data, column, source.num_channels, source.max_unreadable, name)
@@ -229,8 +232,8 @@ def load_classified(source: ClassSource) -> tuple[ClassifiedImages, ClassifiedIm
     """The training and the validation images with their classes; the first of each is read.
 
     Raises:
-        UserError: no such data, or labels that cannot be learned from: see `class_labels`; one class alone, or
-            validation images of a class that training lacks.
+        UserError: there are no such data, or the labels cannot be learned from: see `class_labels`; or there is only
+            one class, or training lacks a class of the validation images.
     """
     splits, left_out = tables_of(source)
     left_out.warn(source.name)
@@ -246,7 +249,7 @@ def load_classified(source: ClassSource) -> tuple[ClassifiedImages, ClassifiedIm
         splits, labels = dict.fromkeys(rows, splits["train"]), dict.fromkeys(rows, labels["train"])
     rows["validation"] = draw(rows["validation"], source.max_eval_samples, source.seed)
     rows["train"] = draw(rows["train"], source.max_train_samples, source.seed)
-    if source.train_fraction < 1.0:  # the same images as pre-training chooses
+    if source.train_fraction < 1.0:  # the images that pre-training would choose
         image_column = find_column(splits["train"], source.image_column_name)
         data = encoded_column(splits["train"], image_column).select_columns(image_column)
         keys = shared_keys(data, image_column)[rows["train"]]
@@ -264,7 +267,7 @@ def load_classified(source: ClassSource) -> tuple[ClassifiedImages, ClassifiedIm
 
 
 def check_classes(train: Sequence[str], validation: Sequence[str], names: Sequence[str], source: ClassSource) -> None:
-    """Refuse labels with nothing to learn or to measure, and say which classes suffer."""
+    """Refuse labels that leave nothing to learn or to measure, and report affected classes."""
     there, tested = Counter(train), Counter(validation)
     if len(there) < 2:
         raise UserError(
@@ -274,8 +277,8 @@ def check_classes(train: Sequence[str], validation: Sequence[str], names: Sequen
     unknown = sorted(tested.keys() - set(names))
     if unknown:
         raise UserError(
-            f"{source.name}: {len(unknown)} validation classes are not in training, e.g. {unknown[0]!r}; add images of "
-            "them to training or take them out of validation"
+            f"{source.name}: {len(unknown)} validation classes are not in training, e.g. {unknown[0]!r}; add images "
+            f"of them to training or remove them from validation"
         )
     for absent, what, effect in (
         ([name for name in names if not there[name]], "training", "cannot be learned"),
@@ -288,7 +291,7 @@ def check_classes(train: Sequence[str], validation: Sequence[str], names: Sequen
 
 
 def check_images(train: ImageList, validation: ImageList, source: ClassSource) -> None:
-    """Read the first image of each list, and fix channels and kind of values."""
+    """Read the first image of each list, and set channels and kind of values."""
     first = train.readable(0)
     for images in (train, validation):
         channels = images.readable(0).shape[2]

@@ -1,9 +1,9 @@
-"""From stored values to arrays (height, width, channels), and what becomes of images that cannot be read.
+"""Decode stored values to arrays (height, width, channels), and handle images that cannot be read.
 
-A value is what a data set stores of an image: {"bytes", "path"} of an encoded picture, a decoded picture, or an array.
-With {"more"}, the paths of further files, each file holds one channel.
-An image that cannot be decoded raises `UnreadableImageError`; `UnreadableImages` counts and lists those of a run, over
-all loader workers, and ends the run when they are too many.
+A value is what a data set stores for an image: {"bytes", "path"} of an encoded picture, a decoded picture, or an array.
+If it has {"more"}, the paths of further files, each file holds one channel. An image that cannot be decoded raises
+`UnreadableImageError`; `UnreadableImages` counts and lists those of a run, over all loader workers, and ends the run
+when there are too many.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-DECODING_ERRORS = (  # what Pillow, tifffile, OpenCV and NumPy raise on damaged pictures
+DECODING_ERRORS = (  # raised by Pillow, tifffile, OpenCV and NumPy on damaged pictures
     OSError,
     ValueError,
     SyntaxError,
@@ -60,11 +60,11 @@ DECODING_ERRORS = (  # what Pillow, tifffile, OpenCV and NumPy raise on damaged 
 
 
 class UnreadableImageError(UserError):
-    """An image that cannot be decoded, or not as the wanted number of channels."""
+    """An image that cannot be decoded, or not with the wanted number of channels."""
 
 
 class UnreadableImages:
-    """The images of one list that turned out to be unreadable; shared by all worker processes of a loader.
+    """The images of one list found to be unreadable so far; shared by all worker processes of a loader.
 
     Args:
         num_images: length of the list.
@@ -76,10 +76,10 @@ class UnreadableImages:
         self.flags.share_memory_()  # type: ignore[no-untyped-call]
 
     def add(self, index: int, error: UnreadableImageError) -> None:
-        """Count image ``index``, once however often it is met.
+        """Count image ``index`` once, however often it is met.
 
         Raises:
-            ValueError: that makes more than the limit.
+            ValueError: there are now more than the limit.
         """
         if self.flags[index]:
             return
@@ -97,7 +97,7 @@ class UnreadableImages:
 
 
 def too_many(limit: int, last: object) -> ValueError:
-    """The error that ends a run on too many unreadable images."""
+    """The error that ends a run with too many unreadable images."""
     return UserError(
         f"more than {limit} unreadable images, the last: {last}; "
         "repair the data, or raise --max_unreadable if they can be left out"
@@ -105,7 +105,7 @@ def too_many(limit: int, last: object) -> ValueError:
 
 
 def encoded_bytes(value: Any) -> bytes:
-    """The bytes of an encoded picture {"bytes", "path"}, from its file if need be; of an array, those of its values.
+    """The bytes of an encoded picture {"bytes", "path"}, from its file if necessary; for an array, those of its values.
 
     Raises:
         OSError: the file cannot be read.
@@ -118,11 +118,11 @@ def encoded_bytes(value: Any) -> bytes:
 
 
 def decode(value: Any, num_channels: int | None, name: str) -> NDArray[np.generic]:
-    """A stored value as (height, width, channels), turned upright as its EXIF data says; see `to_array`.
+    """A stored value as (height, width, channels), turned upright according to its EXIF data; see `to_array`.
 
     Raises:
-        UnreadableImageError: damaged, empty or not a picture, of another number of channels, or with values that are
-            NaN or infinite; begins with ``name``.
+        UnreadableImageError: it is damaged, empty or not a picture, has another number of channels, or has NaN or
+            infinite values; the message begins with ``name``.
     """
     image_HWC = unchecked(value, num_channels, name)
     check_finite(image_HWC, name)
@@ -130,16 +130,16 @@ def decode(value: Any, num_channels: int | None, name: str) -> NDArray[np.generi
 
 
 def unchecked(value: Any, num_channels: int | None, name: str) -> NDArray[np.generic]:
-    """As `decode`; values may be NaN. A large file may be a memory map, of which nothing has been read."""
+    """Like `decode`, but values may be NaN. A large file may come as a memory map, of which nothing has been read."""
     try:
         return to_array(stored(value), num_channels)
     except DECODING_ERRORS as error:
-        reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImageError(f"{name}: {reason}") from error
 
 
 def check_finite(image_HWC: NDArray[Any], name: str) -> None:
-    """UnreadableImageError if values are NaN or infinite, of which one makes a whole batch so."""
+    """UnreadableImageError if values are NaN or infinite, because one of them spoils a whole batch."""
     if image_HWC.dtype.kind != "f":
         return
     finite_HWC = np.isfinite(image_HWC)
@@ -152,11 +152,11 @@ def check_finite(image_HWC: NDArray[Any], name: str) -> None:
 
 
 def check_kind(dtype: np.dtype[Any], kind: str, name: str) -> None:
-    """UnreadableImageError if an image is of float values among unsigned ones (``kind`` "u"), or the other way."""
+    """UnreadableImageError if an image has float values among unsigned ones (``kind`` "u"), or the reverse."""
     if kind and dtype.kind != kind:
         others = "unsigned integers" if kind == "u" else "float"
         raise UnreadableImageError(
-            f"{name}: its values are {dtype}, those of the first image {others}, which have another range; "
+            f"{name}: its values are {dtype}, those of the first image are {others}, which have another range; "
             "convert the images to one type"
         )
 
@@ -172,9 +172,9 @@ def check_fit(mask: tuple[int, ...], image: tuple[int, ...], name: str) -> None:
 
 
 def unturned_masks(pairs: Iterable[tuple[Any, Any]]) -> str:
-    """A warning of images that their EXIF data turn and whose masks have none; empty if there are no such.
+    """A warning about images with EXIF orientation whose masks have none; empty if there are none.
 
-    On reading the image is turned and the mask is as it is, which only a turn by 90 degrees of an oblong would show.
+    Reading turns the image but not the mask; only a 90 degree turn of a non-square image would reveal the mismatch.
 
     Args:
         pairs: the stored values of images and masks.
@@ -184,7 +184,7 @@ def unturned_masks(pairs: Iterable[tuple[Any, Any]]) -> str:
         return ""
     return (
         f"{len(turned)} images are turned upright by their EXIF data, e.g. {turned[0]['path'] or 'one unnamed'}, "
-        "their masks have none and are taken as upright: if they were drawn on the unturned pixels, remove the "
+        "but their masks have none and are used unturned: if the masks were drawn on the unturned pixels, remove the "
         "orientation from the images"
     )
 
@@ -198,10 +198,10 @@ def turn(value: Any) -> int:
 
 
 def stored(value: Any) -> Any:
-    """A stored value as a picture or an array, its values as they are.
+    """A stored value as a picture or an array, with unchanged values.
 
     Raises:
-        What `DECODING_ERRORS` lists; ValueError if the files of its channels do not fit together.
+        DECODING_ERRORS: the file is damaged; ValueError if the files of its channels do not fit together.
     """
     if not isinstance(value, dict):
         return value
@@ -212,7 +212,7 @@ def stored(value: Any) -> Any:
 
 
 def joined(files: list[str]) -> NDArray[np.generic]:
-    """Files of one channel each as one array (H, W, C)."""
+    """Join files of one channel each into one array (H, W, C)."""
     channels = [to_array(read_picture(file, channel=True), 1) for file in files]
     kinds = [f"{c.shape[0]} x {c.shape[1]} pixels of {c.dtype} in {f}" for c, f in zip(channels, files, strict=True)]
     if len({(channel.shape, channel.dtype) for channel in channels}) > 1:
@@ -224,10 +224,10 @@ def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
     """A picture or array as (height, width, channels) with the wanted number of channels.
 
     Pictures become RGB for 3 channels (the default) and grey for 1; 16-bit grey pictures keep their depth. Arrays keep
-    their channels by default; grey and RGB ones become one another.
+    their channels by default; grey and RGB are converted to each other.
 
     Raises:
-        ValueError: the image has another number of channels than wanted and cannot be converted.
+        ValueError: the image does not have the wanted number of channels and cannot be converted.
     """
     if isinstance(image, Image.Image):
         if image.mode in ("I;16", "I;16L", "I;16B", "I", "F"):
@@ -236,7 +236,7 @@ def to_array(image: Any, num_channels: int | None) -> NDArray[np.generic]:
             if num_channels not in (None, 1, 3):
                 raise wrong_channels(grey.shape, num_channels)
             return np.repeat(grey, num_channels or 1, axis=2)
-        if image.mode == "P" and "transparency" in image.info:  # Pillow warns of dropping it, unless in two steps
+        if image.mode == "P" and "transparency" in image.info:  # in one step, Pillow would warn about dropping it
             image = image.convert("RGBA")
         if num_channels in (None, 1, 3):
             array = np.asarray(image.convert("L" if num_channels == 1 else "RGB"))

@@ -19,7 +19,7 @@ __all__ = [
 
 
 class EpochCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells the sampler which epoch begins, however the loader wraps it (after a resume it is wrapped once more)."""
+    """Tells the sampler which epoch begins, however deeply the loader wraps it (a resume wraps it once more)."""
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
@@ -29,7 +29,7 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def step_images(args: TrainingArguments) -> int:
-    """Images of one optimizer step, over all processes: the effective batch."""
+    """The number of images per optimizer step, over all processes: the effective batch."""
     return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 
@@ -46,7 +46,7 @@ def make_sampler(images: Any, args: TrainingArguments) -> EpochSampler:
 
 
 def feeding(sampler: EpochSampler, args: TrainingArguments) -> dict[str, Any]:
-    """What the order depends on, for the run record."""
+    """What the order of images depends on, for the run record."""
     return {
         "step_images": step_images(args),
         "dropped_tail": sampler.num_images - len(sampler),
@@ -57,18 +57,18 @@ def feeding(sampler: EpochSampler, args: TrainingArguments) -> dict[str, Any]:
 
 
 def adopt_order(sampler: EpochSampler, before: dict[str, Any], now: dict[str, Any], drop_last: bool) -> None:
-    """Let a resumed run see the images that the run it continues would have seen, on whatever processes.
+    """Make a resumed run see the images that the original run would have seen, on any number of processes.
 
     Args:
-        sampler: that of the resumed run; takes over the lanes.
-        before, now: the `data` of the two run records.
+        sampler: sampler of the resumed run; it takes over the lanes.
+        before, now: `data` of the two run records.
         drop_last: whether both drop an incomplete last step.
 
     Raises:
-        ValueError: the images or the images per step are others, so that the position means nothing.
+        UserError: the images or the number of images per step differ, so the position means nothing.
     """
     old, new = before["feeding"], now["feeding"]
-    advice = "to begin anew from its weights, pass --model_name_or_path CHECKPOINT and another --output_dir"
+    advice = "to start again from its weights, pass --model_name_or_path CHECKPOINT and another --output_dir"
     if before["train_images"] != now["train_images"] or before.get("subset") != now.get("subset"):
         raise UserError(
             f"the checkpoint was trained on {before['train_images']} images (subset {before.get('subset')}), this run "
@@ -77,11 +77,11 @@ def adopt_order(sampler: EpochSampler, before: dict[str, Any], now: dict[str, An
     if old["step_images"] != new["step_images"]:
         raise UserError(
             f"the checkpoint was trained with {old['step_images']} images a step, this run has {new['step_images']}: "
-            "choose --per_device_train_batch_size x --gradient_accumulation_steps x processes alike, or, " + advice
+            "keep --per_device_train_batch_size x --gradient_accumulation_steps x processes the same, or, " + advice
         )
     if not drop_last and old["processes"] != new["processes"]:
         raise UserError(
-            f"with --dataloader_drop_last false a run is resumed on the {old['processes']} processes it began on, "
+            f"with --dataloader_drop_last false a run must be resumed on the {old['processes']} processes it began on, "
             f"not on {new['processes']}"
         )
     sampler.lanes = Lanes(old["lanes"], old["chunk"])

@@ -1,20 +1,20 @@
-"""Local folders of images, by one walk: pictures, parquet files or tars; which are splits, and what is left out.
+"""Local folders of images, read in one walk: pictures, parquet files or tars, their splits, and what is left out.
 
-A sample is one picture or, with a name pattern per channel, several that each hold one of its channels:
+A sample is one picture or, with a name pattern per channel, several pictures that hold one channel each:
 
     --channel_files "*_bright.tif" "*_dark.tif"      lot1/a_bright.tif + lot1/a_dark.tif  ->  sample "lot1/a"
     --channel_files "bright/*.png" "dark/*.png"      bright/a.png + dark/a.png            ->  sample "a"
 
-What ``*`` stands for names the sample; in all else a pattern is literal. Without patterns a sample is named by its path
-below the folder without suffix. Only names are read here, so memory grows by a path per image.
+The part that matches ``*`` names the sample; the rest of a pattern is literal. Without patterns, a sample's name is its
+path below the folder without suffix. Only names are read here, so memory grows by one path per image.
 
-Splits are taken where the layout allows no other reading, else all images are used:
+Splits are used only if the layout allows no other reading; otherwise all images are used:
 
-    pictures          all of them lie in folders called train, validation, val, valid, dev or test, some in train
-    parquet, tars     all paths are alike up to one word such as train or test, and some have train
+    pictures          all lie in folders called train, validation, val, valid, dev or test, and some in train
+    parquet, tars     all paths differ only in one word such as train or test, and some have train
 
-Linked folders are followed; one that leads to a folder which is read anyway is left out. So are hidden files, and files
-of kinds that nothing here reads. `LeftOut` counts and names them.
+Linked folders are followed, unless they lead to a folder that is read anyway. These, hidden files and files of
+unsupported kinds are left out; `LeftOut` counts and names them.
 """
 
 from __future__ import annotations
@@ -51,30 +51,30 @@ __all__ = [
 
 IMAGE_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".npy", *SOUND_FILES}
 SHARDS = {".parquet": "parquet", ".tar": "webdataset"}
-#: files that hold no images, and that nobody expects to be read
+#: files that hold no images and that nobody expects to be read
 PLAIN_FILES = {
     *(".txt", ".text", ".json", ".jsonl", ".xml", ".csv", ".tsv", ".md", ".rst", ".yaml", ".yml", ".toml", ".html"),
     *(".htm", ".pdf", ".doc", ".docx", ".xlsx", ".py", ".ipynb", ".sh", ".bat", ".db", ".ini", ".cfg", ".log", ".lock"),
     *(".cls", ".cls2", ".class", ".id", ".idx", ".index", ".md5", ".sha1", ".sha256", ".bib", ".tex", ".safetensors"),
 }
-SPLITS = ("train", "validation", "val", "valid", "dev", "test")  # folders of these names can be splits of pictures
-WORDS = {  # that tell the split of a parquet file or a tar
+SPLITS = ("train", "validation", "val", "valid", "dev", "test")  # names of folders that can be splits of pictures
+WORDS = {  # words that tell the split of a parquet file or a tar
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 HIDDEN = "hidden files (a name in their path begins with a dot)"
-TWICE = "linked folders that lead to one which is read anyway, or which holds this one"
+TWICE = "linked folders that lead to a folder which is read anyway, or to one above them"
 CLOSED = "folders that cannot be opened"
-BESIDE = "pictures beside parquet or tar files; move them to a folder of their own"
+BESIDE = "pictures beside parquet or tar files; move them to a separate folder"
 NO_PATTERN = "pictures that fit no pattern of --channel_files"
-MASKS = "masks, by their --mask_suffix"
+MASKS = "masks, recognised by their --mask_suffix"
 
-Samples = dict[str, tuple[str, ...]]  # name -> its files, in the order of the channels
+Samples = dict[str, tuple[str, ...]]  # name -> files, in the order of the channels
 
 
 def classify(name: str, left_out: LeftOut) -> str:
-    """``picture``, ``parquet``, ``webdataset``, or nothing for a file of another kind, which is noted as left out."""
+    """``picture``, ``parquet`` or ``webdataset``; empty for a file of another kind, which is noted as left out."""
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in IMAGE_FILES:
         return "picture"
@@ -84,12 +84,12 @@ def classify(name: str, left_out: LeftOut) -> str:
         left_out.other_files[suffix] += 1
     else:
         kind = f"{suffix} files" if suffix else "files without a suffix"
-        left_out.add(f"{kind}, a kind that is not read; convert images to PNG or TIFF", [name])
+        left_out.add(f"{kind}, which are not supported; convert images to PNG or TIFF", [name])
     return ""
 
 
 def walk(root: Path, left_out: LeftOut) -> list[str]:
-    """Paths of the files below a folder, relative to it; linked folders after all others, each folder once."""
+    """Paths of the files below a folder, relative to it; each folder once, linked ones after all others."""
     above = {identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
     seen, pending = set(above), [""]
     links: list[str] = []
@@ -126,7 +126,7 @@ def walk(root: Path, left_out: LeftOut) -> list[str]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder or a link to one; a link in a circle is a file that cannot be read."""
+    """Whether ``entry`` is a folder or a link to one; a circular link counts as an unreadable file."""
     try:
         return entry.is_dir()
     except OSError:
@@ -134,20 +134,20 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def identity(folder: Path) -> tuple[int, int]:
-    """What tells a folder from all others, whatever path leads to it."""
+    """What identifies a folder, whatever path leads to it."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 
 
 @dataclass
 class Folder:
-    """What lies below a folder.
+    """The content of a folder.
 
     Attributes:
         path: the folder.
         kind: ``imagefolder``, ``parquet`` or ``webdataset``.
         files: the pictures, parquet files or tars, relative to it, in order.
-        left_out: what else lies there.
+        left_out: everything else in it.
     """
 
     path: str
@@ -156,18 +156,18 @@ class Folder:
     left_out: LeftOut = field(default_factory=LeftOut)
 
     def pictures(self, channel_files: Sequence[str] | None = None, mask_suffix: str = "") -> dict[str, Samples]:
-        """The samples of each split by name, in order; all as ``train`` where there are no splits.
+        """The samples of each split by name, in order; all in ``train`` if there are no splits.
 
         Args:
             channel_files: name patterns, one per channel.
-            mask_suffix: pictures whose name is that of another and this are masks, and left out.
+            mask_suffix: pictures named like another picture plus this suffix are masks, and left out.
 
         Raises:
-            UserError: a pattern that is none or fits nothing, a sample without one of its channels, two files of one
-                name, or a name that is no text.
+            UserError: a pattern is invalid or matches nothing, a sample lacks one of its channels, two files have the
+                same name, or a name is not UTF-8.
         """
         for file in self.files:
-            if file.encode(errors="replace").decode() != file:  # Arrow keeps UTF-8 alone
+            if file.encode(errors="replace").decode() != file:  # Arrow stores only UTF-8
                 raise UserError(f"{self.path} holds a picture whose name is not UTF-8, {file!a}; rename it")
         found = {}
         for split, files in self.picture_splits().items():
@@ -187,8 +187,8 @@ class Folder:
             if "train" in tops:
                 others = ", ".join(f"{top}/" if top else "the folder itself" for top in sorted(beside)[:4])
                 self.left_out.notes.append(
-                    f"{self.path}/train is not taken for a split, because pictures lie beside it ({others}"
-                    f"{' ...' if len(beside) > 4 else ''}): all {len(self.files)} are used; for splits, name them by "
+                    f"{self.path}/train is not used as a split, because pictures lie beside it ({others}"
+                    f"{' ...' if len(beside) > 4 else ''}): all {len(self.files)} are used; for splits, name them with "
                     f"--train_dir {self.path}/train and --validation_dir"
                 )
             return {"train": self.files}
@@ -206,12 +206,12 @@ class Folder:
         for file in files:
             name = file[: -len(Path(file).suffix)]
             if name in samples:
-                raise UserError(f"{samples[name][0]} and {root / file} are of one name; leave one of them out")
+                raise UserError(f"{samples[name][0]} and {root / file} have the same name; remove one of them")
             samples[name] = (str(root / file),)
         return samples
 
     def shards(self) -> dict[str, list[str]]:
-        """The parquet files or tars of each split, absolute; all as ``train`` where there are no splits."""
+        """The absolute paths of the parquet files or tars of each split; all in ``train`` if there are no splits."""
         root = Path(self.path).absolute()
         splits, note = shard_splits(self.files)
         if note:
@@ -220,12 +220,12 @@ class Folder:
 
 
 def class_folders(samples: Samples) -> list[str]:
-    """The class of each sample, the folder that it lies in. UserError for one that lies in none."""
+    """The class of each sample: the folder it lies in. UserError for one that lies in none."""
     outside = [files[0] for name, files in samples.items() if "/" not in name]
     if outside:
         raise UserError(
-            f"{len(outside)} of {len(samples)} pictures lie in no class folder, e.g. {outside[0]}; put each class into "
-            "a folder of its own"
+            f"{len(outside)} of {len(samples)} pictures lie in no class folder, e.g. {outside[0]}; give each class "
+            f"its own folder"
         )
     return [name.partition("/")[0] for name in samples]
 
@@ -235,10 +235,10 @@ def is_mask(name: str, suffix: str, names: Mapping[str, Any]) -> bool:
 
 
 def open_folder(folder: str, flag: str = "") -> Folder:
-    """What lies below a folder.
+    """Look into a folder.
 
     Raises:
-        UserError: no such folder, nothing to read in it, or parquet files and tars.
+        UserError: there is no such folder, nothing to read in it, or both parquet files and tars.
     """
     name = f"{flag} {folder}".strip()
     root, left_out = Path(folder), LeftOut()
@@ -252,7 +252,7 @@ def open_folder(folder: str, flag: str = "") -> Folder:
             continue
         found[classify(file, left_out)].append(file)
     if found["parquet"] and found["webdataset"]:
-        raise UserError(f"{name} holds parquet files and tars; put them into folders of their own")
+        raise UserError(f"{name} holds parquet files and tars; put them into separate folders")
     for kind in ("parquet", "webdataset"):
         if found[kind]:
             left_out.add(BESIDE, found["picture"])
@@ -265,7 +265,7 @@ def open_folder(folder: str, flag: str = "") -> Folder:
 
 
 def open_pictures(folder: str, flag: str = "") -> Folder:
-    """As `open_folder`; UserError also for a folder of parquet files or tars."""
+    """Like `open_folder`, with a UserError also for a folder of parquet files or tars."""
     found = open_folder(folder, flag)
     if found.kind != "imagefolder":
         kind = "parquet files" if found.kind == "parquet" else "tars"
@@ -274,11 +274,11 @@ def open_pictures(folder: str, flag: str = "") -> Folder:
 
 
 def shard_splits(files: Sequence[str]) -> tuple[dict[str, list[str]], str]:
-    """The files of each split, ``train``, ``validation`` and ``test``; and why there are none though names speak of it.
+    """The files of each split, ``train``, ``validation`` and ``test``, and why there are none if names suggest some.
 
     A file's split is the first word of its path that names one: ``data/test-00000-of-00002.parquet``,
-    ``train/0001.tar``, ``birds_val.parquet``. The files are splits if every path has one, what comes before it is the
-    same in all, and some are ``train``.
+    ``train/0001.tar``, ``birds_val.parquet``. The files are splits if every path has such a word, the part before it is
+    the same in all, and some are ``train``.
     """
     found: dict[str, list[str]] = {}
     before = set()
@@ -292,7 +292,7 @@ def shard_splits(files: Sequence[str]) -> tuple[dict[str, list[str]], str]:
     note = ""
     if "train" in found:
         odd = found.get("", found["train"])[0]
-        note = f"names are not taken for splits, as not all are alike, e.g. {odd}: all {len(files)} files are used"
+        note = f"names are not used as splits, because they differ, e.g. {odd}: all {len(files)} files are used"
     return {"train": list(files)}, note
 
 
@@ -305,12 +305,12 @@ def join_channels(folder: str, files: Sequence[str], patterns: Sequence[str]) ->
             or pattern.rpartition("/")[2].count("*") > 1
             or ("*" in pattern[:place] and "/" in pattern[place:])
         ):
-            raise UserError(f"--channel_files {pattern!r}: write one * for what names the sample, e.g. '*_ch0.tif'")
+            raise UserError(f"--channel_files {pattern!r}: write one * for the name of the sample, e.g. '*_ch0.tif'")
         fits = re.compile(f"{re.escape(pattern[:place])}(.+){re.escape(pattern[place + 1 :])}", re.DOTALL)
         matches = [(fits.fullmatch(file), file) for file in files]
         found.append({match[1]: str(Path(folder) / file) for match, file in matches if match})
         if not found[-1]:
-            raise UserError(f"--channel_files {pattern!r} fits none of the {len(files)} files, e.g. {files[0]!r}")
+            raise UserError(f"--channel_files {pattern!r} matches none of the {len(files)} files, e.g. {files[0]!r}")
     names = sorted(set().union(*found))
     for channel, pattern in zip(found, patterns, strict=True):
         missing = [name for name in names if name not in channel]
@@ -318,17 +318,17 @@ def join_channels(folder: str, files: Sequence[str], patterns: Sequence[str]) ->
             place = pattern.rfind("*")
             raise UserError(
                 f"{len(missing)} of the {len(names)} samples in {folder} have no file {pattern!r}, e.g. "
-                f"{pattern[:place] + missing[0] + pattern[place + 1 :]!r}; add it or move the rest of the sample away"
+                f"{pattern[:place] + missing[0] + pattern[place + 1 :]!r}; add it, or move the rest of the sample away"
             )
     return {name: tuple(channel[name] for channel in found) for name in names}
 
 
 def file_table(columns: Mapping[str, Sequence[tuple[str, ...]]], cache_dir: str | None = None) -> datasets.Dataset:
-    """The files of samples as a table on disk, a row per sample: {column: {"bytes": None, "path", "more"}}.
+    """The files of samples as a table on disk, one row per sample: {column: {"bytes": None, "path", "more"}}.
 
     ``more`` holds the files of the channels after the first.
     """
-    files = {column: tuple(samples) for column, samples in columns.items()}  # `datasets` would take lists for shards
+    files = {column: tuple(samples) for column, samples in columns.items()}  # `datasets` would treat lists as shards
     stamps = tuple(file_stamp(file) for samples in files.values() for sample in samples for file in sample)
     one = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     features = datasets.Features({column: one | {"more": datasets.List(datasets.Value("string"))} for column in files})
@@ -337,7 +337,7 @@ def file_table(columns: Mapping[str, Sequence[tuple[str, ...]]], cache_dir: str 
 
 
 def file_stamp(file: str) -> str:
-    """Size and time of a file; empty for one that cannot be reached, which is counted where it is decoded."""
+    """Size and time of a file; empty if it cannot be reached, which is counted when it is decoded."""
     try:
         status = Path(file).stat()
     except OSError:  # a broken link, a circle of links, no permission
@@ -346,7 +346,7 @@ def file_stamp(file: str) -> str:
 
 
 def _rows(files: Mapping[str, Sequence[tuple[str, ...]]], stamps: Any) -> Iterator[dict[str, Any]]:
-    """A row per sample; the stamps, sizes and times of the files, only tell one table from another."""
+    """One row per sample; the stamps (sizes and times of the files) only tell one table from another."""
     for row in zip(*files.values(), strict=True):
         samples = zip(files, row, strict=True)
         yield {column: {"bytes": None, "path": first, "more": more} for column, (first, *more) in samples}

@@ -1,7 +1,7 @@
-"""Where images come from: folders, parquet files, Hub data sets and the built-in `wire_bonding`, as one kind of list.
+"""Images from folders, parquet files, Hub data sets and the built-in `wire_bonding`, all as one kind of list.
 
-`ImageList` maps an index to an array (height, width, channels) of a fixed number of channels. `load_images` makes the
-training and the validation list that the flags ask for, and fails before training where something is wrong:
+`ImageList` maps an index to an array (height, width, channels) with a fixed number of channels. `load_images` makes the
+training and validation lists that the flags ask for, and fails before training if something is wrong:
 
     `sources`: converted to Arrow files by `datasets`, or read in place
     -> training and validation rows -> `subset` by content key -> perhaps a `cache` of decoded images -> ImageList
@@ -62,7 +62,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MEASURED = 500  # images that mean and standard deviation are measured on, at even steps
+MEASURED = 500  # images, at even steps, to measure mean and standard deviation on
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -73,16 +73,16 @@ class ImageList:
         samples: anything that maps an index to a mapping from column to image (`datasets.Dataset`, `ShardedImages`,
             `CachedImages`, `WireBonding`).
         column: the column of the images.
-        num_channels: channels to bring them to; None keeps 3 for pictures and an array's own.
+        num_channels: channels to convert them to; None means 3 for pictures and an array's own.
         max_unreadable: how many images that cannot be decoded are tolerated.
-        name: what they are called where they have no path.
+        name: how messages refer to images without a path.
 
     Attributes:
-        unreadable: those found so far.
-        subset: what is known of the chosen share: fraction, seed, images, of, digest; empty if all are used.
+        unreadable: unreadable images found so far.
+        subset: the chosen share: fraction, seed, images, of, digest; empty if all are used.
         keys: content keys of the images of a share.
-        left_out: what lies in the source and is not used; of the training images alone.
-        value_range: of float images, see `hf_dbp.data.values`.
+        left_out: what is in the source but not used; for the training images only.
+        value_range: range of float values, see `hf_dbp.data.values`.
         kind: "u" if values are unsigned integers, "f" if float, "" if unknown; other images are unreadable.
     """
 
@@ -106,7 +106,7 @@ class ImageList:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> NDArray[np.generic]:
-        """The image. UnreadableImageError if it cannot be decoded; ValueError if that is one too many."""
+        """The image (H, W, C). UnreadableImageError if it cannot be decoded; ValueError if that is one too many."""
         return self._decoded(index, decode)
 
     def _decoded(self, index: int, decoder: Callable[..., NDArray[np.generic]], *how: Any) -> NDArray[np.generic]:
@@ -124,13 +124,14 @@ class ImageList:
         return (self[index] for index in range(len(self)))
 
     def readable(self, index: int) -> NDArray[np.generic]:
-        """The image, or the next one that can be decoded. ValueError if none can."""
+        """The image (H, W, C), or the next one that can be decoded. UserError if none can."""
         return self._readable(index, decode)
 
     def readable_part(
         self, index: int, choose: Callable[[tuple[int, int]], Box], view: tuple[int, int]
     ) -> NDArray[np.generic]:
-        """The part that ``choose`` picks of the image or the next readable one, see `hf_dbp.data.parts.decode_part`."""
+        """The part that ``choose`` picks from the image or the next readable one, see
+        `hf_dbp.data.parts.decode_part`."""
         return self._readable(index, decode_part, choose, view)
 
     def part(self, index: int, choose: Callable[[tuple[int, int]], Box], view: tuple[int, int]) -> NDArray[np.generic]:
@@ -150,10 +151,10 @@ class ImageList:
         raise UserError(f"none of the {len(self)} images can be read, the last: {last}")
 
     def unreadable_images(self) -> dict[str, str]:
-        """Paths, or else numbers, of the unreadable images found so far, each with the reason."""
+        """Paths (or numbers) of the unreadable images found so far, each with the reason."""
         found = dict(self.samples.unreadable) if isinstance(self.samples, CachedImages) else {}
         for index in self.unreadable.indices():
-            if index not in self._reasons:  # a worker found it: its reason stayed there
+            if index not in self._reasons:  # found by a worker, which kept the reason
                 self._reasons[index] = self._reason(index)
             name, reason = self._reasons[index]
             found[name] = reason
@@ -170,7 +171,7 @@ class ImageList:
 
 
 def value_name(value: Any, name: str) -> str:
-    """What to call a stored value, unlike any other: the path of a file, else ``name`` with what path there is."""
+    """A unique name for a stored value: the path of its file, else ``name`` with whatever path it has."""
     path = value["path"] if isinstance(value, dict) else None
     if path and value["bytes"] is None:
         return str(path)
@@ -181,8 +182,8 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
     """The training and the validation images.
 
     Raises:
-        ValueError: no such folder or data set, no access to it, no image in it, no such column, no readable image, or
-            images of another number of channels than wanted.
+        UserError: no such folder or data set, no access to it, no image in it, no such column, no readable image, or a
+            number of channels other than the wanted one.
     """
     if source.dataset_name == BUILT_IN:
         return built_in_images(source)
@@ -225,12 +226,12 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
 
 
 def selected(samples: Any, rows: NDArray[np.int64]) -> Any:
-    """The samples of these rows; as they are if that is all of them."""
+    """The samples of these rows; unchanged if these are all rows."""
     return samples if len(rows) == len(samples) else samples.select(rows)
 
 
 def describe_subset(images: ImageList, keys: Keys, count: int, source: ImageSource) -> None:
-    """Keep and report which share of the training images is used."""
+    """Record and report which share of the training images is used."""
     images.keys = keys
     images.subset = {
         "fraction": source.train_fraction,
@@ -251,12 +252,12 @@ def built_in_images(source: ImageSource) -> tuple[ImageList, ImageList]:
         for count, first in ((train, 0), (validation, 10_000_000))
     ]
     if source.num_channels not in (None, 2):
-        raise UserError(f"{BUILT_IN} images have 2 channels; leave --num_channels out or pass 2")
+        raise UserError(f"{BUILT_IN} images have 2 channels; leave out --num_channels or pass 2")
     return ImageList(rendered(scenes[0]), "image", 2), ImageList(rendered(scenes[1]), "image", 2)
 
 
 def rendered(scenes: WireBonding) -> WireBonding | list[dict[str, NDArray[Any]]]:
-    """The scenes rendered once and kept in memory, unless they would take more than a quarter of a gigabyte."""
+    """The scenes, rendered once and kept in memory unless they would take more than a quarter of a gigabyte."""
     first = scenes[0]
     if len(scenes) * sum(array.nbytes for array in first.values()) > 2**28:
         return scenes
@@ -264,7 +265,7 @@ def rendered(scenes: WireBonding) -> WireBonding | list[dict[str, NDArray[Any]]]
 
 
 def shared_keys(data: datasets.Dataset, column: str) -> Keys:
-    """Content keys of all images; one process reads the images, the others find its result."""
+    """Content keys of all images; one process reads the images, the others use its result."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "hf_dbp"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "keys.lock"):
@@ -272,7 +273,8 @@ def shared_keys(data: datasets.Dataset, column: str) -> Keys:
 
 
 def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> tuple[int, str]:
-    """Read the first readable image of each list; the number of channels, the same in all, and the first's type."""
+    """Read the first readable image of each list; return the number of channels, the same in all, and the first's
+    type."""
     counts, depths = [], []
     for data in samples:
         if len(data) == 0:
@@ -291,15 +293,15 @@ def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> tup
 def channel_statistics(
     images: ImageList, source: str = "auto", folder: Path | None = None
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, of values in [0, 1]; see `hf_dbp.data.values`.
+    """Mean and standard deviation per channel of values in [0, 1]; see `hf_dbp.data.values`.
 
     Args:
         images: the training images.
         source: ``imagenet``, ``measured``, or ``auto``: ImageNet's for 8-bit RGB, else measured.
-        folder: where measured ones are kept for the next run.
+        folder: where measured values are kept for the next run.
 
     Raises:
-        ValueError: ImageNet's for other than 3 channels.
+        UserError: ImageNet's were asked for but the images do not have 3 channels.
     """
     first = images.readable(0)
     if source == "imagenet" and first.shape[2] != 3:
@@ -317,7 +319,8 @@ def measured_once(
     measure: Callable[[ImageList, Sequence[int]], tuple[Any, Any]],
     folder: Path | None,
 ) -> tuple[Any, Any]:
-    """What ``measure`` finds on up to `MEASURED` images at even steps; with a folder, kept there for the next run."""
+    """The result of ``measure`` on up to `MEASURED` images at even steps; with a folder, kept there for the next
+    run."""
     picks = [int(index) for index in np.linspace(0, len(images) - 1, min(MEASURED, len(images)))]
     if folder is None:
         return measure(images, picks)
@@ -336,12 +339,12 @@ def measured_once(
 
 
 def share_value_range(*lists: Any, kept: ValueRange | None = None, folder: Path | None = None) -> None:
-    """Give lists of float images (`ImageList`, `LabelledImages`) one range of values; see `hf_dbp.data.values`.
+    """Give lists of float images (`ImageList`, `LabelledImages`) a common range of values; see `hf_dbp.data.values`.
 
     Args:
         lists: the training images first.
         kept: the range in the model's image processor; without one it is measured on the first list.
-        folder: where a measured one is kept for the next run.
+        folder: where a measured range is kept for the next run.
     """
     images = lists[0] if isinstance(lists[0], ImageList) else lists[0].images_alone()
     if images.readable(0).dtype.kind != "f":
@@ -355,7 +358,7 @@ def share_value_range(*lists: Any, kept: ValueRange | None = None, folder: Path 
 
 
 def measured_range(images: ImageList, picks: Sequence[int]) -> ValueRange:
-    """[0, 1] if all values of the picked images lie there, else the least and the greatest of them."""
+    """[0, 1] if all values of the picked images lie in it, else their minimum and maximum."""
     extremes = [(float(image.min()), float(image.max())) for image in map(images.readable, picks)]
     low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
     if low >= 0 and high <= 1:
@@ -364,7 +367,8 @@ def measured_range(images: ImageList, picks: Sequence[int]) -> ValueRange:
 
 
 def measured_statistics(images: ImageList, picks: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Over the picked images, each at a grid of 128 x 128 of its pixels: detail is kept, memory does not grow."""
+    """Mean and standard deviation over a grid of 128 x 128 pixels of each picked image: keeps detail in constant
+    memory."""
     count, total, squares = 0, np.zeros(images.readable(0).shape[2]), np.zeros(images.readable(0).shape[2])
     for index in tqdm(picks, desc="Mean and standard deviation of the channels", leave=False):
         image = images.readable(index)
@@ -379,7 +383,7 @@ def measured_statistics(images: ImageList, picks: Sequence[int]) -> tuple[list[f
 
 
 def images_digest(images: ImageList, picks: Sequence[int]) -> str:
-    """A name for the contents of the picked images: files by path, size and time, others by their bytes."""
+    """A digest of the picked images: files by path, size and time, others by their bytes."""
     digest = hashlib.blake2b(f"{len(images)} {images.num_channels}".encode(), digest_size=12)
     for index in picks:
         value = images.samples[index][images.column]
@@ -391,8 +395,8 @@ def images_digest(images: ImageList, picks: Sequence[int]) -> str:
 
 
 def unreadable_images(before: dict[str, Any], *lists: Any) -> dict[str, Any]:
-    """How many images all processes have found unreadable, each counted once, and why, by path; with those of an
-    earlier record."""
+    """How many images all processes have found unreadable, each counted once, and why, by path; includes an earlier
+    record's."""
     found = gather_object([entry for images in lists for entry in images.unreadable_images().items()])
     reasons = {**before.get("images", {}), **dict(sorted(found))}
     return {"count": len(reasons), "images": reasons}

@@ -1,8 +1,8 @@
-"""What lies in a source of images and is not used: counted and named by reason, for the log, `inspect` and `run.json`.
+"""What is in a source of images but not used: counted and named by reason, for the log, `inspect` and `run.json`.
 
-    images used + images left out = images that lie there
+    images used + images left out = images in the source
 
-Files that hold no images (`.txt`, `.json`, ...) are counted apart; nobody has to act on them.
+Files that hold no images (`.txt`, `.json`, ...) are counted separately; nobody has to act on them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["LeftOut"]
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = 5  # names that are kept for a reason
+EXAMPLES = 5  # names kept per reason
 
 
 @dataclass
@@ -25,7 +25,7 @@ class LeftOut:
     """The images that are not used.
 
     Attributes:
-        counts: images, or files that may hold some, by reason; a reason ends with what to do, if there is something.
+        counts: number of images, or of files that may hold some, by reason; a reason ends with what to do, if anything.
         examples: some of their names, by reason.
         other_files: files that hold no images, by suffix.
         notes: how an ambiguous layout was interpreted.
@@ -37,7 +37,7 @@ class LeftOut:
     notes: list[str] = field(default_factory=list)
 
     def add(self, reason: str, names: Iterable[str], count: int | None = None) -> None:
-        """Add images of these names; ``count`` where a name stands for several."""
+        """Add images with these names; ``count`` if a name represents several."""
         names = list(names)
         added = len(names) if count is None else count
         if added:
@@ -45,7 +45,7 @@ class LeftOut:
             self.examples[reason] = [*self.examples.get(reason, ()), *names][:EXAMPLES]
 
     def forget(self, reason: str) -> None:
-        """Take back what was added for a reason, because it is used after all."""
+        """Remove a reason, because its images are used after all."""
         self.counts.pop(reason, None)
         self.examples.pop(reason, None)
 
@@ -58,14 +58,14 @@ class LeftOut:
                 self.forget(reason)
 
     def merge(self, other: LeftOut, prefix: str = "") -> None:
-        """Add what another source left out; ``prefix`` goes before its reasons."""
+        """Add what another source left out, with ``prefix`` before its reasons."""
         for reason, count in other.counts.items():
             self.add(prefix + reason, other.examples[reason], count)
         self.other_files += other.other_files
         self.notes += [note for note in other.notes if note not in self.notes]
 
     def lines(self) -> list[str]:
-        """A line for each reason, and the notes."""
+        """One line per reason, and the notes."""
         found = [
             f"{n} left out: {reason}" + "".join(f"; e.g. {name}" for name in self.examples[reason][:1])
             for reason, n in self.counts.items()
@@ -73,12 +73,12 @@ class LeftOut:
         return found + self.notes
 
     def warn(self, name: str) -> None:
-        """Log what someone may have to act on."""
+        """Log everything that someone may have to act on."""
         for line in self.lines():
             logger.warning("%s: %s", name, line)
 
     def record(self) -> dict[str, Any]:
-        """JSON: count, reasons {reason: {count, examples}}, other_files {suffix: count}, notes."""
+        """As JSON: count, reasons {reason: {count, examples}}, other_files {suffix: count}, notes."""
         reasons = {reason: {"count": n, "examples": self.examples[reason]} for reason, n in self.counts.items()}
         content: dict[str, Any] = {"count": self.counts.total(), "reasons": reasons}
         if self.other_files:
@@ -87,7 +87,7 @@ class LeftOut:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> LeftOut:
-        """Rebuilt from the output of `record`."""
+        """Rebuild it from the output of `record`."""
         found = cls(other_files=Counter(record.get("other_files", {})), notes=list(record.get("notes", ())))
         for reason, entry in record["reasons"].items():
             found.add(reason, entry["examples"], entry["count"])

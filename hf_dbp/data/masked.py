@@ -1,15 +1,15 @@
-"""What a masked autoencoder trains on: views of images with the noise that decides which patches are masked.
+"""The input of a masked autoencoder: views of images, and the noise that decides which patches are masked.
 
-`MaskedImages` gives {pixel_values (C, H, W) float32, noise (T,) float32}. Crop, flip and noise are functions of
-(seed, epoch, image), for evaluation of (seed, image) alone: the same in every process layout, after every resume, and
-for every method that is compared. `EpochSampler` carries the epoch to the workers as part of the index.
+`MaskedImages` returns {pixel_values (C, H, W) float32, noise (T,) float32}. Crop, flip and noise are functions of
+(seed, epoch, image), in evaluation of (seed, image): the same for any number of processes, after any resume, and for
+every method compared. `EpochSampler` passes the epoch to the workers as part of the index.
 
-With ``on_device`` a training view is not finished by the loader: it gives the part of the image as uint8 (h, w, C) and
-whether to flip it, `collate` puts the parts of a batch together, and `MaskedImages.finished` makes the views where the
-batch then lies. Only 8-bit images can be fed so.
+With ``on_device`` the loader does not finish training views: it returns a part of the image as uint8 (h, w, C) and
+whether to flip it, `collate` joins the parts of a batch, and `MaskedImages.finished` makes the views on the device that
+holds the batch. This works only for 8-bit images.
 
-An image that cannot be read is skipped: in training the next readable one takes its place in the batch, so that batches
-keep their size on every process; evaluation leaves it out (`EvaluationViews`).
+An image that cannot be read is skipped: in training the next readable one takes its place in the batch, so batches keep
+their size on every process; evaluation leaves it out (`EvaluationViews`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_dbp.errors import UserError
 
 __all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "collate", "evaluation_collate", "interpolation_loss"]
 
-EVALUATION = 0x65766C  # stands in place of the epoch
+EVALUATION = 0x65766C  # used in place of the epoch
 
 
 class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -45,10 +45,10 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         images: the images.
         size: (height, width) of a view in pixels.
         patch_size: side of a patch in pixels.
-        mean, std: per channel, in [0, 1].
-        seed: of crops, flips and masks.
-        flip: chance of a horizontal flip in training views.
-        native: views are tiles at native resolution instead of parts of any scale, made smaller.
+        mean, std: mean and standard deviation per channel, in [0, 1].
+        seed: seed of crops, flips and masks.
+        flip: probability of a horizontal flip in training views.
+        native: views are tiles at native resolution instead of scaled-down parts of any size.
         on_device: training views are flipped, resized and normalised on the device.
     """
 
@@ -74,13 +74,13 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
-        """The view; where the image cannot be read, one of the next image that can."""
+        """The view of the image, or of the next one if it cannot be read."""
         if isinstance(index, tuple):
             return self.training_view(*index)
         return self.evaluation_view(index, self.images.readable(index))
 
     def training_view(self, epoch: int, index: int) -> dict[str, Any]:
-        """A random part of the image, perhaps flipped: as a view, or as what `finished` makes one of."""
+        """A random part of the image, perhaps flipped: as a view, or as the input of `finished`."""
         rng = image_rng(self.seed, epoch, index)
         noise = torch.from_numpy(rng.random(self.num_patches, dtype=np.float32))
         draw = native_tile if self.native else random_resized_crop
@@ -94,13 +94,13 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
             if part.dtype != np.uint8:
                 raise UserError(f"an image of {part.dtype} among 8-bit ones; pass --augment_on_device false")
             if part.shape[0] > 2 * self.size[0] or part.shape[1] > 2 * self.size[1]:
-                part = resized(part, self.size)  # never more bytes than the finished view has
+                part = resized(part, self.size)  # never more bytes than the finished view
             return {"pixel_values": part, "flip": flip, "noise": noise}
         part = cv2.flip(part, 1).reshape(part.shape) if flip else part
         return {"pixel_values": self.normalized(resized(part, self.size), part.dtype), "noise": noise}
 
     def finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The views of a batch of `collate`, made on the device that it lies on."""
+        """The views of a batch from `collate`, made on the device that holds it."""
         if "flip" not in batch:
             return batch
         pixels_BCHW = resample(batch["pixel_values"], batch["sizes"], batch["flip"], self.size)
@@ -117,7 +117,8 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": pixels, "noise": torch.from_numpy(noise)}
 
     def normalized(self, view_HWC: NDArray[Any], dtype: np.dtype[Any]) -> Tensor:
-        """(H, W, C), resampled from an image of this type -> (C, H, W) with zero mean and unit variance per channel."""
+        """(H, W, C), resampled from an image of this type, to (C, H, W) with zero mean and unit variance per
+        channel."""
         low, factor = unit_scale(dtype, self.images.value_range)
         pixels_CHW = np.moveaxis(view_HWC, 2, 0).astype(np.float32, order="C")
         if low:
@@ -128,7 +129,7 @@ class MaskedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class EvaluationViews(torch.utils.data.Dataset[dict[str, Tensor] | None]):
-    """The evaluation views of some images; None for one that cannot be read."""
+    """Evaluation views; None for an image that cannot be read."""
 
     def __init__(self, data: MaskedImages, indices: Sequence[int]) -> None:
         self.data, self.indices = data, indices
@@ -144,17 +145,18 @@ class EvaluationViews(torch.utils.data.Dataset[dict[str, Tensor] | None]):
 
 
 def evaluation_collate(views: list[dict[str, Tensor] | None]) -> dict[str, Tensor]:
-    """A batch of the readable views, possibly of none."""
+    """A batch of the readable views; it may be empty."""
     readable = [view for view in views if view is not None]
     return torch.utils.data.default_collate(readable) if readable else {}
 
 
 def interpolation_loss(data: MaskedImages, patch_size: int, mask_ratio: float) -> float:
-    """Loss of the plainest guess, which a trained model must beat: masked patches filled from the visible ones' means.
+    """Loss of the simplest guess, which a trained model must beat: masked patches filled from the means of visible
+    ones.
 
     Each masked patch gets, per channel, one value: the means of the visible patches interpolated linearly between
-    patch centres (nearest outside their hull). Mean squared error over masked pixels, as the model's loss without
-    per-patch normalisation, over the evaluation views with their fixed masks.
+    patch centres (nearest outside their hull). The loss is the mean squared error over masked pixels, like the model's
+    loss without per-patch normalisation, over the evaluation views with their fixed masks.
     """
     from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator
 

@@ -1,18 +1,18 @@
-"""In which order images are seen: a function of (seed, epoch), cut into batches by the loader.
+"""The order in which images are seen: a function of (seed, epoch), which the loader cuts into batches.
 
 `EpochSampler` yields (epoch, index). Batch b of the order goes to process b mod P, and there to worker (b div P) mod W,
-so every image is seen by one process, once; what is left after the last full optimizer step is dropped. Nothing is
+so every image is seen once, by one process; the images after the last full optimizer step are dropped. Nothing is
 buffered: the position in the data is the number of steps taken, and a resumed run skips indices, not images.
 
-Images that can be read one by one are permuted. Images that come in blocks (row groups of parquet files, runs of tar
-members) are permuted so that each block is read about once, however many processes and workers read:
+Images that can be read one by one are simply permuted. Images that come in blocks (row groups of parquet files, runs of
+tar members) are permuted so that each block is read about once, however many processes and workers read:
 
-    1. the blocks are permuted and cut into as many equal parts, *lanes*, as there are workers in all;
-    2. in each lane, blocks are taken together in windows of about `WINDOW_IMAGES`, whose images are permuted;
-    3. the lanes are dealt in turn, one batch each, which brings every lane to one worker.
+    1. the blocks are permuted and cut into equal parts, *lanes*, one per worker of all processes;
+    2. in each lane, blocks are grouped into windows of about `WINDOW_IMAGES`, whose images are permuted;
+    3. the lanes are dealt in turn, one batch each, so every lane goes to one worker.
 
-N images, L lanes, C images in a batch of one process (*chunk*). (L, C) are part of the run: kept in its record, they
-give a run that is resumed on other processes the same order.
+N images, L lanes, C images in a batch of one process (*chunk*). (L, C) are kept in the run record, so a run resumed on
+another number of processes has the same order.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Lanes:
-    """How an order in blocks is dealt.
+    """How an order in blocks is dealt to workers.
 
     Args:
         count: number of lanes, processes x workers.
-        chunk: images dealt from a lane at a time, a process's batch.
+        chunk: images dealt from a lane at a time: the batch of a process.
     """
 
     count: int
@@ -46,13 +46,13 @@ class Lanes:
 
 
 def block_order(rng: np.random.Generator, counts: Integers, sizes: Integers, lanes: Lanes) -> Integers:
-    """A permutation of images that lie in blocks; see the module's docstring.
+    """A permutation of images in blocks; see the module's docstring.
 
     Args:
         rng: source of randomness.
         counts: images in each block; block 0 holds images 0 ... counts[0] - 1, and so on.
         sizes: bytes of each block.
-        lanes: how it is dealt.
+        lanes: how the order is dealt.
     """
     first = np.concatenate([[0], np.cumsum(counts)])
     blocks = rng.permutation(len(counts))
@@ -70,7 +70,7 @@ def block_order(rng: np.random.Generator, counts: Integers, sizes: Integers, lan
 
 
 def _windows(low: int, high: int, ends: Integers, sizes: Integers) -> Iterator[slice]:
-    """Cut [low, high) at ends of blocks, so that a window has about `WINDOW_IMAGES`, and less where they are large."""
+    """Cut [low, high) at ends of blocks into windows of about `WINDOW_IMAGES`, fewer if the images are large."""
     start, total = low, 0
     for block in range(int(np.searchsorted(ends, low, side="right")), len(ends)):
         end, total = min(int(ends[block]), high), total + int(sizes[block])
@@ -82,13 +82,13 @@ def _windows(low: int, high: int, ends: Integers, sizes: Integers) -> Iterator[s
 
 
 class EpochSampler(torch.utils.data.Sampler[tuple[int, int]]):
-    """Yields (epoch, index) over all images but the dropped tail.
+    """Yields (epoch, index) over all images except the dropped tail.
 
     Args:
         num_images: N.
-        seed: of the order.
+        seed: seed of the order.
         step_images: images of one optimizer step, over all processes; the order is cut to a multiple of it.
-        blocks: images and bytes of each block where images come in blocks.
+        blocks: images and bytes of each block, if images come in blocks.
         lanes: how the blocks are dealt.
     """
 

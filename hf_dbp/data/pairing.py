@@ -1,4 +1,4 @@
-"""Which mask belongs to which image: folders of both, paired by the path below them without suffix."""
+"""Pair masks with images: two folders, matched by the path below them without suffix."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hf_dbp.errors import UserError
 
 __all__ = ["Pairing", "Pairs", "UnpairedError", "pair_folders", "pair_tables"]
 
-Pairs = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]  # name -> the files of the image and of the mask
+Pairs = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]  # name -> files of the image, files of the mask
 
 
 class UnpairedError(UserError):
-    """Images and masks that do not fit by name."""
+    """Images and masks whose names do not match."""
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Pairing:
     """Images and their masks.
 
     Attributes:
-        images: ``train`` and maybe ``validation``: all images, those without a mask too.
-        pairs: the same splits, the images that have a mask.
-        left_out: what else lies in both folders, and the images without a mask.
+        images: ``train`` and maybe ``validation``: all images, including those without a mask.
+        pairs: the same splits, only the images that have a mask.
+        left_out: what else is in both folders, and the images without a mask.
     """
 
     images: dict[str, Samples]
@@ -43,19 +43,19 @@ def pair_folders(
     """The images and their masks, paired by path without suffix.
 
     Args:
-        image_dir, mask_dir: folders, or one folder for both; images without a mask are unlabelled.
-        mask_suffix: what the names of masks end in beyond those of their images, e.g. ``_mask``.
+        image_dir, mask_dir: two folders, or one for both; images without a mask are unlabelled.
+        mask_suffix: what the names of masks add to those of their images, e.g. ``_mask``.
         channel_files: as in `Folder.pictures`.
 
     Raises:
-        UserError: a mask without an image, masks of a split that the images do not have, or one folder for both and
+        UserError: a mask has no image, the images lack a split that the masks have, or there is one folder for both and
             no ``mask_suffix``.
     """
     together = Path(image_dir).is_dir() and Path(mask_dir).is_dir() and Path(image_dir).samefile(mask_dir)
     if together and not mask_suffix:
         raise UserError(
-            f"images and masks lie in one folder, {image_dir}: say by --mask_suffix what the names of masks end in "
-            "beyond those of their images, e.g. --mask_suffix _mask"
+            f"images and masks lie in one folder, {image_dir}: give the suffix that the names of masks add to those "
+            f"of their images, e.g. --mask_suffix _mask"
         )
     folder, mask_folder = open_pictures(image_dir), open_pictures(mask_dir)
     left_out = folder.left_out
@@ -78,7 +78,7 @@ def pair_folders(
 
 
 def separate(image_dir: str, images: dict[str, Samples], mask_dir: str, masks: dict[str, Samples]) -> None:
-    """Where one of two folders lies in the other, take the files of the inner one out of the outer one's."""
+    """If one folder lies in the other, remove the inner folder's files from the outer one's."""
     inner, outer = Path(image_dir).resolve(), Path(mask_dir).resolve()
     for inside, around, theirs in ((outer, inner, images), (inner, outer, masks)):
         if around in inside.parents:
@@ -89,7 +89,7 @@ def separate(image_dir: str, images: dict[str, Samples], mask_dir: str, masks: d
 
 
 def pair_tables(pairing: Pairing, cache_dir: str | None = None) -> dict[str, datasets.Dataset]:
-    """The pairs of each split that has any, as tables of `image` and `annotation`."""
+    """The pairs of each non-empty split, as tables of `image` and `annotation`."""
     return {
         split: file_table(dict(zip(("image", "annotation"), zip(*pairs.values(), strict=True), strict=True)), cache_dir)
         for split, pairs in pairing.pairs.items()
@@ -105,7 +105,7 @@ def pair_splits(
     mask_suffix: str,
     left_out: LeftOut,
 ) -> dict[str, Pairs]:
-    """`pair_names` in each split. UserError also for masks of a split that the images do not have."""
+    """`pair_names` for each split. UserError also if the images lack a split that the masks have."""
     if masks.keys() - images.keys():
         there = f"has {', '.join(images)}" if len(images) > 1 else "has none of them"
         raise UnpairedError(f"{mask_dir} has the folders {', '.join(masks)}, {image_dir} {there}: give both the same")
@@ -120,12 +120,12 @@ def pair_splits(
 def pair_names(
     image_dir: str, images: Samples, mask_dir: str, masks: Samples, mask_suffix: str, left_out: LeftOut
 ) -> Pairs:
-    """The files of image and mask by name, in order; arguments and errors as of `pair_folders`."""
+    """The files of image and mask by name, in order; arguments and errors as for `pair_folders`."""
     named = {name: files for name, files in masks.items() if not name.endswith(mask_suffix)} if mask_suffix else {}
     suffixed = {name.removesuffix(mask_suffix): files for name, files in masks.items() if name not in named}
     twice = named.keys() & suffixed.keys()
     left_out.add(
-        "masks: pictures without the --mask_suffix, beside one that has it", [named[name][0] for name in twice]
+        "masks: pictures without the --mask_suffix, beside ones that have it", [named[name][0] for name in twice]
     )
     masks = named | suffixed
     lost = sorted(masks.keys() - images.keys())
@@ -139,10 +139,10 @@ def pair_names(
 
 
 def _remedy(images: Samples, masks: Samples) -> str:
-    """What would make names fit: a common ending of the masks, if that is it."""
+    """What would make the names match: a common suffix of the masks if there is one."""
     first = next(iter(masks))
     for name in sorted((name for name in images if first.startswith(name)), key=len, reverse=True):
         ending = first[len(name) :]
         if all(mask.endswith(ending) and mask.removesuffix(ending) in images for mask in masks):
             return f"pass --mask_suffix {ending}"
-    return "name each mask as its image"
+    return "name each mask like its image"

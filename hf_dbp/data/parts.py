@@ -1,12 +1,12 @@
-"""Parts of stored images: of a JPEG no more is decoded than will be seen.
+"""Parts of stored images: only as much of a JPEG is decoded as will be seen.
 
-A part is chosen from an image's size, which the header of a JPEG tells before anything is decoded. The file is then
-decoded at 1/1, 1/2, 1/4 or 1/8, the smallest that leaves the part at least as large as its view: libjpeg scales in the
-DCT, which spares it most of the work. At 1/1 the pixels are Pillow's to the bit; OpenCV hands them over with fewer
+A part is chosen from the image's size, which a JPEG's header states before anything is decoded. The file is then
+decoded at 1/1, 1/2, 1/4 or 1/8, the smallest scale that leaves the part at least as large as its view: libjpeg scales
+in the DCT, which saves most of the work. At 1/1 the pixels are bit for bit Pillow's; OpenCV returns them with fewer
 copies.
 
-This way go complete, upright three-colour files that hold nothing but image data behind the header, so that it accepts
-no file that Pillow refuses. Everything else is decoded whole (`hf_dbp.data.decoding`) and cut.
+This path takes only complete, upright three-colour files with nothing but image data after the header, so it accepts no
+file that Pillow refuses. Everything else is decoded whole (`hf_dbp.data.decoding`) and cut.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ START, END = b"\xff\xd8", b"\xff\xd9"
 FRAMES, SCAN, APP1 = (0xC0, 0xC1, 0xC2), 0xDA, 0xE1  # markers: baseline, extended, progressive
 ODD_MARKER = re.compile(rb"\xff[^\x00\xc4\xd0-\xd7\xda\xff]")  # neither data, table, restart nor next scan
 RGB = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-FLAGS = {  # of cv2.imdecode, by the divisor of the size
+FLAGS = {  # flags of cv2.imdecode, by the divisor of the size
     1: RGB,
     2: RGB | cv2.IMREAD_REDUCED_GRAYSCALE_2,
     4: RGB | cv2.IMREAD_REDUCED_GRAYSCALE_4,
@@ -45,15 +45,15 @@ FLAGS = {  # of cv2.imdecode, by the divisor of the size
 def decode_part(
     value: Any, num_channels: int | None, name: str, choose: Callable[[Size], Box], view: Size
 ) -> NDArray[np.generic]:
-    """The part of an upright image that ``choose`` picks, given its size: `decode`, cut. It may come smaller.
+    """The part of an upright image that ``choose`` picks from its size: `decode`, then cut. It may be scaled down.
 
     Args:
         value, num_channels, name: as for `hf_dbp.data.decoding.decode`.
-        choose: from the size of the image to the part; may be called again, for the same image.
-        view: size that the part will be resized to; a larger part does not come smaller than this.
+        choose: maps the size of the image to the part; may be called again for the same image.
+        view: size that the part will be resized to; a larger part is not scaled below it.
 
     Raises:
-        UnreadableImageError: as `decode`.
+        UnreadableImageError: as for `decode`.
     """
     part = jpeg_part(value, choose, view) if num_channels == 3 else None
     if part is not None:
@@ -65,7 +65,7 @@ def decode_part(
 
 
 def jpeg_part(value: Any, choose: Callable[[Size], Box], view: Size) -> NDArray[np.uint8] | None:
-    """The part of a JPEG, see `decode_part`; None of any other file and of one that is unusual or damaged."""
+    """The part of a JPEG, see `decode_part`; None for any other file and for an unusual or damaged JPEG."""
     try:
         content = _content(value)
         if content is None or not content.endswith(END):
@@ -85,7 +85,7 @@ def jpeg_part(value: Any, choose: Callable[[Size], Box], view: Size) -> NDArray[
 
 
 def _content(value: Any) -> bytes | None:
-    """The bytes of a JPEG; of another file only the first two are read."""
+    """The bytes of a JPEG; only the first two of another file are read."""
     if not isinstance(value, dict) or value.get("more"):
         return None
     if value["bytes"] is not None:
@@ -98,7 +98,7 @@ def _content(value: Any) -> bytes | None:
 
 
 def _header(content: bytes) -> tuple[Size | None, int]:
-    """Size of an upright 8-bit image of three colours, None for others; where its data begins.
+    """Size of an upright 8-bit image of three colours (None for others), and where its data begins.
 
     Raises:
         DECODING_ERRORS: there is no such header.

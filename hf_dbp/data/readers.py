@@ -1,15 +1,15 @@
 """Readers of picture files: TIFF by tifffile, ``.npy`` by NumPy, everything else by Pillow.
 
-    TIFF    integers and floats, any number of channels, interleaved, planar or one page each, unpacked by imagecodecs;
+    TIFF    integers and floats, any number of channels, interleaved, planar or one per page, unpacked by imagecodecs;
             the first series of full size. WhiteIsZero is inverted at every unsigned depth; 2 and 4 bits become 8.
             Palettes and YCbCr other than JPEG are read by Pillow; 8-bit CMYK becomes RGB.
     .npy    (H, W), (H, W, C) or (C, H, W).
     WAV, FLAC    log-mel spectrograms of one channel; see `hf_dbp.data.sound`.
     PNG     16-bit colour by OpenCV: Pillow keeps 8 bits of it.
 
-The kind is told by a file's first bytes, not by its name. Uncompressed TIFF and ``.npy`` files come as memory maps: of
-a large image a tile is read, not the whole. Which axis holds the channels: the one a TIFF names so, else the shorter
-one of the first and the last.
+The first bytes of a file decide its kind, not its name. Uncompressed TIFF and ``.npy`` files come as memory maps, so a
+tile of a large image can be read without the rest. The channel axis is the one that a TIFF declares, else the shorter
+of the first and the last axis.
 
 Shapes: H, W height and width; C channels.
 """
@@ -34,34 +34,34 @@ from hf_dbp.errors import UserError
 __all__ = ["orientation", "read_picture"]
 
 Array = NDArray[Any]
-LARGEST = 2**29  # values that a compressed TIFF may unpack to; Pillow and OpenCV have limits of their own
+LARGEST = 2**29  # values that a compressed TIFF may unpack to; Pillow and OpenCV have their own limits
 NPY, TIFF = b"\x93NUMPY", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def read_picture(file: str | bytes, channel: bool = False) -> Image.Image | Array:
-    """A picture file: a Pillow image of what Pillow reads and of 8-bit grey and RGB, else an array (H, W, C).
+    """Read a picture file, as a Pillow image if Pillow reads it or it is 8-bit grey or RGB, else as an array (H, W, C).
 
-    Values are as they are stored: indices of a palette, any integer or float type.
+    Values are as stored: indices of a palette, any integer or float type.
 
     Args:
-        file: path, or the content of a file.
-        channel: the file is one of several that make an image; of an OME-TIFF of several files it is read alone.
+        file: path, or content of a file.
+        channel: the file is one of several that form an image; of a multi-file OME-TIFF, read only this file.
 
     Raises:
-        ValueError: a damaged file, one too large for memory, an array that is no image, a compression that nothing
-            here reads, or one of the files of an OME-TIFF where a whole image is wanted.
+        ValueError: the file is damaged or too large for memory, the array is not an image, the compression is not
+            supported, or it is one file of a multi-file OME-TIFF where a whole image is wanted.
         OSError: the file cannot be read, or Pillow finds it damaged.
     """
     try:
         return parsed(file, channel)
     except (OSError, ValueError):
         raise
-    except Exception as error:  # on damaged files the libraries stumble anywhere: TypeError, ZeroDivisionError ...
+    except Exception as error:  # on damaged files the libraries raise anything: TypeError, ZeroDivisionError ...
         raise UserError(f"damaged ({type(error).__name__}: {error})") from error
 
 
 def parsed(file: str | bytes, channel: bool = False) -> Image.Image | Array:
-    """As `read_picture`; errors as they come."""
+    """Like `read_picture`, but errors are passed on unchanged."""
     if isinstance(file, bytes):
         head = file[:12]
     else:
@@ -77,16 +77,16 @@ def parsed(file: str | bytes, channel: bool = False) -> Image.Image | Array:
 
 
 def orientation(file: str | bytes) -> int:
-    """How the EXIF data in a picture's header, or a TIFF's tag, say that it is to be turned; 1 is upright."""
+    """The orientation in a picture's EXIF data or a TIFF's tag; 1 is upright."""
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
             return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # what cannot be opened, or is no picture of Pillow's, is met where it is decoded
+    except Exception:  # decoding reports what cannot be opened or is not a picture for Pillow
         return 1
 
 
 def npy_values(content: bytes) -> Array:
-    """The array in a ``.npy`` file. ValueError if its header promises more than it holds; nothing is allocated then."""
+    """The array in a ``.npy`` file. ValueError, before allocating, if its header promises more than the file holds."""
     stream = io.BytesIO(content)
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -101,19 +101,19 @@ def read_with_pillow(file: str | bytes) -> Image.Image | Array:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as picture:
         if picture.format == "PNG" and picture.mode in ("RGB", "RGBA") and ";16" in str(picture.tile):
             array = read_with_opencv(file)
-            return array[..., :1] if "LA;16" in str(picture.tile) else array  # grey: OpenCV repeats it
+            return array[..., :1] if "LA;16" in str(picture.tile) else array  # grey, which OpenCV repeats
         picture.load()
         return ImageOps.exif_transpose(picture)
 
 
 def read_tiff(file: str | bytes, channel: bool = False) -> Image.Image | Array:
-    flags = {"is_ome": False} if channel else {}  # or tifffile would read the other files of the set, too
+    flags = {"is_ome": False} if channel else {}  # else tifffile would also read the other files of the set
     with tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file, **flags) as tiff:
         refuse_parts(tiff)
         if not tiff.series:
             raise UserError("the TIFF holds no image")
         full = (n for n, series in enumerate(tiff.series) if not series.keyframe.is_reduced)
-        number = next(full, 0)  # thumbnails and the smaller levels of a pyramid are passed over
+        number = next(full, 0)  # skip thumbnails and the smaller levels of a pyramid
         series = tiff.series[number]
         page = series.keyframe
         colours, jpeg = page.photometric.name, "JPEG" in page.compression.name
@@ -140,27 +140,28 @@ def read_tiff(file: str | bytes, channel: bool = False) -> Image.Image | Array:
 
 
 def cmyk(page: Any) -> bool:
-    """Whether a page of inks is what Pillow turns into RGB: four inks, cyan, magenta, yellow and black, of 8 bits."""
+    """Whether Pillow turns a page of inks into RGB: four 8-bit inks, cyan, magenta, yellow and black."""
     return bool(page.samplesperpixel == 4 and page.bitspersample == 8 and page.tags.valueof(332, 1) == 1)
 
 
 def refuse_parts(tiff: tifffile.TiffFile) -> None:
-    """UserError for one of the files of an OME-TIFF, each of which would be read as the whole image."""
+    """Raise a UserError for one file of a multi-file OME-TIFF, each of which would be read as the whole image."""
     description = (tiff.ome_metadata or "") if tiff.is_ome else ""
     names = sorted(set(re.findall(r'FileName="([^"]+)"', description)))
     if len(names) > 1 or "<BinaryOnly" in description:
         others = f"of {len(names)} files, {names[0]}, {names[1]} ..." if len(names) > 1 else "of several files"
         raise UserError(
-            f"it is a part of an OME-TIFF {others}: join the channels of each image by --channel_files, a name pattern "
-            "for each, such as '*_ch0.ome.tif' '*_ch1.ome.tif'"
+            f"it is part of an OME-TIFF {others}: join the channels of each image with --channel_files, one name "
+            f"pattern each, such as '*_ch0.ome.tif' '*_ch1.ome.tif'"
         )
 
 
 def tiff_values(file: str | bytes, series: Any, number: int, mapped: bool = True) -> Array:
-    """The values of a series of pages, of the shape and type that they state; a memory map where they lie unpacked.
+    """The values of a series of pages, with the shape and type they declare; a memory map if they are unpacked.
 
     Raises:
-        ValueError: too large, a compression that nothing here reads, or the codec gave something else than stated.
+        ValueError: it is too large, the compression is not supported, or the codec returned something else than
+            declared.
     """
     page = series.keyframe
     if mapped and series.dataoffset is not None and page.is_memmappable and isinstance(file, str):
@@ -168,7 +169,7 @@ def tiff_values(file: str | bytes, series: Any, number: int, mapped: bool = True
     if series.size > LARGEST:
         raise UserError(
             f"it unpacks to {series.size} values of shape {series.shape}, more than {LARGEST}; write it "
-            "uncompressed, which is read in parts, or cut it into tiles"
+            "uncompressed, so it can be read in parts, or cut it into tiles"
         )
     try:
         array = np.asarray(series.asarray())
@@ -181,14 +182,14 @@ def tiff_values(file: str | bytes, series: Any, number: int, mapped: bool = True
         ) from error
     if array.shape != series.shape or array.dtype.newbyteorder("=") != series.dtype.newbyteorder("="):
         raise UserError(
-            f"unpacked it is {array.dtype} of {array.shape}, but its pages state {series.dtype} of {series.shape}; "
+            f"unpacked it is {array.dtype} of {array.shape}, but its pages declare {series.dtype} of {series.shape}; "
             "write it uncompressed, or with LZW or zlib"
         )
     return array
 
 
 def upright(array_HWC: Array, page: Any) -> Array:
-    """The pixels turned as the page's orientation tag says; a view, nothing is copied."""
+    """The pixels turned upright by the page's orientation tag; a view, not a copy."""
     orientation = page.tags.valueof(274, 1)
     if orientation in (5, 6, 7, 8):
         array_HWC = array_HWC.transpose(1, 0, 2)
@@ -207,22 +208,22 @@ def read_with_opencv(file: str | bytes) -> Array:
 
 
 def channels_last(array: Array, axes: str = "") -> Array:
-    """An array of two or three axes as (H, W, C) in native byte order, without a copy where none is needed.
+    """An array of two or three axes as (H, W, C) in native byte order, copied only if necessary.
 
     Args:
         array: the pixels.
-        axes: a letter for each axis as tifffile has them; S (samples) and C are channels.
+        axes: one letter per axis, as in tifffile; S (samples) and C are channels.
 
     Raises:
-        ValueError: other numbers of axes, or none that is longer than 0.
+        ValueError: another number of axes, or an axis of length 0.
     """
     if len(axes) == array.ndim:
         axes = "".join(letter for letter, length in zip(axes, array.shape, strict=True) if length > 1 or letter in "YX")
     array = array.reshape([n for n in array.shape if n > 1]) if array.ndim > 3 else array
     if array.ndim not in (2, 3) or array.size == 0:
         raise UserError(
-            f"an array of shape {array.shape} is no image: two axes and perhaps one of channels are expected; "
-            "save the planes of a stack as files of their own"
+            f"an array of shape {array.shape} is not an image: expected two axes and perhaps one of channels; "
+            "save the planes of a stack as separate files"
         )
     if array.ndim == 2:
         array = array[..., None]

@@ -1,4 +1,4 @@
-"""Parts of images, gathered as bytes by the loader and made into views on the device: flip and bicubic resize.
+"""Make views on the device, by flip and bicubic resize, from parts of images that the loader gathers as bytes.
 
 Resizing is linear in the pixels and separable, so a batch of parts X of any sizes becomes views by two batched matrix
 products, V = A X B^T per channel. Row o of A is the antialiased bicubic kernel (a = -0.5) around the output pixel's
@@ -8,9 +8,9 @@ centre, as in Pillow and `hf_dbp.data.augmentation.resized`:
     A_oi = k((i + 1/2 - (o + 1/2) * scale) / width) / sum over i,  i < height of the part
 
 A flipped view takes the rows of B in reverse order. On a GPU the products take float16 inputs, which hold 8-bit values
-exactly, and sum in float32: views differ from those of the CPU by less than one step of 8 bits on average.
+exactly, and sum in float32: on average, views differ from those of the CPU by less than one 8-bit step.
 
-Shapes: B images, H, W the canvas that parts lie in, h, w the view, C channels.
+Shapes: B images, H, W the canvas that holds the parts, h, w the view, C channels.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from hf_dbp.errors import UserError
 
 __all__ = ["augments_on_device", "collate", "resample"]
 
-CHUNK = 64  # images that are resized at a time: bounds the memory of the weights
+CHUNK = 64  # images resized at a time, which bounds the memory of the weights
 
 
 def augments_on_device(asked: bool | None, args: TrainingArguments, images: ImageList) -> bool:
     """Whether the device makes the views: as asked, else on a GPU if the images have 8 bits.
 
-    ValueError if it is asked of other images.
+    UserError if it is asked for other images.
     """
     dtype = images.readable(0).dtype
     if asked and dtype != np.uint8:
@@ -43,9 +43,9 @@ def augments_on_device(asked: bool | None, args: TrainingArguments, images: Imag
 
 
 def collate(views: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of what `hf_dbp.data.masked.MaskedImages` gives: finished views, or parts on a canvas that holds each.
+    """A batch from the output of `hf_dbp.data.masked.MaskedImages`: finished views, or parts, each on a canvas.
 
-    Beyond its part a canvas holds anything; its weights there are zero.
+    Outside its part a canvas holds arbitrary values; the weights there are zero.
     """
     if "flip" not in views[0]:
         batch: dict[str, Tensor] = torch.utils.data.default_collate(list(views))
@@ -67,9 +67,9 @@ def resample(parts_BHWC: Tensor, sizes_B2: Tensor, flip_B: Tensor, view: tuple[i
     """Views (B, C, h, w) float32 in [0, 255].
 
     Args:
-        parts_BHWC: uint8; part b lies in the upper left corner.
+        parts_BHWC: uint8; each part lies in the upper left corner of its canvas.
         sizes_B2: height and width of each part.
-        flip_B: whether its view is flipped from left to right.
+        flip_B: whether to flip each view left to right.
         view: (h, w).
     """
     chunks = (slice(start, start + CHUNK) for start in range(0, len(parts_BHWC), CHUNK))

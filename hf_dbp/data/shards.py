@@ -1,10 +1,10 @@
-"""Images read from where they lie, piece by piece: parquet files, webdataset tars, picture files; local or on the Hub.
+"""Read images in place, piece by piece: parquet files, webdataset tars and picture files, local or on the Hub.
 
-Nothing is copied or unpacked first. A *listing* says which images there are, without reading them: from the parquet
-footers, from the tar headers, from the file names. It makes a streamed data set one of known length in which every
-image has a row number, the same as in the downloaded data set. Reading happens in *pieces*, a parquet row group or a
-run of tar members: the first image asked for brings its whole piece, and what was read last is kept. An order that
-stays within few pieces at a time (`hf_dbp.data.order`) so reads each about once.
+Nothing is copied or unpacked first. A *listing* tells which images there are without reading them: from the parquet
+footers, the tar headers or the file names. It gives a streamed data set a known length and every image a row number,
+the same as in the downloaded data set. Images are read in *pieces*, a parquet row group or a run of tar members: asking
+for one image reads its whole piece, and the latest pieces are kept. An order that stays within few pieces at a time
+(`hf_dbp.data.order`) therefore reads each about once.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ __all__ = [
     "list_shards",
 ]
 
-BUFFER_BYTES = 256 * 2**20  # encoded images that a process keeps
-LISTING = 2  # version of the listings that are kept
-TAR_PIECE = (256, 32 * 2**20)  # members and bytes of a piece
+BUFFER_BYTES = 256 * 2**20  # encoded images kept per process
+LISTING = 2  # version of stored listings
+TAR_PIECE = (256, 32 * 2**20)  # members and bytes per piece
 
 Integers = NDArray[np.int64]
 
 
 @dataclass
 class Listing:
-    """Which images there are, P pieces of N images in order.
+    """The list of images: N images in P pieces, in order.
 
     Attributes:
         kind: ``parquet``, ``webdataset`` or ``imagefolder``.
-        column: parquet column; of tars, the extension of the members that are images, or ``image`` for all pictures.
+        column: parquet column; for tars, the extension of the members that are images, or ``image`` for all pictures.
         files: the files.
         piece_file, piece_group: file of each piece, and row group within it (P).
         piece_bytes: bytes of each piece (P).
         first: number of the first image of each piece, and N at the end (P + 1).
-        members, offsets, sizes: of each image in its tar (N); empty for other kinds.
-        left_out: JSON of what the tars hold beside the images, as `LeftOut.record` has it; empty for other kinds.
+        members, offsets, sizes: name, offset and size of each image in its tar (N); empty for other kinds.
+        left_out: JSON, from `LeftOut.record`, of what the tars hold besides the images; empty for other kinds.
     """
 
     kind: str
@@ -91,7 +91,7 @@ class Listing:
 
 
 def fingerprint(files: Sequence[str], *settings: object) -> str:
-    """A name for the contents of files: on the Hub their address, which has the commit; local ones size and time."""
+    """A name for the contents of files: on the Hub their address with the commit, locally their size and time."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)
     for file in files:
         digest.update(file.encode())
@@ -101,10 +101,10 @@ def fingerprint(files: Sequence[str], *settings: object) -> str:
 
 
 def list_shards(kind: str, files: Sequence[str], column: str, folder: Path, token: str | None) -> ShardedImages:
-    """The images in these files; the listing is kept in ``folder``, and made by one process at a time.
+    """The images in these files; one process at a time makes the listing, which is kept in ``folder``.
 
     Raises:
-        ValueError: the column holds no encoded images, an archive is compressed, or the Hub refuses.
+        UserError: the column holds no encoded images, an archive is compressed, or the Hub refuses.
     """
     files = list(files)
     if kind == "imagefolder":
@@ -131,7 +131,7 @@ def list_parquet(files: list[str], column: str, token: str | None) -> Listing:
             if not holds_encoded(kind):
                 raise UserError(f"column {column!r} of {file} holds {kind}, not encoded images; leave out --streaming")
             if is_text(kind) and "://" in file:
-                raise UserError(f"column {column!r} of {file} holds paths; only those of local files can be read")
+                raise UserError(f"column {column!r} of {file} holds paths, which can be read only if the file is local")
             rows = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
             return [(group.num_rows, group.total_byte_size) for group in rows]
 
@@ -149,7 +149,7 @@ def list_parquet(files: list[str], column: str, token: str | None) -> Listing:
 
 
 def holds_encoded(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds encoded images: their bytes, paths, or structs of them."""
+    """Whether a column of this type holds encoded images: bytes, paths, or structs of them."""
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0 or kind.get_field_index("path") >= 0)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or is_text(kind))
@@ -160,12 +160,12 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def encoded_value(value: Any, file: str, name: str) -> dict[str, Any]:
-    """{"bytes", "path"} of a value of a parquet file; paths are relative to the file's folder.
+    """{"bytes", "path"} of a value in a parquet file; paths are relative to the file's folder.
 
     Args:
         value: bytes, a path, a mapping of both, or None.
         file: the parquet file.
-        name: what bytes are called.
+        name: how messages refer to bytes.
     """
     encoded, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if isinstance(encoded, str):
@@ -176,7 +176,7 @@ def encoded_value(value: Any, file: str, name: str) -> dict[str, Any]:
 
 
 def list_tars(files: list[str], column: str, token: str | None) -> Listing:
-    """Pieces are runs of members; each tar is gone through once for its headers."""
+    """Pieces are runs of members; each tar is scanned once for its headers."""
 
     left_out = LeftOut()
     read = in_threads(lambda file: tar_members(file, token), files)
@@ -215,9 +215,9 @@ class ShardedImages:
 
     Args:
         listing: the images.
-        folder: where what is learned about them is kept.
-        token: of the Hub.
-        rows: which of the images, in ascending order; default all.
+        folder: where their listing and keys are kept.
+        token: Hub token.
+        rows: which of the images, in ascending order; all by default.
     """
 
     def __init__(self, listing: Listing, folder: Path, token: str | None, rows: Integers | None = None) -> None:
@@ -232,11 +232,11 @@ class ShardedImages:
 
     @property
     def left_out(self) -> LeftOut:
-        """What the files hold beside the images."""
+        """What the files hold besides the images."""
         return LeftOut.of(json.loads(self.listing.left_out)) if self.listing.left_out else LeftOut()
 
     def select(self, rows: Integers) -> ShardedImages:
-        """Only these of the images."""
+        """The same with only these images."""
         return ShardedImages(self.listing, self.folder, self.token, self.rows[rows])
 
     def piece_of(self, row: int) -> int:
@@ -247,7 +247,7 @@ class ShardedImages:
         return [int(piece) for piece in np.unique(np.searchsorted(self.listing.first, self.rows, side="right") - 1)]
 
     def blocks(self) -> tuple[Integers, Integers] | None:
-        """Number of images and bytes to read of each piece, in order; None where every image is a file of its own."""
+        """For each piece, in order, the number of images and bytes to read; None if every image is a separate file."""
         if self.listing.kind == "imagefolder":
             return None
         pieces = np.searchsorted(self.listing.first, self.rows, side="right") - 1
@@ -263,7 +263,7 @@ class ShardedImages:
             while self._buffered > BUFFER_BYTES and len(self._buffer) > 1:
                 oldest, _ = self._buffer.popitem(last=False)
                 self._buffered -= int(self.listing.piece_bytes[oldest])
-            if self.listing.kind == "imagefolder":  # read once an epoch: nothing to keep
+            if self.listing.kind == "imagefolder":  # read once per epoch: nothing to keep
                 return {self.listing.column: self._buffer.pop(piece)[row]}
         self._buffer.move_to_end(piece)
         return {self.listing.column: self._buffer[piece][row]}
@@ -272,7 +272,7 @@ class ShardedImages:
         """(row, {"bytes", "path"}) of the wanted images of a piece.
 
         Raises:
-            ValueError: the Hub refuses or the connection is lost for good.
+            UserError: the Hub refuses or the connection is lost for good.
         """
         listing = self.listing
         low, high = (bisect.bisect_left(self.rows, int(listing.first[piece + end])) for end in (0, 1))
@@ -313,7 +313,7 @@ class ShardedImages:
         ]
 
     def keys(self) -> Keys:
-        """Content keys of the images; all are read once, by one process at a time, and the keys are kept."""
+        """Content keys of the images; one process reads all images once, and the keys are kept."""
         path = self.folder / f"{fingerprint(self.listing.files, self.listing.column, LISTING)}-keys.npy"
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):

@@ -2,8 +2,8 @@
 
     samples --mean of the channels, 16 kHz--> power of windows of 25 ms, every 10 ms --128 mel bands--> decibels
 
-Decibels count from the loudest point of a recording: 1 is that point, 0 is 80 dB below it or less, and all of a silent
-recording. One second is 100 columns; the lowest band is the first row.
+Decibels are relative to the loudest point of a recording: 1 is that point; 0 is 80 dB or more below it, or silence. One
+second is 100 columns; the lowest band is the first row.
 
 Shapes: F = 128 bands, T columns.
 """
@@ -25,7 +25,7 @@ __all__ = ["BANDS", "SOUND_FILES", "is_sound", "log_mel"]
 SOUND_FILES = {".wav", ".flac"}
 BANDS = 128
 RATE, WINDOW, HOP, FFT = 16_000, 400, 160, 1024
-RANGE, FLOOR = 80.0, -100.0  # dB; the power that counts as none
+RANGE, FLOOR = 80.0, -100.0  # dB; the power that counts as silence
 
 
 def is_sound(head: bytes) -> bool:
@@ -47,15 +47,15 @@ def log_mel(file: str | bytes) -> NDArray[np.float32]:
     """The spectrogram (F, T, 1) of a sound file, in [0, 1].
 
     Args:
-        file: path, or the content of a file.
+        file: path, or content of a file.
 
     Raises:
-        ValueError: damaged, without samples, or soundfile is not installed.
+        ValueError: the file is damaged or has no samples, or soundfile is not installed.
     """
     try:
         import soundfile
     except ImportError as error:
-        raise UserError("sound files are read by soundfile: pip install hf-dbp[audio]") from error
+        raise UserError("sound files need soundfile: pip install 'hf-dbp[audio]'") from error
     from scipy.signal import resample_poly
     from transformers.audio_utils import spectrogram
 
@@ -65,7 +65,7 @@ def log_mel(file: str | bytes) -> NDArray[np.float32]:
         raise UserError(f"damaged ({error})") from error
     wave = samples.mean(axis=1)
     if not len(wave) or not np.isfinite(wave).all():
-        raise UserError(f"{len(wave)} samples, finite or not, are no sound")
+        raise UserError(f"it has {len(wave)} samples; expected at least one, and only finite ones")
     if rate != RATE:
         shared = math.gcd(rate, RATE)
         wave = resample_poly(wave, RATE // shared, rate // shared)

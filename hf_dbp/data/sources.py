@@ -1,9 +1,9 @@
-"""Where images lie: folders of pictures, parquet files or tars, and data sets on the Hub; downloaded or read in place.
+"""Sources of images: folders of pictures, parquet files or tars, and data sets on the Hub; downloaded or read in place.
 
-`ImageSource` holds the data flags. `encoded_splits` and `streamed_splits` open what they name, as ``train`` and maybe
-``validation``: things that map an index to {column: {"bytes", "path"}}, the same images in the same order. Both take
-the same parts of the same files: `local_parts` of a folder, what `datasets` finds on the Hub. `LeftOut` says what else
-lies there.
+`ImageSource` holds the data flags. `encoded_splits` and `streamed_splits` open what the flags name, as ``train`` and
+maybe ``validation``: objects that map an index to {column: {"bytes", "path"}}, with the same images in the same order.
+Both use the same parts of the same files: `local_parts` for a folder, and what `datasets` finds for the Hub. `LeftOut`
+lists what else is there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 BUILT_IN = "wire_bonding"
-UNUSED_SPLIT = "images of a split that is neither trained nor validated on"
+UNUSED_SPLIT = "images of a split used for neither training nor validation"
 
 
 @dataclasses.dataclass
@@ -52,7 +52,7 @@ class ImageSource(StreamingFlags):
 
     Args:
         cache_dir, token, revision: as in `datasets.load_dataset`.
-        seed: of the split, the draws and the built-in images.
+        seed: seed of the split, the draws and the built-in images.
     """
 
     cache_dir: str | None = None
@@ -76,9 +76,7 @@ class ImageSource(StreamingFlags):
         if self.train_fraction < 1.0 and self.max_train_samples is not None:
             raise UserError("give --train_fraction or --max_train_samples, not both")
         if self.dataset_name == BUILT_IN and (self.streaming or self.train_fraction < 1.0):
-            raise UserError(
-                f"{BUILT_IN} is rendered: --streaming does nothing there, --max_train_samples sets its size"
-            )
+            raise UserError(f"{BUILT_IN} is rendered: leave out --streaming; --max_train_samples sets its size")
         if self.channel_files and (self.train_dir is None or self.streaming):
             raise UserError("--channel_files names the files of --train_dir FOLDER, without --streaming")
         if self.cache_short_side < 1 or self.max_unreadable < 0:
@@ -93,7 +91,7 @@ class ImageSource(StreamingFlags):
 
     @property
     def kept_in(self) -> Path:
-        """Folder of the listings, keys and decoded images of streamed data."""
+        """The folder for listings, keys and decoded images of streamed data."""
         return Path(self.cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_dbp"
 
 
@@ -106,14 +104,14 @@ class Opened(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A split of a local folder: the samples of pictures, or the parquet files or tars; nothing is read yet."""
+    """A split of a local folder: samples of pictures, or parquet files or tars, not read yet."""
 
     kind: str
     content: Samples | list[str]
 
 
 def encoded_splits(source: ImageSource) -> Opened:
-    """Downloaded or converted data: ``train`` and maybe ``validation``, images left encoded."""
+    """Downloaded or converted data: ``train`` and maybe ``validation``, with encoded images."""
     splits, left_out = read_splits(source)
     for split, data in splits.items():
         column = find_column(data, source.image_column_name)
@@ -122,16 +120,16 @@ def encoded_splits(source: ImageSource) -> Opened:
 
 
 def streamed_splits(source: ImageSource) -> Opened:
-    """The images where they lie: ``train`` and maybe ``validation``, and their column.
+    """The images in place: ``train`` and maybe ``validation``, and their column.
 
     Raises:
-        UserError: files that cannot be read in place.
+        UserError: the files cannot be read in place.
     """
     parts, left_out = hub_parts(source) if source.dataset_name is not None else local_parts(source)
     kinds = {part.kind for part in parts.values()}
     if len(kinds) > 1:
         train, validation = (parts[split].kind for split in ("train", "validation"))
-        raise UserError(f"--train_dir holds {train} files, --validation_dir {validation}; stream one kind")
+        raise UserError(f"--train_dir holds {train} files, --validation_dir {validation}; stream only one kind")
     column = streamed_column(parts["train"], source)
     splits = {}
     for split, (kind, content) in parts.items():
@@ -145,7 +143,7 @@ def local_parts(source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
     """Which files of --train_dir and --validation_dir are ``train`` and maybe ``validation``.
 
     Raises:
-        UserError: as `open_folder` and `Folder.pictures`.
+        UserError: as for `open_folder` and `Folder.pictures`.
     """
     parts, left_out = folder_parts(str(source.train_dir), "--train_dir", source)
     instead = source.validation_dir is not None
@@ -158,7 +156,7 @@ def local_parts(source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
 
 
 def folder_parts(folder: str, flag: str, source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
-    """All splits of a folder, and what is in none."""
+    """All splits of a folder, and what is in none of them."""
     found = open_folder(folder, flag)
     content: Mapping[str, Samples | list[str]]
     if found.kind == "imagefolder":
@@ -204,8 +202,8 @@ def hub_parts(source: ImageSource) -> tuple[dict[str, Part], LeftOut]:
         found[str(split)] = Part(kind, names)
     kept = pick_splits(found, source.name, LeftOut())
     for split, part in found.items():
-        if part not in kept.values():  # images are not counted without reading the files
-            left_out.add(f"files of a split that is neither trained nor validated on ({split})", part.content)
+        if part not in kept.values():  # counting images would mean reading the files
+            left_out.add(f"files of a split used for neither training nor validation ({split})", part.content)
     return kept, left_out
 
 
@@ -221,10 +219,10 @@ def streamed_column(part: Part, source: ImageSource) -> str:
 
 
 def from_hub(source: ImageSource, load: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """`datasets.load_dataset` or its kin for the data set on the Hub.
+    """`datasets.load_dataset` or a similar function for the data set on the Hub.
 
     Raises:
-        UserError: it cannot be had, and why.
+        UserError: it is not available; the message says why.
     """
     name = str(source.dataset_name)
     with explained(name):
@@ -233,16 +231,16 @@ def from_hub(source: ImageSource, load: Callable[..., Any], options: dict[str, A
         except datasets.exceptions.DatasetNotFoundError:
             HfApi(token=source.token).auth_check(
                 name, repo_type="dataset"
-            )  # knows whether it is gated, private or none
+            )  # it knows whether the data set is gated, private or missing
             raise
 
 
 def read_splits(source: ImageSource, classes: bool = False) -> tuple[dict[str, datasets.Dataset], LeftOut]:
-    """``train`` and, where there is one, ``validation``, as tables of all their columns; and what is left out.
+    """``train`` and, if there is one, ``validation``, as tables with all their columns; and what is left out.
 
     Args:
         source: the images.
-        classes: pictures lie in a folder for each class, which becomes the column ``label``.
+        classes: pictures lie in one folder per class, which becomes the column ``label``.
     """
     if source.dataset_name is None:
         parts, left_out = local_parts(source)
@@ -259,7 +257,7 @@ def read_splits(source: ImageSource, classes: bool = False) -> tuple[dict[str, d
 
 
 def load_hub(source: ImageSource, left_out: LeftOut) -> Mapping[str, datasets.Dataset]:
-    """The splits of a data set on the Hub, downloaded; tars by our own reading, as when they are streamed."""
+    """The splits of a data set on the Hub, downloaded; we read tars ourselves, as in streaming."""
     options = {"cache_dir": source.cache_dir, "token": source.token}
     builder = from_hub(source, datasets.load_dataset_builder, options)
     if type(builder).__module__.rpartition(".")[2] != "webdataset":
@@ -277,7 +275,7 @@ def load_hub(source: ImageSource, left_out: LeftOut) -> Mapping[str, datasets.Da
 
 
 def part_table(part: Part, source: ImageSource, left_out: LeftOut, classes: bool) -> datasets.Dataset:
-    """A part of a folder as a table; of pictures with their class as ``label``, if asked."""
+    """A part of a folder as a table; pictures have their class as ``label`` if asked."""
     if not isinstance(part.content, list):
         table = file_table({"image": list(part.content.values())}, source.cache_dir)
         return table.add_column("label", class_folders(part.content)) if classes else table
@@ -293,14 +291,14 @@ def pick_splits(
     validation_elsewhere: bool = False,
     counted: Callable[[Any], int] = len,
 ) -> dict[str, Any]:
-    """``train`` and, under this name, the first of validation, val, valid, dev and test; others are left out.
+    """``train`` and, as ``validation``, the first of validation, val, valid, dev and test; others are left out.
 
     Args:
         loaded: all splits.
-        name: what messages call them.
-        left_out: takes the others.
-        validation_elsewhere: take ``train`` alone.
-        counted: the number of images in a split.
+        name: how messages refer to them.
+        left_out: collects the others.
+        validation_elsewhere: take only ``train``.
+        counted: returns the number of images in a split.
     """
     if "train" not in loaded:
         raise UserError(f"{name} has no split 'train', only {', '.join(map(str, loaded))}")
@@ -316,7 +314,7 @@ def pick_splits(
 
 
 def any_split(loaded: Mapping[str, Any], left_out: LeftOut, counted: Callable[[Any], int] = len) -> Any:
-    """The one split of a folder that is given for validation; others are left out."""
+    """The split to use from a folder given for validation; others are left out."""
     split = next(split for split in ("validation", "val", "valid", "dev", "test", "train") if split in loaded)
     note_splits(loaded, {split}, left_out, counted)
     return loaded[split]
@@ -329,7 +327,7 @@ def note_splits(loaded: Mapping[str, Any], kept: set[str], left_out: LeftOut, co
 
 
 def find_column(data: datasets.Dataset, wanted: str | None) -> str:
-    """The column of the images. UserError if there is none of that name."""
+    """The column of the images. UserError if there is none with that name."""
     return pick_column(data.column_names, wanted)
 
 

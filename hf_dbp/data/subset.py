@@ -1,12 +1,12 @@
-"""Which images a run uses: a share chosen by content, and a split where there is none.
+"""Which images a run uses: a share chosen by content, and a validation split if the data has none.
 
-The key of an image is the hash of its encoded bytes. It is the same for a downloaded data set and a streamed one, in
-every process and worker, and however files are named, sorted or sharded; a copy of an image has the key of its original
-and is chosen with it. Image i is chosen if
+The key of an image is the hash of its encoded bytes. It is the same for downloaded and streamed data sets, in every
+process and worker, and however files are named, sorted or sharded. A copy of an image has the key of its original and
+is chosen with it. Image i is chosen if
 
     h(seed, key_i) < fraction,        h uniform in [0, 1)
 
-so that the count is binomial (10 % of ImageNet's 1,281,167: 128,117 +- 340) and a smaller fraction of the same seed is
+so the count is binomial (10 % of ImageNet's 1,281,167: 128,117 +- 340) and a smaller fraction with the same seed is
 part of a larger one.
 """
 
@@ -42,33 +42,33 @@ def chosen(keys: Keys, fraction: float, seed: int) -> NDArray[np.bool_]:
 
 
 def keys_digest(keys: Iterable[int]) -> str:
-    """One short name for a set of images, whatever their order: equal digests, equal images."""
+    """A short name for a set of images in any order: equal digests mean equal images."""
     ordered = np.sort(np.fromiter(keys, dtype="<u8"))
     return hashlib.blake2b(ordered.tobytes(), digest_size=8).hexdigest()
 
 
 def split_rows(count: int, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Training and validation rows of ``count`` images, ``share`` of them for validation, both in order.
+    """Training and validation rows of ``count`` images, with the share ``share`` for validation, both in order.
 
     Raises:
-        ValueError: too few images for both.
+        UserError: there are too few images for both.
     """
     num_validation = max(1, round(count * share))
     if count - num_validation < 1:
-        raise UserError(f"{count} images are too few to set {share:.0%} of them aside for validation")
+        raise UserError(f"{count} images are too few to hold out {share:.0%} of them for validation")
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[num_validation:]), np.sort(order[:num_validation])
 
 
 def draw(rows: Rows, limit: int | None, seed: int) -> Rows:
-    """At most ``limit`` of the rows, drawn at random, in order."""
+    """At most ``limit`` of the rows, drawn at random but kept in order."""
     if limit is None or limit >= len(rows):
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))
 
 
 def content_keys(data: Any, column: str) -> Keys:
-    """Keys of all images of a `datasets.Dataset`, read once: `datasets` caches them beside the data."""
+    """Keys of all images of a `datasets.Dataset`, read once; `datasets` caches them beside the data."""
     mapped = data.map(
         _batch_keys,
         batched=True,
@@ -85,7 +85,7 @@ def _batch_keys(batch: dict[str, list[Any]], column: str) -> dict[str, list[np.u
 
 
 def readable_bytes(value: Any) -> bytes:
-    """The encoded image; nothing if its file cannot be read, which is counted where the image is decoded."""
+    """The encoded image; empty if its file cannot be read, which is counted when the image is decoded."""
     try:
         return encoded_bytes(value)
     except OSError:

@@ -1,7 +1,7 @@
-"""Parquet files and tars as tables on disk, a row per image, with all their columns; every path is taken literally.
+"""Parquet files and tars as tables on disk, one row per image, with all their columns; every path is literal.
 
-A column of encoded images is brought to {"bytes", "path"}, however it is stored: as bytes, as paths, or as structs of
-one or both, with the metadata of `datasets` or without. Paths are relative to the folder of their parquet file.
+A column of encoded images is converted to {"bytes", "path"}, whether it stores bytes, paths, or structs of one or both,
+with or without the metadata of `datasets`. Paths are relative to the folder of their parquet file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def parquet_table(files: Sequence[str], cache_dir: str | None) -> datasets.Datas
 
 
 def literal(file: str, cache_dir: str | None) -> str:
-    """A path that `datasets` takes as it is: instead of one with ``::``, which chains file systems there, a link."""
+    """A path that `datasets` takes literally: a link in place of a path with ``::``, which would chain file systems."""
     if "::" not in file:
         return file
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_dbp" / "links"
@@ -65,10 +65,10 @@ def literal(file: str, cache_dir: str | None) -> str:
 
 
 def with_paths(table: datasets.Dataset, column: str, folders: Any) -> datasets.Dataset:
-    """The table with the paths of images in a column made absolute; as it is if there are none.
+    """The table with the image paths in a column made absolute; unchanged if there are none.
 
     Args:
-        table: as it was read.
+        table: the table as read.
         column: any of its columns.
         folders: the folder of each row's file.
     """
@@ -81,14 +81,14 @@ def with_paths(table: datasets.Dataset, column: str, folders: Any) -> datasets.D
     if not len(rows):
         return table
     if not pa.types.is_struct(values.type) and Path(paths[int(rows[0])].as_py()).suffix.lower() not in IMAGE_FILES:
-        return table  # a column of other texts
+        return table  # a column of other text
     located = [os.path.join(folder, path) if path is not None else None
                for folder, path in zip(folders, paths.to_pylist(), strict=True)]  # fmt: skip
     return replaced(table, column, encoded, pa.chunked_array([pa.array(located, pa.string())]))
 
 
 def encoded_column(table: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The table with the images of a column left encoded, as {"bytes", "path"}; a column of arrays stays."""
+    """The table with the images of a column encoded, as {"bytes", "path"}; a column of arrays does not change."""
     feature = table.features[column]
     if isinstance(feature, datasets.Image):
         return table.cast_column(column, datasets.Image(decode=False))
@@ -99,7 +99,7 @@ def encoded_column(table: datasets.Dataset, column: str) -> datasets.Dataset:
 
 
 def bytes_and_paths(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
-    """The bytes and the paths in a column; None for what it does not have."""
+    """The bytes and the paths in a column; None for what it lacks."""
     kind = values.type
     if pa.types.is_struct(kind):
         parts = [kind.get_field_index(name) for name in ("bytes", "path")]
@@ -116,7 +116,7 @@ def bytes_and_paths(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray | None, pa
 def replaced(
     table: datasets.Dataset, column: str, encoded: pa.ChunkedArray | None, paths: pa.ChunkedArray | None
 ) -> datasets.Dataset:
-    """The table with a column of {"bytes", "path"} in place of its own; bytes are not copied."""
+    """The table with a column replaced by {"bytes", "path"}; bytes are not copied."""
     table = table.flatten_indices() if table._indices is not None else table
     chunks = []
     lengths = [len(chunk) for chunk in (encoded if encoded is not None else paths).chunks]  # type: ignore[union-attr]
@@ -141,13 +141,13 @@ def replaced(
 
 
 def tar_table(files: Sequence[str], column: str, cache_dir: str | None, left_out: LeftOut) -> datasets.Dataset:
-    """The images in tars, and what else their samples hold, a column for each extension.
+    """The images in tars and the other members of their samples, one column per extension.
 
     Args:
         files: paths.
-        column: the extension of the members that are images, or ``image`` for all pictures; the name of their column.
-        cache_dir: where the table is kept.
-        left_out: takes what is not used.
+        column: extension of the members that are images, or ``image`` for all pictures; also the name of their column.
+        cache_dir: where to keep the table.
+        left_out: collects what is not used.
     """
     chosen = {}
     extensions: set[str] = set()
@@ -176,7 +176,7 @@ def tar_table(files: Sequence[str], column: str, cache_dir: str | None, left_out
 def tar_rows(
     files: Sequence[str], stamps: Sequence[str], column: str, chosen: str, kinds: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each image; the stamps only tell one table from another."""
+    """One row per image; the stamps only tell one table from another."""
     images_of: dict[str, list[Member]] = json.loads(chosen)
     for file in files:
         rest: dict[str, dict[str, Member]] = {}

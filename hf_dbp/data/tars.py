@@ -1,4 +1,4 @@
-"""Tars of images: what is in one, and which of its members are images."""
+"""Tars of images: their members, and which of these are images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXTS = {"txt", "text", "transcript", "json"}
 
 
 def open_binary(file: str, token: str | None, cache_type: str = "none") -> IO[bytes]:
-    """A local file or one on the Hub (``hf://``), which is read in exactly the ranges asked for, or ahead."""
+    """Open a local file or one on the Hub (``hf://``), which is read exactly in the requested ranges, or ahead."""
     if "://" not in file:
         return Path(file).open("rb")
     filesystem, path = fsspec.core.url_to_fs(file, token=token)
@@ -43,7 +43,7 @@ def open_binary(file: str, token: str | None, cache_type: str = "none") -> IO[by
 
 
 def tar_members(file: str, token: str | None = None) -> list[Member]:
-    """The files in a tar, in order; links have size -1. UserError if it is compressed or none."""
+    """The files in a tar, in order; links have size -1. UserError if it is compressed or not a tar."""
     with explained(file), open_binary(file, token, "readahead") as opened:
         try:
             with tarfile.open(fileobj=opened, mode="r:") as tar:
@@ -53,13 +53,13 @@ def tar_members(file: str, token: str | None = None) -> list[Member]:
                     if member.isfile() or member.islnk() or member.issym()
                 ]
         except tarfile.ReadError as error:
-            raise UserError(f"{file} is no uncompressed tar ({error}); unpack it") from error
+            raise UserError(f"{file} is not an uncompressed tar ({error}); unpack it") from error
 
 
 def sample_of(name: str) -> tuple[str, str]:
-    """Sample and extension of a tar's member: its path up to the first dot of the name, and what follows in lower case.
+    """Sample and extension of a tar's member: its path up to the first dot of the name, and the rest in lower case.
 
-    As WebDataset has it: ``a/0001.seg.png`` is ``seg.png`` of the sample ``a/0001``.
+    As in WebDataset, ``a/0001.seg.png`` is ``seg.png`` of the sample ``a/0001``.
     """
     folder, base = posixpath.split(posixpath.normpath(name))
     stem, _, extension = base.partition(".")
@@ -69,9 +69,9 @@ def sample_of(name: str) -> tuple[str, str]:
 def choose_members(file: str, members: Sequence[Member], column: str, left_out: LeftOut) -> list[Member]:
     """Which files of a tar are images; the others are counted.
 
-    Every member is judged by itself: by its extension where ``column`` is one, else (``image``) whether it is a
-    picture. A picture whose name has further dots, such as ``0001.seg.png``, belongs to the picture of its sample, if
-    there is one, and is none of the images.
+    If ``column`` is an extension, members with that extension are images; if it is ``image``, all pictures are. A
+    picture whose name has further dots, such as ``0001.seg.png``, belongs to the picture of its sample, if there is
+    one, and does not count as an image.
 
     Raises:
         UserError: a sample has pictures of two extensions.
@@ -108,11 +108,11 @@ def choose_members(file: str, members: Sequence[Member], column: str, left_out: 
 
 
 def no_images(files: Sequence[str], column: str, left_out: LeftOut) -> UserError:
-    """The error that says that tars hold no images, and what they hold."""
+    """The error for tars without images, which says what they hold."""
     kind = "images" if column == "image" else f"members of extension {column!r}"
     kinds = ", ".join(sorted(left_out.other_files | {reason.partition(" ")[0]: 1 for reason in left_out.counts}))
     remedy = f"they hold {kinds}: name the images by --image_column_name EXTENSION" if kinds else "they are empty"
-    return UserError(f"{files[0]}{' and its like hold' if len(files) > 1 else ' holds'} no {kind}; {remedy}")
+    return UserError(f"{files[0]}{' and similar files hold' if len(files) > 1 else ' holds'} no {kind}; {remedy}")
 
 
 def member_value(extension: str, content: bytes, name: str) -> Any:

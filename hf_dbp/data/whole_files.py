@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed."""
+"""Files that appear complete or not at all: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PART = ".part"
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """Where to write ``file``: it takes its place as the block ends; an error leaves what was there before."""
+    """A path to write to, which becomes ``file`` when the block ends; an error leaves the old file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}{PART}")
     try:
@@ -24,6 +24,6 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 
 def clear_parts(folder: Path) -> None:
-    """Remove what a process that was killed had begun to write anywhere below the folder."""
+    """Remove the partial files of killed processes anywhere below the folder."""
     for file in folder.rglob(f".*{PART}"):
         file.unlink()

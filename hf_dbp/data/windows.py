@@ -1,9 +1,9 @@
-"""Rows of large TIFF files without the rest: uncompressed, striped or tiled, of any compression that is read at all.
+"""Read rows of large TIFF files without the rest: uncompressed, striped or tiled, with any supported compression.
 
-`open_rows` gives a reader of one image whose rows are decoded as they are asked for, from top to bottom; strips and
-tiles that the next rows need, too, are kept. It declines (None) what is better read whole: other files, images of less
-than `LARGE` values, other than 8 or 16 unsigned bits, palettes, several pages or series, planes, turned images, and
-other meanings of the values than black is zero.
+`open_rows` returns a reader of one image that decodes rows on request, from top to bottom, and keeps strips and tiles
+that the next rows also need. It returns None for what is better read whole: other files, images of fewer than `LARGE`
+values, types other than 8 or 16 unsigned bits, palettes, several pages or series, planes, turned images, and images
+where black is not zero.
 
 Shapes: H, W height and width; C channels; n rows.
 """
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 __all__ = ["LARGE", "TiffRows", "open_rows"]
 
-LARGE = 2**27  # values of an image that is read in rows
+LARGE = 2**27  # number of values from which an image is read in rows
 PLAIN = (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
 
 
@@ -28,11 +28,11 @@ class TiffRows:
     """The rows of one TIFF image.
 
     Args:
-        tiff: the opened file, closed by `close`.
+        tiff: the open file, closed by `close`.
 
     Attributes:
         shape: (H, W, C).
-        dtype: of the values, in native byte order.
+        dtype: type of the values, in native byte order.
     """
 
     def __init__(self, tiff: tifffile.TiffFile) -> None:
@@ -42,14 +42,14 @@ class TiffRows:
         tiled = self.page.is_tiled
         self.step = self.page.tilelength if tiled else min(self.page.rowsperstrip, self.shape[0])
         self.across = -(-self.shape[1] // self.page.tilewidth) if tiled else 1
-        self.bands: dict[int, NDArray[Any]] = {}  # decoded rows of strips or tiles, by their number from the top
+        self.bands: dict[int, NDArray[Any]] = {}  # decoded rows of strips or tiles, numbered from the top
         self.lock = threading.Lock()
 
     def rows(self, top: int, bottom: int) -> NDArray[Any]:
         """The rows from ``top`` to ``bottom``, exclusive: (n, W, C).
 
         Raises:
-            Whatever tifffile finds wrong with the file.
+            Exception: whatever tifffile finds wrong with the file.
         """
         with self.lock:
             numbers = range(top // self.step, -(-bottom // self.step))
@@ -61,7 +61,7 @@ class TiffRows:
             for number in numbers:
                 first = number * self.step
                 parts.append(self.bands[number][max(0, top - first) : bottom - first])
-            return np.concatenate(parts)  # of these rows alone: whoever keeps a view of them holds no band
+            return np.concatenate(parts)  # a copy of only these rows, so keeping it keeps no band
 
     def _decoded(self, number: int) -> NDArray[Any]:
         """The rows of one strip, or of one row of tiles."""
@@ -83,12 +83,12 @@ class TiffRows:
 
 
 def open_rows(file: str, least: int = LARGE) -> TiffRows | None:
-    """A reader of the rows of a TIFF of at least so many values; None for what is better read whole."""
+    """A reader of the rows of a TIFF with at least ``least`` values; None for what is better read whole."""
     if Path(file).suffix.lower() not in (".tif", ".tiff"):
         return None
     try:
         tiff = tifffile.TiffFile(file)
-    except (OSError, ValueError):  # damaged: the reader of whole images says how
+    except (OSError, ValueError):  # damaged: the reader of whole images reports how
         return None
     if len(tiff.pages) != 1 or not plain(tiff.pages[0], least):
         tiff.close()
@@ -97,7 +97,7 @@ def open_rows(file: str, least: int = LARGE) -> TiffRows | None:
 
 
 def plain(page: Any, least: int) -> bool:
-    """Whether rows of the page mean what the reader of whole images makes of it."""
+    """Whether the page's rows mean the same as to the reader of whole images."""
     planes = page.planarconfig != 1 and page.samplesperpixel > 1
     alpha = any(kind in (1, 2) for kind in page.extrasamples)
     known = page.photometric in PLAIN and page.dtype in (np.uint8, np.uint16) and page.bitspersample in (8, 16)

@@ -1,15 +1,16 @@
 """The built-in data set `wire_bonding`: procedural two-channel images of bond wires, with index masks.
 
-Stands in for the confidential wire-bonding data of the paper ("Decorrelation Speeds Up Vision Transformers", section on
+It replaces the paper's confidential wire-bonding data ("Decorrelation Speeds Up Vision Transformers", section on
 semiconductor data: two channels, 2048 x 2048; classes wire, ball, wedge, epoxy). Every image is a pure function of
 (seed, index, size, bits); nothing is stored or downloaded.
 
 How a picture is made:
-1. A layout (pitch, wire, loop, materials, pose) is drawn from the generator of (seed, index). One unit of length is the
-   longer side of the image: another size shows the same scene, a non-square image the middle of the square one.
+1. A layout (pitch, wire, loop, materials, pose) is drawn from the generator of (seed, index). The unit of length is the
+   longer side of the image: another size shows the same scene, and a non-square image shows the middle of the square
+   one.
 2. The scene is painted, far to near, with its class labels: ground, leads, epoxy, die, dust, bonds and wires.
-3. Two lights shade it, bright field (channel 0) and dark field (channel 1); then come optics and sensor
-   (all in `wire_bonding_canvas`, with the formulas).
+3. Two lights shade it, bright field (channel 0) and dark field (channel 1), followed by optics and sensor (all in
+   `wire_bonding_canvas`, with the formulas).
 
 Shapes: H, W = image; N = columns (pad, wire, lead), T = points along a wire, K = strips across it; P = polygons,
 V = points of a polygon, R = epoxy rings, L = bus lines of a block. Coordinates are (x, y) in the frame of the die edge:
@@ -33,11 +34,11 @@ CLASS_NAMES = ("background", "wire", "ball", "wedge", "epoxy")
 BACKGROUND, WIRE, BALL, WEDGE, EPOXY = range(5)
 
 MIN_SIZE = 32
-_FINE = 192  # images with a longer side below this are painted on a grid finer by a whole factor, then sampled
+_FINE = 192  # if the longer side is below this, paint on a grid finer by a whole factor, then sample
 
 _Rng = np.random.Generator
 
-# Slope of the surface against the relative radius, for the round parts.
+# Slope of the surface by relative radius, for the round parts.
 _BALL_SLOPE = ((0.0, 0.3, 0.4, 0.46, 0.55, 0.78, 0.9, 1.0), (0.05, 0.7, 0.97, 0.4, 0.08, 0.12, 0.55, 0.92))
 _WEDGE_SLOPE = ((0.0, 0.5, 0.75, 1.0), (0.02, 0.1, 0.35, 0.75))
 _DROP_SLOPE = ((0.0, 0.5, 0.8, 1.0), (0.02, 0.2, 0.45, 0.6))
@@ -46,7 +47,7 @@ _DUST_SLOPE = ((0.0, 1.0), (0.1, 0.8))
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things are (unit: longer image side; frame of the die edge) and what they are made of."""
+    """Where things are (unit: longer image side; frame of the die edge) and their materials."""
 
     angle: float  # of the frame in the image
     focus: Array  # point of the frame at the image centre
@@ -112,13 +113,13 @@ def _boxes(x: Any, y: Any, half_x: Any, half_y: Any) -> Array:
 
 
 def _columns(layout: _Layout) -> Array:
-    """Numbers of the pads and leads that may be in view, 0 being the middle one."""
+    """Numbers of the pads and leads that may be in view; 0 is the middle one."""
     reach = int(0.75 / layout.pitch) + 1
     return np.arange(-reach, reach + 1)
 
 
 def _paint_ground(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
-    """Open gap or laminate, die paddle, leads; brushed metal or woven laminate on them."""
+    """Paint open gap or laminate, die paddle and leads, with a texture of brushed metal or woven laminate."""
     floor = rng.uniform(0.3, 0.55) if layout.laminate else rng.uniform(0.04, 0.16)
     canvas.surface_IJ4[...] = np.array([0, 0, 0.05, floor], np.float32)
     metal = np.array([0, 0, *layout.frame])
@@ -146,7 +147,7 @@ def _paint_ground(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
 
 
 def _die_edge(layout: _Layout, points: int) -> tuple[Array, Array]:
-    """Points (V, 2) along the die's edge, and round a corner that is in view, with their outward normals (V, 2)."""
+    """Points (V, 2) along the die's edge, and around a corner if it is in view, with outward normals (V, 2)."""
     if layout.die_end > 1:
         x_V = np.linspace(-1, 1, points)
         return np.stack([x_V, 0 * x_V], -1), np.stack([0 * x_V, 0 * x_V + 1], -1)
@@ -159,7 +160,7 @@ def _die_edge(layout: _Layout, points: int) -> tuple[Array, Array]:
 
 
 def _paint_epoxy(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
-    """The fillet along the die's edge (painted before the die, which covers its inside) and smears beside it."""
+    """Paint the fillet along the die's edge (before the die, which covers its inside) and smears beside it."""
     points, rings = (48, 5) if canvas.scale < 400 else (160, 18)
     edge_V2, out_V2 = _die_edge(layout, points)
     along_V = np.linspace(-1, 1, len(edge_V2))
@@ -167,7 +168,7 @@ def _paint_epoxy(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
     for size, waves in ((0.3, 4), (0.15, 11), (0.07, 24)):
         width_V += size * np.sin(along_V * waves * rng.uniform(1, 2) + rng.uniform(0, 6.3))
     width_V *= rng.uniform(0.035, 0.075)
-    width_V *= np.clip(1.6 - abs(np.abs(out_V2).sum(-1) - 1) * 1.5, 0, 1)  # epoxy shrinks back round a corner
+    width_V *= np.clip(1.6 - abs(np.abs(out_V2).sum(-1) - 1) * 1.5, 0, 1)  # epoxy recedes around a corner
     bend_V1 = np.gradient(width_V, along_V)[:, None]
     slope_V2 = out_V2 + bend_V1 * out_V2[:, ::-1] * (-1, 1)
     slope_V2 /= np.linalg.norm(slope_V2, axis=-1, keepdims=True)
@@ -190,7 +191,7 @@ def _paint_epoxy(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
 
 
 def _paint_die(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
-    """Silicon with seal ring, circuit blocks, bus lines and the row of bond pads."""
+    """Paint silicon with seal ring, circuit blocks, bus lines and the row of bond pads."""
     side = np.sign(layout.die_end)
     middle = layout.die_end - 3 * side if abs(layout.die_end) < 1 else 0.0
 
@@ -239,7 +240,7 @@ def _pads(layout: _Layout) -> Array:
 
 
 def _wire_curves(rng: _Rng, layout: _Layout, points: int) -> tuple[Array, Array]:
-    """Centre lines (N, T, 2) in plan and heights (N, T) from ball to wedge; one in twenty is swept aside."""
+    """Centre lines (N, T, 2) in plan and heights (N, T) from ball to wedge; one in twenty is bent sideways."""
     column_N = _columns(layout)
     start_N2 = _pads(layout) + rng.normal(0, 0.1 * layout.pad, (len(column_N), 2))
     end_N2 = np.stack([column_N * layout.pitch * layout.fan, layout.wedge_y + layout.tier * (column_N % 2)], -1)
@@ -258,7 +259,7 @@ def _wire_curves(rng: _Rng, layout: _Layout, points: int) -> tuple[Array, Array]
 
 
 def _paint_wires(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
-    """Balls, wedges and the wires between them, column by column; the shadows they cast under the oblique light."""
+    """Paint balls, wedges and the wires between them, column by column, and their shadows in the oblique light."""
     width = layout.wire * canvas.scale
     points, strips = (11, 3) if width < 5 else (25, 7) if width < 12 else (41, 13)
     curve_NT2, height_NT = _wire_curves(rng, layout, points)
@@ -297,12 +298,12 @@ def _paint_wires(canvas: Canvas, rng: _Rng, layout: _Layout) -> None:
         toe_2 = curve_NT2[n, -1] + 0.5 * foot[0] * tangent_NT2[n, -1]
         canvas.stamp(toe_2, foot, heading, _WEDGE_SLOPE, layout.metal, WEDGE, power=3)
     canvas.polygons(quads_NTKV2[seen_N].reshape(-1, 4, 2), value_NTK4[seen_N].reshape(-1, 4))
-    if width > 12:  # the strips would show as facets
+    if width > 12:  # the strips would look like facets
         canvas.surface_IJ4 = cv2.GaussianBlur(canvas.surface_IJ4, (0, 0), width / 16)
 
 
 def _paint_dust(canvas: Canvas, rng: _Rng) -> None:
-    """A few specks, which only the oblique light shows well."""
+    """Paint a few specks, which only the oblique light shows well."""
     for _ in range(rng.integers(0, 7)):
         half = rng.uniform(0.002, 0.006)
         centre_2, shape = canvas.focus_2 + rng.uniform(-0.6, 0.6, 2), (half, half * rng.uniform(0.5, 1))
@@ -310,14 +311,14 @@ def _paint_dust(canvas: Canvas, rng: _Rng) -> None:
 
 
 def _checked(index: int, seed: int, size: int | tuple[int, int], bits: int) -> tuple[int, int]:
-    """Height and width, if the arguments of `render` are sound."""
+    """Height and width, after checking the arguments of `render`."""
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < MIN_SIZE:
         raise UserError(f"size={size}: wire_bonding images need at least {MIN_SIZE} pixels a side")
     if bits not in (8, 16):
         raise UserError(f"bits={bits}: choose 8 or 16")
     if index < 0 or seed < 0:
-        raise UserError(f"index={index}, seed={seed}: both count from 0, choose them 0 or larger")
+        raise UserError(f"index={index}, seed={seed}: both count from 0; choose 0 or more")
     return height, width
 
 
@@ -327,13 +328,13 @@ def render(
     """Image `index` of the set `seed`: `image_HW2` (bright field, dark field) and `label_HW` (ids of `CLASS_NAMES`).
 
     Args:
-        index: which image, from 0; there is no end.
+        index: which image, from 0, without limit.
         seed: which set, from 0.
-        size: side, or (height, width), in pixels; at least 32 each. Made for up to 2048.
+        size: side, or (height, width), in pixels; at least 32 each. Designed for up to 2048.
         bits: 8 or 16; the image is uint8 or uint16, over the full range.
 
     Raises:
-        ValueError: any argument outside the above.
+        ValueError: an argument is out of range.
     """
     height, width = _checked(index, seed, size, bits)
     rng = np.random.default_rng([seed, index])
@@ -358,11 +359,12 @@ def render(
 class WireBonding(torch.utils.data.Dataset[dict[str, npt.NDArray[Any]]]):
     """Map-style data set of images `first` ... `first + num_images - 1` of the set `seed`, rendered on access.
 
-    Items are {"image": (H, W, 2) uint8 or uint16, "annotation": (H, W) uint8}; see `render` for the arguments. Give
-    training and validation ranges that do not overlap.
+    Items are {"image": (H, W, 2) uint8 or uint16, "annotation": (H, W) uint8}; see `render` for the arguments. Use
+    ranges that do not overlap for training and validation.
 
     Raises:
-        ValueError: an argument out of range (from the constructor). IndexError: an item outside the data set.
+        ValueError: an argument of the constructor is out of range.
+        IndexError: the index is outside the data set.
     """
 
     def __init__(

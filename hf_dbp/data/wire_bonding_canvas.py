@@ -1,4 +1,4 @@
-"""Surface buffer, lights and camera with which `wire_bonding` makes its pictures; nothing here knows what is painted.
+"""Surface buffer, lights and camera for `wire_bonding`; nothing here depends on what is painted.
 
 A scene is painted, far to near, as a surface: the horizontal part n = (nx, ny) of the unit normal, specular and diffuse
 reflectance s and d. Two lights shade the same surface:
@@ -7,11 +7,11 @@ reflectance s and d. Two lights shade the same surface:
     dark field   (channel 1, oblique)   s (lamp exp(-|n - h|^2 / w1^2) + ring exp(-(|n| - |h|)^2 / w1^2))
                                         + 0.3 d (1 + 1.3 n.l), less in cast shadows
 
-with l the azimuth of the lamp and h the half vector of its light: flats are bright in the first and black in the
-second, flanks the reverse. Then defocus, uneven lighting, shot and read noise.
+with l the azimuth of the lamp and h the half vector of its light: flat surfaces are bright in the first and black in
+the second, flanks the reverse. Defocus, uneven lighting, shot noise and read noise follow.
 
-Shapes: H, W = image; I, J = the grid that is painted on, `fine` times the image's; P = polygons, V = points of one.
-Coordinates are (x, y) in the scene's frame, one unit being the longer side of the image.
+Shapes: H, W = image; I, J = the painted grid, `fine` times the image's; P = polygons, V = points of one.
+Coordinates are (x, y) in the scene's frame, in units of the image's longer side.
 """
 
 import math
@@ -52,7 +52,7 @@ class Canvas:
         return (points - self.focus_2) @ (self.scale * self.turn_22.T) + self.centre_2
 
     def polygons(self, points_PV2: Array, value_P4: Array, label: int | None = None) -> None:
-        """Fill P convex polygons; `value_P4` is one row for all or one row each, its slope in the frame."""
+        """Fill P convex polygons; `value_P4` is one row for all or one row each, with its slope in the frame."""
         fixed_PV2 = self.fixed(points_PV2)
         seen_P = self.sees(fixed_PV2)
         value_P4 = np.array(np.broadcast_to(value_P4, (len(seen_P), 4))[seen_P])
@@ -63,12 +63,12 @@ class Canvas:
                 cv2.fillConvexPoly(self.label_IJ, polygon, label, shift=4)
 
     def fixed(self, points: Array) -> npt.NDArray[np.int32]:
-        """Pixel coordinates in the fixed point of cv2's drawing (4 fractional bits)."""
+        """Pixel coordinates in cv2's fixed-point format for drawing (4 fractional bits)."""
         fixed: npt.NDArray[np.int32] = np.rint(self.pixels(points) * 16).astype(np.int32)
         return fixed
 
     def sees(self, fixed_PV2: npt.NDArray[np.int32], margin: float = 0.0) -> npt.NDArray[np.bool_]:
-        """Which of P groups of points may reach into the view, if they are drawn up to `margin` wide."""
+        """Which of P groups of points may reach into the view when drawn up to `margin` wide."""
         border = int(16 * (margin * self.scale + 1))
         height, width = self.label_IJ.shape
         x_PV, y_PV = fixed_PV2[..., 0], fixed_PV2[..., 1]
@@ -77,7 +77,7 @@ class Canvas:
         return seen_P
 
     def outline(self, target_IJ: Label, points_V2: Array, value: int) -> None:
-        """Fill one polygon of any form in the label or shadow map."""
+        """Fill one polygon of any shape in the label or shadow map."""
         cv2.fillPoly(target_IJ, [self.fixed(points_V2)], value, shift=4)
 
     def stamp(
@@ -91,9 +91,11 @@ class Canvas:
         power: float = 2.0,
         lobes: tuple[float, float] = (0.0, 0.0),
     ) -> None:
-        """A round part: superellipse of half axes `half` and exponent `power`, its slope a table (radii, slopes).
+        """Paint a round part: a superellipse with half axes `half` and exponent `power`; its slope is a table (radii,
+        slopes).
 
-        `lobes` = (amplitude, phase) makes the rim wavy; `material` = (specular, diffuse); label 0 leaves labels alone.
+        `lobes` = (amplitude, phase) makes the rim wavy; `material` = (specular, diffuse); label 0 leaves labels
+        unchanged.
         """
         x, y = self.pixels(centre_2).tolist()
         a, b = half[0] * self.scale, half[1] * self.scale
@@ -126,7 +128,8 @@ class Canvas:
             self.label_IJ[i0:i1, j0:j1][cover > 0.5] = label
 
     def noise(self, rng: np.random.Generator, stretch: float = 1.0, angle: float = 0.0) -> Float:
-        """Noise_IJ of all scales, standard deviation below 1, drawn out by `stretch` along `angle` of the frame."""
+        """Noise_IJ at all scales, with standard deviation below 1, stretched by `stretch` along `angle` of the
+        frame."""
         octaves = _noise_pyramid()
         tile = octaves[min(max(round(np.log2(octaves[0].shape[0] / self.scale)), 0), len(octaves) - 1)]
         cos, sin = np.cos(angle + self.angle), np.sin(angle + self.angle)
@@ -150,7 +153,7 @@ def _noise_pyramid() -> tuple[Float, ...]:
     rng = np.random.default_rng(2405)
     tile = np.zeros((1024, 1024), np.float32)
     for cells in (16, 32, 64, 128, 256, 512, 1024):
-        zoom, rim = 1024 // cells, 4  # resized with a rim of its other side, so that the tile has no seam
+        zoom, rim = 1024 // cells, 4  # resized with a rim from the opposite side, so the tile has no seam
         octave = np.pad(rng.standard_normal((cells, cells), np.float32), rim, mode="wrap")
         octave = cv2.resize(octave, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
         tile += octave[rim * zoom : -rim * zoom, rim * zoom : -rim * zoom] / 7**0.5
@@ -162,7 +165,7 @@ def _noise_pyramid() -> tuple[Float, ...]:
 
 
 def shade(canvas: Canvas, rng: np.random.Generator, light: float, raised_IJ: npt.NDArray[np.bool_]) -> Float:
-    """Both lights on the painted surface (I, J, 2), see the module docstring; no shadow falls on `raised_IJ`."""
+    """Both lights on the painted surface (I, J, 2), see the module docstring; `raised_IJ` receives no shadow."""
     light_x, light_y = np.float32(np.cos(light)), np.float32(np.sin(light))
     drawn = rng.uniform((0.4, 0.28, 0.2, 0.6, 0.15), (0.6, 0.42, 0.3, 1.0, 0.7)).astype(np.float32)
     tilt, width0, width1, lamp, ring = drawn
@@ -184,9 +187,10 @@ def shade(canvas: Canvas, rng: np.random.Generator, light: float, raised_IJ: npt
 
 
 def defocus(image_IJ2: Float, rng: np.random.Generator, fine: int, near_IJ: npt.NDArray[np.bool_]) -> Float:
-    """Blur the plane and the near parts differently, as focus is on one or in between; sample the pixels (H, W, 2)."""
+    """Blur the plane and the near parts differently (the focus is on one or between them), then sample pixels (H, W,
+    2)."""
     scale = max(near_IJ.shape)
-    least = 0.45 * fine  # the optics' own blur, which also keeps the sampling from aliasing
+    least = 0.45 * fine  # blur of the optics, which also prevents aliasing
     sigmas = np.maximum((0.0004 + np.sort(rng.exponential(0.0012, 2))) * scale, least)
     plane, near = sigmas[:: rng.choice((-1, 1))]
     at = slice(fine // 2, None, fine)
@@ -200,7 +204,7 @@ def defocus(image_IJ2: Float, rng: np.random.Generator, fine: int, near_IJ: npt.
 
 
 def expose(image_HW2: Float, rng: np.random.Generator, noise_rng: np.random.Generator) -> Float:
-    """Uneven lighting (a 16 x 16 map _GG, enlarged), offset, shot and read noise; values in [0, 1]."""
+    """Add uneven lighting (an enlarged 16 x 16 map _GG), offset, shot and read noise; values in [0, 1]."""
     height, width = image_HW2.shape[:2]
     reach = max(height, width)
     x_G, y_G1 = (np.arange(16) - 7.5) / 16 * width / reach, (np.arange(16)[:, None] - 7.5) / 16 * height / reach

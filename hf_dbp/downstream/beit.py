@@ -1,9 +1,9 @@
-"""A ViT's weights in the stock BEiT classes, which compute the same hidden states; its parameter groups.
+"""Load a ViT's weights into stock BEiT classes, which compute the same hidden states; parameter groups for training.
 
-transformers' BEiT with absolute positions, no relative bias, no LayerScale and no drop path is a ViT. What differs:
+transformers' BEiT with absolute positions, no relative bias, no LayerScale and no drop path is a ViT. Differences:
 
-- BEiT's keys have no bias. Left out without effect: q_i . b_k is the same for every key, and softmax ignores it.
-- BEiT's encoder ends without a norm: `last_hidden_state` is the residual stream, which heads normalise themselves.
+- BEiT's keys have no bias. Leaving it out has no effect: q_i . b_k is the same for every key, and softmax ignores it.
+- BEiT's encoder ends without a norm: `last_hidden_state` is the residual stream, which the heads normalise.
 - BEiT's position table must be square; another shape is resampled once, bicubic, to a square of the longer side.
   Other image sizes, non-square ones included, are handled in every forward: BEiT interpolates the table, bicubic.
 
@@ -39,7 +39,7 @@ SHARED = (
 
 
 def beit_fields(vit: ViTConfig) -> dict[str, Any]:
-    """The fields of a `BeitConfig` whose hidden states are those of a ViT of this configuration."""
+    """The fields of a `BeitConfig` that give the hidden states of a ViT with this configuration."""
     return {
         **{name: getattr(vit, name) for name in SHARED},
         "image_size": max(sides(vit.image_size)),
@@ -51,7 +51,7 @@ def beit_fields(vit: ViTConfig) -> dict[str, Any]:
 
 
 def sides(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a size that may be one number."""
+    """Height and width of a size that may be a single number."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -60,7 +60,7 @@ def beit_state(vit: ViTModel) -> dict[str, Tensor]:
     state = {name: value for name, value in vit.state_dict().items() if not name.startswith(("pooler.", "layernorm."))}
     state = {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}
     for layer in range(vit.config.num_hidden_layers):
-        for projection in ("q_proj", "v_proj"):  # a ViT may be built without these biases, BEiT has them
+        for projection in ("q_proj", "v_proj"):  # a ViT may lack these biases; BEiT has them
             state.setdefault(f"layers.{layer}.attention.{projection}.bias", torch.zeros(vit.config.hidden_size))
     table = "embeddings.position_embeddings"
     height, width = (side // sides(vit.config.patch_size)[0] for side in sides(vit.config.image_size))
@@ -71,13 +71,13 @@ def beit_state(vit: ViTModel) -> dict[str, Tensor]:
 def parameter_groups(
     model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Group the parameters of a model over a BEiT for an optimizer, with layer-wise learning-rate decay (BEiT, MAE).
+    """Group the parameters of a model built on a BEiT, with layer-wise learning-rate decay (BEiT, MAE).
 
     With L layers, layer i (1..L) learns at `learning_rate * layer_decay ** (L + 1 - i)`, the embeddings as layer 0,
     neck and heads at `learning_rate`. Biases, norms, the class token and the positions get no weight decay.
 
     Raises:
-        ValueError: `layer_decay` is outside (0, 1].
+        UserError: `layer_decay` is outside (0, 1].
     """
     if not 0 < layer_decay <= 1:
         raise UserError(f"layer_decay is {layer_decay}: give a factor above 0 and at most 1 (1 is no decay)")

@@ -1,14 +1,14 @@
-"""The encoder as a stock `Dinov2Model`, which opens every stock head that takes a DINOv2.
+"""The encoder as a stock `Dinov2Model`, for all stock heads that take a DINOv2.
 
 A pre-norm ViT is a DINOv2 whose LayerScale is 1:
 
     ViT      h <- h + Attention(LN(h));            h <- h + MLP(LN(h))
     DINOv2   h <- h + s1 * Attention(LN(h));       h <- h + s2 * MLP(LN(h)),      s1 = s2 = 1
 
-so the tensors are the same under other names. What differs and is checked here:
+so the tensors are the same under other names. Differences, checked here:
 - DINOv2 has no `intermediate_size`: the MLP's width must be a whole multiple of the hidden size;
 - DINOv2 resamples positions from a square table: the encoder's images must be square;
-- the mask token, which only DINOv2's own pre-training uses, is left out (`use_mask_token=False`).
+- the mask token, which only DINOv2's pre-training uses, is left out (`use_mask_token=False`).
 
 At another image size than the encoder's own, `Dinov2Model` resamples the position table (bicubic), as `ViTModel` does
 with ``interpolate_pos_encoding=True``.
@@ -40,12 +40,12 @@ def extract_dinov2(model: PreTrainedModel) -> Dinov2Model:
         model: a ViT-MAE, stock or ours, its encoder, or a `ViTModel` (its pooler is left out).
 
     Returns:
-        A `Dinov2Model` on the same device, in the same dtype and mode; its hidden states (B, 1 + T, D) are those of the
-        `ViTModel` to rounding.
+        A `Dinov2Model` on the same device, in the same dtype and mode; its hidden states (B, 1 + T, D) equal those of
+        the `ViTModel` up to rounding.
 
     Raises:
-        ValueError: the images are not square, the MLP's width is no multiple of the hidden size, a fused weight is not
-            finite, or ``model`` is none of these.
+        UserError: the images are not square, the MLP's width is not a multiple of the hidden size, a fused weight is
+            not finite, or ``model`` is none of these.
     """
     vit = model if isinstance(model, ViTModel) else extract_vit(model)
     config = vit.config
@@ -57,8 +57,8 @@ def extract_dinov2(model: PreTrainedModel) -> Dinov2Model:
         )
     if config.intermediate_size % config.hidden_size:
         raise UserError(
-            f"a DINOv2's MLP is a whole multiple of its width, this encoder's {config.intermediate_size} is not one of "
-            f"{config.hidden_size}: keep it as a ViT (--as vit)"
+            f"a DINOv2's MLP is a whole multiple of its width, but this encoder's {config.intermediate_size} is not "
+            f"one of {config.hidden_size}: keep it as a ViT (--as vit)"
         )
     fields = {name: getattr(config, name) for name in SAME} | {"image_size": size if isinstance(size, int) else size[0]}
     dinov2 = Dinov2Model(
@@ -108,6 +108,6 @@ def vit_of_dinov2(model: Dinov2Model) -> ViTModel:
 
 
 def new_name(name: str) -> str:
-    """A tensor of a ViT under its name in a DINOv2."""
+    """The name in a DINOv2 of a tensor of a ViT."""
     parts = [RENAMED.get(part, part) for part in name.split(".")]
     return ".".join(["encoder", "layer", *parts[1:]] if parts[0] == "layers" else parts)

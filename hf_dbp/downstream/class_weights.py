@@ -1,7 +1,7 @@
-"""Weights of classes in a cross-entropy, from how often each occurs.
+"""Weights of classes in a cross-entropy, from their frequencies.
 
-From the shares s_K of the classes, w_k ~ s_k^(-1/2) or s_k^(-1), with sum_k s_k w_k = 1, so that the size of the
-gradient, and with it the learning rate, keeps its meaning.
+From the shares s_K of the classes, w_k ~ s_k^(-1/2) or s_k^(-1), with sum_k s_k w_k = 1, so the size of the gradient,
+and thus the learning rate, keeps its meaning.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from hf_dbp.errors import UserError
 
 __all__ = ["WEIGHTS", "class_weights"]
 
-WEIGHTS = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}  # name: power of a class's share
+WEIGHTS = {"none": 0.0, "sqrt": 0.5, "inverse": 1.0}  # name -> power of a class's share
 
 
 def class_weights(counts_K: NDArray[np.int64], kind: str) -> list[float] | None:
-    """Weights of the classes from their pixels in the training masks, or their images (1 for one without any).
+    """Weights (K) of the classes from their pixels in the training masks, or their images (1 for a class without any).
 
     Returns:
         None for ``none``.

@@ -1,13 +1,13 @@
-"""Features of many images, kept in a table: the main of `hf-dbp embed`.
+"""Features of many images in a table: the main of `hf-dbp embed`.
 
 1. Every image's largest central square, scaled to the ViT's size, goes once through the frozen ViT. Its feature is the
-   mean of the final patch tokens, or the class token; on request all patch tokens are kept too.
+   mean of the final patch tokens, or the class token; all patch tokens can be kept too.
 2. Features go to a memory-mapped file beside the table as they are computed, so memory does not grow with the number of
-   images, and a run that was stopped resumes where it was. At the end they become one parquet file.
-3. They are compared with one another as `hf_dbp.downstream.neighbours` says: near-duplicates and outliers.
+   images, and a stopped run resumes where it was. At the end they become one parquet file.
+3. `hf_dbp.downstream.neighbours` compares them with one another and finds near-duplicates and outliers.
 
-Columns of the table: row (of the data), name, feature (D; null where the image cannot be read), duplicate_of (a name,
-or null), outlier_score, error. Its schema's metadata hold, as JSON under ``hf_dbp``, what was embedded and how fast.
+Columns of the table: row (in the data), name, feature (D; null if the image cannot be read), duplicate_of (a name, or
+null), outlier_score, error. The schema's metadata say, as JSON under ``hf_dbp``, what was embedded and how fast.
 
 Shapes: N images, T patch tokens of an image, D features.
 """
@@ -58,18 +58,18 @@ __all__ = ["Embeddings", "embed_images", "main", "nearest_of_queries", "read_emb
 logger = logging.getLogger(__name__)
 
 BLOCK = 1024  # rows written at a time
-COMPARED = 200_000  # images; above, comparing all pairs takes hours
+COMPARED = 200_000  # images; with more, comparing all pairs takes hours
 
 
 def fingerprint(encoder: FrozenEncoder, images: ImageList, how: dict[str, Any]) -> str:
-    """A name for these images through this model in this way: work of another name is not resumed."""
+    """A name for these images, this model and these settings; work with another name is not resumed."""
     about = [how, encoder.size, list(encoder.mean), list(encoder.std)]
     digest = hashlib.blake2b(json.dumps(about, allow_nan=False).encode())
     for name, tensor in sorted(encoder.vit.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     if isinstance(images.samples, WireBonding):
         digest.update(images.samples[0]["image"].tobytes() + str(len(images)).encode())
-    else:  # of files all, by size and time; of pictures inside data sets a number of them, by their bytes
+    else:  # all files, by size and time; some of the pictures inside data sets, by their bytes
         value = images.samples[0][images.column]
         files = isinstance(value, dict) and value["bytes"] is None
         picks = range(len(images)) if files else np.linspace(0, len(images) - 1, min(500, len(images))).astype(int)
@@ -90,7 +90,7 @@ def embed_images(
     neighbours: int = 5,
     data: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Embed every image and write the table; what an earlier call has done is not done again.
+    """Embed every image and write the table; the work of an earlier call is reused.
 
     Args:
         encoder: from `load_encoder`.
@@ -100,15 +100,15 @@ def embed_images(
         patch_file: ``.npy`` file for all patch tokens (N, T, D), float16; ``numpy.load(..., mmap_mode="r")`` reads it.
         batch_size: images per forward pass.
         workers: processes that decode.
-        threshold: cosine of centred features from which on an image is a near-duplicate.
+        threshold: cosine of centred features from which an image is a near-duplicate.
         neighbours: k of the outlier score.
-        data: what the images are, for the metadata; `hf-dbp select` opens them again by it.
+        data: description of the images for the metadata, from which `hf-dbp select` reopens them.
 
     Returns:
-        The metadata: images, unreadable, near_duplicates, images_per_second (of those embedded now) ...
+        The metadata: images, unreadable, near_duplicates, images_per_second (for those embedded now) ...
 
     Raises:
-        UserError: too many unreadable images, no readable one, no room on the disk.
+        UserError: too many unreadable images, no readable image, or no room on the disk.
     """
     path, patch_size = Path(file), encoder.vit.config.patch_size
     sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
@@ -150,7 +150,7 @@ def embed_images(
 
 
 def compare(features_ND: Tensor, names: Sequence[str], record: dict[str, Any]) -> tuple[pa.Array, pa.Array]:
-    """The columns ``duplicate_of`` and ``outlier_score``; the record learns how many duplicates there are."""
+    """The columns ``duplicate_of`` and ``outlier_score``; adds the number of duplicates to the record."""
     record["compared"] = len(names) <= COMPARED
     if not record["compared"]:
         logger.warning("%d images are more than %d: they are not compared with one another", len(names), COMPARED)
@@ -172,13 +172,15 @@ def schema_of(width: int, record: dict[str, Any]) -> pa.Schema:
 
 
 def write_table(path: Path, work: Work, images: ImageList, record: dict[str, Any]) -> dict[str, Any]:
-    """Compare the features with one another and write all rows, a block at a time, under the final name at the end."""
+    """Compare the features and write all rows, a block at a time; the file gets its final name at the end."""
     names = [image_name(images, row) for row in range(len(images))]
     there, width = work.state_N == EMBEDDED, work.features_ND.shape[1]
     duplicate_of, score = compare(
         torch.from_numpy(work.features_ND[there]), [names[row] for row in np.flatnonzero(there)], record
     )
-    place = pa.array(np.where(there, np.cumsum(there) - 1, 0), mask=~there)  # of each row among the readable ones
+    place = pa.array(
+        np.where(there, np.cumsum(there) - 1, 0), mask=~there
+    )  # position of each row among the readable ones
     reasons = images.unreadable_images()
     errors = [None if known else reasons.get(name) for name, known in zip(names, there, strict=True)]
     schema = schema_of(width, record)
@@ -200,7 +202,7 @@ def write_table(path: Path, work: Work, images: ImageList, record: dict[str, Any
 
 
 def compare_again(path: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Write the table anew with another threshold or k; nothing is embedded again."""
+    """Rewrite the table with another threshold or k, without embedding anything again."""
     table, known = pq.read_table(path), read_embeddings(path)
     duplicate_of, score = compare(known.features_ND, known.names, record)
     there = table["feature"].is_valid().to_numpy()
@@ -227,8 +229,8 @@ class Embeddings:
         rows: their rows in the data (N).
         names: their names (N).
         features_ND: float32.
-        duplicate_of: the name of the image that each is a near-duplicate of, or None.
-        outlier_scores: 1 - cosine to the k-th nearest neighbour (N); NaN where pairs were not compared.
+        duplicate_of: for each, the name of the image that it nearly duplicates, or None.
+        outlier_scores: 1 - cosine to the k-th nearest neighbour (N); NaN if pairs were not compared.
         record: what was embedded and how.
     """
 
@@ -241,7 +243,10 @@ class Embeddings:
 
 
 def described(path: Path) -> dict[str, Any]:
-    """The record in a table; empty if there is no such file. UserError for a file that `hf-dbp embed` did not write."""
+    """The record in a table; empty if the file does not exist.
+
+    UserError for a file that `hf-dbp embed` did not write.
+    """
     if not path.is_file():
         return {}
     try:
@@ -260,7 +265,7 @@ def read_embeddings(file: str | os.PathLike[str]) -> Embeddings:
     path = Path(file)
     record = described(path)
     if not record:
-        raise UserError(f"{path}: there is no such table; write it by hf-dbp embed VIT IMAGES -o {path}")
+        raise UserError(f"{path}: there is no such table; write it with hf-dbp embed VIT IMAGES -o {path}")
     table = pq.read_table(path, memory_map=True)
     table = table.filter(table["feature"].is_valid())
     width = table.schema.field("feature").type.list_size
@@ -274,7 +279,7 @@ def read_embeddings(file: str | os.PathLike[str]) -> Embeddings:
 def nearest_of_queries(
     encoder: FrozenEncoder, files: Sequence[str], table: Embeddings, k: int
 ) -> list[list[tuple[float, str]]]:
-    """For each picture file the k images of the table most like it, with their cosines."""
+    """For each picture file, the k most similar images of the table, with their cosines."""
     none = ImageList([], "image", encoder.vit.config.num_channels)
     none.value_range = encoder.value_range
     squares = encoder.squares(none)
@@ -297,18 +302,20 @@ def nearest_of_queries(
 
 @command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse, embed, and say what was found. User mistakes end with one line on stderr and exit status 2."""
+    """Parse, embed and report. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    parser = argparse.ArgumentParser(prog="hf-dbp embed", description="Features of images, as a parquet table.")
+    parser = argparse.ArgumentParser(
+        prog="hf-dbp embed", description="Write the features of images as a parquet table."
+    )
     parser.add_argument("model", help="stock ViT, folder or Hub id")
     parser.add_argument("images", help="folder of images or parquet files, a Hub id, or wire_bonding")
     parser.add_argument("-o", "--output_file", required=True, help="parquet file to write")
     parser.add_argument("--patch_features", help="also keep all patch tokens, float16, in this memory-mapped .npy file")
     parser.add_argument("--pooling", choices=["mean", "cls"], default="mean", help="mean of the patch tokens, or cls")
-    parser.add_argument("--query", nargs="+", default=[], help="picture files: print the images most like each")
-    parser.add_argument("--nearest", type=int, default=5, help="how many, and k of the outlier score")
-    parser.add_argument("--threshold", type=float, default=0.98, help="cosine from which on images are near-duplicates")
+    parser.add_argument("--query", nargs="+", default=[], help="picture files: print the images most similar to each")
+    parser.add_argument("--nearest", type=int, default=5, help="how many to print, and k of the outlier score")
+    parser.add_argument("--threshold", type=float, default=0.98, help="cosine from which images are near-duplicates")
     parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
     add_data_flags(parser)
@@ -335,8 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def report(file: str, table: Embeddings, record: dict[str, Any]) -> list[str]:
-    """Lines that say what a table holds."""
-    speed = f"{record['images_per_second']} images/s" if record["embedded_now"] else "they were there already"
+    """Lines that describe a table."""
+    speed = f"{record['images_per_second']} images/s" if record["embedded_now"] else "they were already there"
     lines = [f"images      {record['images']}, {record['embedded_now']} embedded now: {speed}"]
     if record["unreadable"]:
         lines.append(f"unreadable  {record['unreadable']}, left out; the column `error` says why")

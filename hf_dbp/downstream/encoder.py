@@ -1,9 +1,9 @@
-"""The encoder that a task starts from: its flags, its weights, and how images are brought to it.
+"""The encoder that a task starts from: its flags, its weights, and how images are prepared for it.
 
-`load_vit` makes a stock `ViTModel` of what `--model_name_or_path` names:
+`load_vit` makes a stock `ViTModel` from what `--model_name_or_path` names:
 
-    vit                     the encoder of a ViT: fused DBP, BP, supervised, MoCo v3, or of a classifier
-    vit_mae, dbp_vit_mae    the encoder of a ViT-MAE, public or of a run; decorrelated ones are fused
+    vit                     a ViT: fused DBP, BP, supervised, MoCo v3, or the encoder of a classifier
+    vit_mae, dbp_vit_mae    the encoder of a ViT-MAE, public or from a run; decorrelated ones are fused
     dinov2                  a DINOv2 without registers and gates; LayerScale is folded into the weights
 """
 
@@ -48,7 +48,7 @@ class EncoderArguments(HubFlags):
         metadata={"help": "ViT, ViT-MAE (fused or not) or DINOv2, folder or Hub id: DBP, BP, supervised ..."},
     )
     from_scratch: Annotated[bool, Nature("model")] = field(
-        default=False, metadata={"help": "Take that ViT's shape with random weights."}
+        default=False, metadata={"help": "Use that ViT's shape with random weights."}
     )
     model_size: Annotated[str | None, Nature("model")] = field(
         default=None, metadata={"help": "Without a ViT: named size of a random one.", "choices": list(SIZES)}
@@ -63,7 +63,7 @@ class EncoderArguments(HubFlags):
 
 
 def load_vit(source: str, **hub_options: Any) -> ViTModel:
-    """The encoder in a folder or on the Hub as a stock ViT; see the module's docstring for what it may be.
+    """Load an encoder from a folder or the Hub as a stock ViT; the module's docstring lists what it may be.
 
     Raises:
         ValueError: it is none of these, or `hf_dbp.hub.untrusted` refuses it.
@@ -82,7 +82,7 @@ def load_vit(source: str, **hub_options: Any) -> ViTModel:
 
 
 def load_dinov2(source: str, content: Mapping[str, Any], **hub_options: Any) -> Dinov2Model:
-    """A DINOv2, of its config.json sizes alone. ValueError as `load_vit`."""
+    """Load a DINOv2, using only the sizes in its config.json. Errors as for `load_vit`."""
     ratio, gated = content.get("mlp_ratio", 4), content.get("use_swiglu_ffn", False)
     if type(ratio) is not int or not 0 < ratio <= 32 or type(gated) is not bool:
         raise UserError(f"{source}: mlp_ratio is {ratio!r} and use_swiglu_ffn {gated!r}; expected 1 to 32 and a flag")
@@ -99,7 +99,7 @@ def load_dinov2(source: str, content: Mapping[str, Any], **hub_options: Any) -> 
 
 
 def check_channels(taken: int, there: int | None) -> None:
-    """UserError unless the encoder takes as many channels as the images have."""
+    """Raise a UserError unless the encoder takes as many channels as the images have."""
     if taken != there:
         raise UserError(
             f"the ViT takes {taken} channels, the images have {there}: "
@@ -108,13 +108,13 @@ def check_channels(taken: int, there: int | None) -> None:
 
 
 def pixel_statistics(model_args: EncoderArguments, images: Any, validation: Any) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images.
+    """Mean and standard deviation per channel, from the ViT's image processor or else from the images.
 
-    Gives both lists their range of values.
+    Also gives both lists their range of values.
 
     Args:
         model_args: which encoder.
-        images, validation: lists of images (`ImageList`, or one that has them as `images_alone`).
+        images, validation: lists of images (`ImageList`, or a list with `images_alone`).
     """
     kept = None
     if model_args.model_name_or_path is not None:
@@ -129,5 +129,5 @@ def pixel_statistics(model_args: EncoderArguments, images: Any, validation: Any)
             )
         if statistics is not None:
             return statistics
-        logger.warning("%s has no image processor; taking the images' statistics", model_args.model_name_or_path)
+        logger.warning("%s has no image processor; using the images' statistics", model_args.model_name_or_path)
     return channel_statistics(images.images_alone())

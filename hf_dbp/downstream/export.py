@@ -1,14 +1,15 @@
-"""An encoder or a segmenter as ONNX, checked against PyTorch: the main of `hf-dbp export`.
+"""Export an encoder or a segmenter as ONNX, checked against PyTorch: the main of `hf-dbp export`.
 
     hf-dbp export MODEL IMAGES --format onnx --output_dir outputs/onnx
 
-writes `model.onnx`, `preprocessing.json` and `run.py`, which needs neither PyTorch nor hf_dbp, and `export.json`: the
-largest difference from PyTorch on the images given, at two sizes and two batch sizes, and the latency of both.
+writes `model.onnx`, `preprocessing.json`, `run.py`, which needs neither PyTorch nor hf_dbp, and `export.json`: the
+largest difference from PyTorch on the given images, at two image sizes and two batch sizes, and the latency of both.
 
 - An encoder (a stock ViT) takes any batch and any height and width that are multiples of the patch size; its positions
-  are interpolated, bicubic, as transformers does. Output: `last_hidden_state` (B, 1 + T, D).
-- A segmenter (UperNet over a ViT) takes any batch of windows of one size: its pooling to fixed grids has no ONNX form
-  of free size. Whole images go through it in windows, in ONNX as in PyTorch. Output: `logits` (B, K, S, S).
+  are interpolated (bicubic) as in transformers. Output: `last_hidden_state` (B, 1 + T, D).
+- A segmenter (UperNet over a ViT) takes any batch of windows of one size, because ONNX cannot express its pooling to
+  fixed grids for arbitrary sizes. Whole images are processed in windows, in ONNX as in PyTorch. Output: `logits` (B, K,
+  S, S).
 
 Shapes: B batch, T patch tokens, D features, K classes, S side of a window.
 """
@@ -82,7 +83,8 @@ def sides(size: Any) -> tuple[int, int]:
 
 
 def write_onnx(model: nn.Module, example: Tensor, file: Path, output: str, patch: tuple[int, int] | None) -> None:
-    """Export by PyTorch's dynamo exporter: the batch is free; with ``patch``, height and width too, in its steps."""
+    """Export with PyTorch's dynamo exporter, for any batch size and, with ``patch``, for sides that are its
+    multiples."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -94,7 +96,7 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, output: str, patch
         free[2] = patch[0] * torch.export.Dim("rows", min=1, max=4096)
         free[3] = patch[1] * torch.export.Dim("columns", min=1, max=4096)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's, about its own insides
+        warnings.simplefilter("ignore")  # the exporter warns about its own internals
         program = torch.onnx.export(
             model, (example,), dynamo=True, dynamic_shapes={"pixel_values": free}, verbose=False,
             input_names=["pixel_values"], output_names=[output],
@@ -104,7 +106,7 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, output: str, patch
 
 
 def difference(model: nn.Module, onnx_model: onnx_run.Model, batches: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """For each batch its shape and the largest difference between both outputs."""
+    """The shape of each batch, and the largest difference between both outputs."""
     found = []
     for pixels in batches:
         with torch.no_grad():
@@ -115,7 +117,7 @@ def difference(model: nn.Module, onnx_model: onnx_run.Model, batches: Sequence[T
 
 
 def latency(run: Callable[[], Any]) -> float:
-    """Median milliseconds of a call, after two to warm up."""
+    """Median milliseconds per call, after two warm-up calls."""
     times = []
     for _ in range(TIMED + 2):
         began = time.perf_counter()
@@ -146,13 +148,13 @@ def export_encoder(
     value_range: ValueRange,
     **hub: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[float, float]]:
-    """Write an encoder; returns preprocessing, differences and the latencies of PyTorch and onnxruntime."""
+    """Write an encoder; return preprocessing, differences and the latencies of PyTorch and onnxruntime."""
     vit = load_vit(source, **hub).eval()
     model, size, patch = Encoder(vit), sides(vit.config.image_size), sides(vit.config.patch_size)
     none = ImageList([], "image")
     none.value_range = value_range
     squares = CentralSquares(none, size, mean, std)
-    # another size than the model's own, or the exporter would take the two for one
+    # not the model's own size, or the exporter would treat the two as one
     other = (size[0] + 2 * patch[0], size[1] + patch[1])
     larger = CentralSquares(none, other, mean, std)
     own, wide = (torch.stack([views.view(image) for image in images]) for views in (squares, larger))
@@ -176,7 +178,7 @@ def export_segmenter(
     source: str, images: list[NDArray[Any]], mean: Sequence[float], std: Sequence[float], folder: Path,
     crop_size: int | None, long_edge: int | None, value_range: ValueRange, **hub: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[float, float]]:  # fmt: skip
-    """Write a segmenter; as `export_encoder`."""
+    """Write a segmenter; otherwise like `export_encoder`."""
     names = {int(number): str(name) for number, name in read_config(source, **hub)["id2label"].items()}
     upernet = load_upernet(source, names, ignore_index=-100 if 255 in names else 255, **hub).eval()
     side = crop_size or max(sides(upernet.config.backbone_config.image_size))
@@ -214,22 +216,23 @@ def export_model(
     source: str, images: ImageList, folder: Path, *, crop_size: int | None = None, long_edge: int | None = None,
     **hub: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Export an encoder or a segmenter and check it; returns what is also written to `export.json`.
+    """Export an encoder or a segmenter and check it; return the content of `export.json`.
 
     Args:
         source: folder or Hub id of a stock ViT or of a UperNet over one.
-        images: to check it on.
+        images: images for the check.
         folder: where to write.
-        crop_size, long_edge: of a segmenter, as in its training.
+        crop_size, long_edge: for a segmenter, as in its training.
         hub: cache_dir, token, revision.
 
     Raises:
-        UserError: another kind of model, no ONNX packages, too few images, or outputs that differ by more than 1e-4.
+        UserError: the model is of another kind, ONNX packages are missing, there are too few images, or outputs differ
+            by more than 1e-4.
     """
     kind = read_config(source, **hub)["model_type"]
     pictures = readable(images, CHECKED)
     if len(pictures) < 2:
-        raise UserError(f"{len(pictures)} images can be read; the check needs two")
+        raise UserError(f"only {len(pictures)} images can be read; the check needs two")
     folder.mkdir(parents=True, exist_ok=True)
     share_value_range(images, kept=read_value_range(source, **hub))
     mean, std = read_statistics(source, **hub) or channel_statistics(images)
@@ -253,15 +256,17 @@ def export_model(
 
 @command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse, export, check. User mistakes end with one line on stderr and exit status 2."""
+    """Parse, export and check. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    parser = argparse.ArgumentParser(prog="hf-dbp export", description="A model as ONNX, checked against PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="hf-dbp export", description="Export a model as ONNX and check it against PyTorch."
+    )
     parser.add_argument("model", help="stock ViT or UperNet over one, folder or Hub id")
     parser.add_argument("images", help="images to check it on: folder, Hub id, or wire_bonding")
     parser.add_argument("--format", choices=["onnx"], default="onnx", help="what to write")
-    parser.add_argument("--output_dir", default="outputs/onnx", help="where the model and what belongs to it go")
-    parser.add_argument("--crop_size", type=int, help="of a segmenter, as in its training (default: its ViT's)")
+    parser.add_argument("--output_dir", default="outputs/onnx", help="folder for the model and its files")
+    parser.add_argument("--crop_size", type=int, help="for a segmenter, as in its training (default: its ViT's)")
     parser.add_argument("--long_edge", type=int, help="as in its training; 0: native resolution (default: crop_size)")
     add_data_flags(parser)
     args = parser.parse_args(arguments)

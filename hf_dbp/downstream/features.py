@@ -1,6 +1,6 @@
-"""From images to the features of a frozen ViT: opened, made the ViT's input, run through it batch by batch.
+"""Compute the features of a frozen ViT: open images, prepare them as its input, run them through it in batches.
 
-The probe, `hf-dbp embed` and what reads its tables all see an image as `CentralSquares` shows it: its largest central
+The probe, `hf-dbp embed` and the readers of its tables all see an image through `CentralSquares`: its largest central
 square at the ViT's size.
 
 Shapes: B images of a batch, T patch tokens of an image, D features; C, H, W channels, height and width.
@@ -69,14 +69,15 @@ class CentralSquares(torch.utils.data.Dataset[Tensor | None]):
 
 
 def pooled(tokens_BTD: Tensor, pooling: str) -> Tensor:
-    """One feature an image of the final tokens, the class token first: ``mean`` of the patch tokens, or ``cls``."""
+    """One feature (B, D) per image from the final tokens, class token first: ``mean`` of the patch tokens, or
+    ``cls``."""
     return tokens_BTD[:, 1:].mean(dim=1) if pooling == "mean" else tokens_BTD[:, 0]
 
 
 def token_batches(
     vit: ViTModel, images: torch.utils.data.Dataset[Tensor | None], batch_size: int, workers: int = 0
 ) -> Iterator[tuple[Tensor | None, list[bool]]]:
-    """Batch by batch: the final tokens (B, 1 + T, D) of the readable images, None without any, and which these are."""
+    """For each batch, the final tokens (B, 1 + T, D) of its readable images, or None, and which images are readable."""
     vit = vit.eval()
     for views in torch.utils.data.DataLoader(images, batch_size=batch_size, collate_fn=list, num_workers=workers):
         there = [view for view in views if view is not None]
@@ -89,7 +90,7 @@ def token_batches(
 
 @dataclasses.dataclass(frozen=True)
 class FrozenEncoder:
-    """A ViT and how images are brought to it."""
+    """A ViT and how images are prepared for it."""
 
     vit: ViTModel
     name: str
@@ -107,10 +108,9 @@ class FrozenEncoder:
 
 
 def load_encoder(source: str, images: ImageList, **hub: Any) -> FrozenEncoder:
-    """A stock ViT, on the GPU if there is one, with the statistics of its image processor, else of the images.
+    """Load a stock ViT, on the GPU if there is one, with the statistics of its image processor or else of the images.
 
-    Raises:
-        UserError: no ViT, or one that takes other channels than the images have.
+    Raises: UserError: it is not a ViT, or it takes another number of channels than the images have.
     """
     vit = load_vit(source, **hub)
     channels = images.readable(0).shape[2]
@@ -129,10 +129,10 @@ def load_encoder(source: str, images: ImageList, **hub: Any) -> FrozenEncoder:
 
 
 def open_images(source: ImageSource, split: str = "train") -> ImageList:
-    """All images of one split, in order, left encoded; a folder without splits is all ``train``.
+    """All images of one split, in order and encoded; a folder without splits is all ``train``.
 
     Raises:
-        UserError: no such data or split, no image in it.
+        UserError: there is no such data or split, or no image in it.
     """
     if source.dataset_name == BUILT_IN:
         count = source.max_train_samples or 200
@@ -154,14 +154,14 @@ def open_images(source: ImageSource, split: str = "train") -> ImageList:
 
 
 def image_name(images: ImageList, row: int) -> str:
-    """The path of an image's file, else the number of its row with what path there is."""
+    """The path of an image's file, else the number of its row with whatever path it has."""
     if isinstance(images.samples, WireBonding):
         return f"{images.name} {row}"
     return value_name(images.samples[row][images.column], f"{images.name} {row}")
 
 
 def image_source(args: argparse.Namespace) -> ImageSource:
-    """A folder, the built-in images or a Hub id, whichever ``args.images`` names."""
+    """The source that ``args.images`` names: a folder, the built-in images or a Hub id."""
     local = args.images != BUILT_IN and (
         Path(args.images).is_dir() or "/" not in args.images or args.images[0] in "./~"
     )
@@ -171,13 +171,15 @@ def image_source(args: argparse.Namespace) -> ImageSource:
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `image_source`."""
+    """Add the flags of `image_source`."""
     parser.add_argument("--split", default="train", help="split of the data; a folder without splits is all train")
-    parser.add_argument("--max_samples", type=int, help="of the built-in images, how many")
-    parser.add_argument("--num_channels", type=int, help="channels that images are brought to")
-    parser.add_argument("--channel_files", nargs="+", help="a file per channel: a name pattern each")
+    parser.add_argument("--max_samples", type=int, help="number of built-in images")
+    parser.add_argument("--num_channels", type=int, help="channels to convert images to")
+    parser.add_argument("--channel_files", nargs="+", help="for one file per channel: a name pattern each")
     parser.add_argument("--image_column_name", help="column of the images (default: image)")
-    parser.add_argument("--max_unreadable", type=int, default=100, help="more unreadable images than these end the run")
+    parser.add_argument(
+        "--max_unreadable", type=int, default=100, help="maximum number of unreadable images; more of them end the run"
+    )
     parser.add_argument("--built_in_size", type=int, default=128, help="side in pixels of the built-in images")
-    parser.add_argument("--cache_dir", help="where downloads are kept")
-    parser.add_argument("--token", help="Hub token (default: that of `hf auth login`)")
+    parser.add_argument("--cache_dir", help="folder for downloads")
+    parser.add_argument("--token", help="Hub token (default: the one from `hf auth login`)")

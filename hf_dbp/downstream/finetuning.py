@@ -1,11 +1,11 @@
-"""`FinetuningTrainer`: what the tasks that train a head on an encoder share, over `ResumingTrainer`.
+"""`FinetuningTrainer`: what tasks that train a head on an encoder share, on top of `ResumingTrainer`.
 
-- training images are drawn by `EpochSampler`: a view follows from (seed, epoch, image);
+- `EpochSampler` draws the training images, so a view follows from (seed, epoch, image);
 - layer-wise learning-rate decay;
 - every validation image is evaluated once, whatever the number of processes;
-- the run's arguments in every checkpoint: with another encoder, data, seed or optimizer no run goes on from it, other
-  changes are told;
-- the clock of training alone.
+- every checkpoint holds the run's arguments: a run with another encoder, data, seed or optimizer cannot resume from it,
+  and other changes are reported;
+- the clock counts training alone.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class FinetuningTrainer(ResumingTrainer):
 
     Args:
         layer_decay: as in `hf_dbp.downstream.beit.parameter_groups`.
-        arguments: what the run was given, by name, to be kept in its checkpoints and compared on resume.
+        arguments: the run's arguments by name, kept in its checkpoints and compared on resume.
         meter: measures this node's energy; None in all but one process of a node.
-        energy: the meter's description, with the carbon intensity; empty where there is no meter.
+        energy: the meter's description, with the carbon intensity; empty without a meter.
         kwargs: as for `transformers.Trainer`; `train_dataset` has its list of images as ``images`` and is indexed by
-            (epoch, index); None to evaluate alone.
+            (epoch, index); None to evaluate only.
 
     Attributes:
         groups: the classes of arguments of the task, whose natures say what a resumed run tells and refuses; other
@@ -79,7 +79,8 @@ class FinetuningTrainer(ResumingTrainer):
             self.use_sampler(make_sampler(self.train_dataset.images, self.args))
 
     def check_batches(self) -> None:
-        """ValueError for batches that cannot be trained on; before training, and for a batch that was found to fit."""
+        """Raise a UserError for batches that cannot be trained on; called before training and when another batch size
+        is found."""
 
     # ---- arguments in checkpoints ----
 
@@ -91,7 +92,7 @@ class FinetuningTrainer(ResumingTrainer):
         return flags | {name: replace(flag, on_resume="refused") for name, flag in fixed.items()}
 
     def before_training(self, checkpoint: str | None) -> None:
-        """Take over what the checkpoint says of earlier changes and costs, and add the changes of now.
+        """Adopt the checkpoint's earlier changes and costs, and add the current changes.
 
         Raises:
             UserError: an argument differs with which the checkpoint is of another model, not of this one begun.
@@ -107,11 +108,11 @@ class FinetuningTrainer(ResumingTrainer):
         self.cost.preset(self.paid, kwh=self.is_world_process_zero())
 
     def before_saving(self) -> None:
-        self.paid = self.cost.costs(self.args)  # over all processes, of which one writes
+        self.paid = self.cost.costs(self.args)  # over all processes, one of which writes
 
     def _write_model(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         super()._write_model(folder, state_dict)
-        if folder != self._unfinished:  # a checkpoint; at the end eval.json has them
+        if folder != self._unfinished:  # only in checkpoints; at the end eval.json has them
             resumed = {"resumed_with": self.resumed_with, "resumed_without": self.resumed_without}
             write_json(folder / ARGUMENTS, {"arguments": self.arguments, **resumed, "costs": self.paid})
 
@@ -154,13 +155,14 @@ class FinetuningTrainer(ResumingTrainer):
         return self.optimizer
 
     def labelled(self, labels: Tensor) -> Tensor:
-        """How much of a micro-batch the loss is a mean over: its images, unless a task counts something else."""
+        """The number of items over which a micro-batch's loss is a mean: its images, unless a task counts something
+        else."""
         return torch.tensor(len(labels))
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The micro-batches of a step, and what is labelled in them over all processes."""
+        """The micro-batches of a step, and the number of labelled items in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.labelled(batch["labels"]).to(device) for batch in batches]
         return batches, self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum") if counts else torch.ones(
@@ -168,8 +170,8 @@ class FinetuningTrainer(ResumingTrainer):
         )
 
     def step_share(self, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-        """The factor that makes of a micro-batch's mean loss its part of the step's, scaled for Trainer's and DDP's
-        means."""
+        """The factor that turns a micro-batch's mean loss into its share of the step's, scaled for the means of Trainer
+        and DDP."""
         labelled = self.labelled(labels)
         if num_items_in_batch is None:
             num_items_in_batch = labelled
@@ -179,7 +181,7 @@ class FinetuningTrainer(ResumingTrainer):
     # ---- evaluation ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
-        """This process's share of the validation images: every world_size-th, so that each counts exactly once."""
+        """This process's share of the validation images: every world_size-th, so each counts exactly once."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         share = torch.utils.data.Subset(data, range(self.args.process_index, len(data), self.args.world_size))
         loader = torch.utils.data.DataLoader(

@@ -1,8 +1,8 @@
-"""Which images are alike: exact nearest neighbours, near-duplicates and outliers among features.
+"""Find similar images: exact nearest neighbours, near-duplicates and outliers among features.
 
 Similarities are cosines of centred features, s(x, y) = cos(x - m, y - m) with m their mean: a masked autoencoder's
-features share a large common part, which would make everything look alike. `centred` prepares features so that inner
-products are these cosines. Every pair is compared, a block at a time, so that nothing is missed and memory stays flat.
+features share a large common part, which would make everything look similar. `centred` prepares features so that inner
+products are these cosines. Every pair is compared, a block at a time, so nothing is missed and memory stays constant.
 
 Shapes: N images, Q queries, D features, B and M rows of a block.
 """
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 
 __all__ = ["centred", "near_duplicates", "nearest", "outlier_scores"]
 
-BLOCK = 1024  # rows that are compared at a time
+BLOCK = 1024  # rows compared at a time
 
 
 def centred(features_ND: Tensor, mean_D: Tensor | None = None) -> Tensor:
-    """Features without their mean (or ``mean_D``), of length 1: inner products are the cosines of `nearest`."""
+    """Features (N, D) minus their mean (or ``mean_D``), scaled to length 1, so inner products are cosines."""
     mean_D = features_ND.mean(dim=0) if mean_D is None else mean_D
     return nn.functional.normalize(features_ND - mean_D, dim=1)
 
 
 def nearest(features_ND: Tensor, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k images most like each query: inner products (Q, k), falling, and their rows (Q, k), int64.
+    """The k images most similar to each query: inner products (Q, k), descending, and their rows (Q, k), int64.
 
-    Every pair is compared, a block at a time: exact, in memory of O(block x block + Q x k).
+    Every pair is compared, a block at a time: exact, with O(block x block + Q x k) memory.
     """
     k = min(k, len(features_ND))
     similarities, rows = [], []
@@ -47,13 +47,14 @@ def nearest(features_ND: Tensor, queries_QD: Tensor, k: int) -> tuple[Tensor, Te
 
 
 def near_duplicates(features_ND: Tensor, threshold: float) -> NDArray[np.int64]:
-    """For each image the earlier one that it is a near-duplicate of, or itself.
+    """For each image (N) the row of the earlier image that it nearly duplicates, or its own.
 
-    Images are taken in order; one that is at least ``threshold`` like an earlier one that is kept is its duplicate.
+    Images are processed in order; an image duplicates an earlier kept one if their inner product is at least
+    ``threshold``.
 
     Args:
-        features_ND: centred, of length 1.
-        threshold: inner product from which on two are duplicates.
+        features_ND: centred features of length 1.
+        threshold: inner product from which two images are duplicates.
     """
     first_N, kept = np.arange(len(features_ND)), np.zeros(0, np.int64)
     for start in range(0, len(features_ND), BLOCK):
@@ -76,6 +77,6 @@ def near_duplicates(features_ND: Tensor, threshold: float) -> NDArray[np.int64]:
 
 
 def outlier_scores(features_ND: Tensor, k: int) -> NDArray[np.float32]:
-    """1 - inner product to the k-th nearest other image (of fewer, the last); centred features of length 1."""
+    """1 - inner product (N) to the k-th nearest other image, or the last if there are fewer; features as above."""
     similarity_Nk, _ = nearest(features_ND, features_ND, k + 1)  # the first is the image itself
     return (1 - similarity_Nk[:, -1]).numpy().astype(np.float32)

@@ -2,18 +2,18 @@
 
     python run.py image.png [-o mask.png]        a segmenter's class ids as a PNG; an encoder's feature, printed
 
-`hf-dbp export` puts a copy of this file beside the model. It imports nothing of hf_dbp, so the folder can be taken
-anywhere. `preprocessing.json` is all there is to know; this is what it means:
+`hf-dbp export` puts a copy of this file beside the model. It imports nothing from hf_dbp, so the folder works anywhere.
+`preprocessing.json` holds all settings:
 
-1. `channels` arrays (height, width) make an image; 8- and 16-bit values are divided by 255 and 65535, of other values
-   `value_range` [low, high] becomes 0 to 1.
+1. An image has `channels` arrays (height, width); 8-bit and 16-bit values are divided by 255 and 65535; for other
+   values `value_range` [low, high] becomes 0 to 1.
 2. ``centre_square`` (encoder): the largest central part of the model's aspect, scaled to `size` (height, width).
-   ``long_edge`` (segmenter): scaled so that the longer side has `long_edge` pixels, rounded down; null: as it is.
+   ``long_edge`` (segmenter): scaled so that the longer side has `long_edge` pixels, rounded down; null: unchanged.
    Scaling is Pillow's bicubic, channel by channel, in the image's own type (16 bits as float).
 3. (value - mean) / std per channel.
 4. ``windows`` (segmenter): pad right and below with 0 to the window's side; cut windows at even steps with at least a
-   third of overlap; average their logits; cut the padding off; scale to the image's size, bilinear with half-pixel
-   centres; take the highest class.
+   third of overlap; average their logits; remove the padding; scale to the image's size, bilinear with half-pixel
+   centres; take the class with the highest logit.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 
 def resized(image_HWC: Array, size: tuple[int, int], box: tuple[float, float, float, float]) -> Array:
-    """The box (left, top, right, bottom) of an image at that size (height, width), bicubic and antialiased."""
+    """A box (left, top, right, bottom) of an image, resized to (height, width), bicubic and antialiased."""
     if image_HWC.shape[:2] == tuple(size) and box == (0, 0, image_HWC.shape[1], image_HWC.shape[0]):
         return image_HWC
     kind = image_HWC.dtype if image_HWC.dtype == np.uint8 else np.float32
@@ -41,7 +41,7 @@ def resized(image_HWC: Array, size: tuple[int, int], box: tuple[float, float, fl
 
 
 def bilinear(values_CHW: Array, size: tuple[int, int]) -> Array:
-    """Scale the last two axes to that size (height, width), with half-pixel centres."""
+    """Scale the last two axes to (height, width), bilinear with half-pixel centres."""
     for axis, (old, new) in ((1, (values_CHW.shape[1], size[0])), (2, (values_CHW.shape[2], size[1]))):
         at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, None)
         low = np.minimum(at.astype(int), old - 1)
@@ -57,7 +57,7 @@ def origins(length: int, side: int) -> list[int]:
 
 
 class Model:
-    """An exported model, from its folder."""
+    """An exported model, loaded from its folder."""
 
     def __init__(self, folder: str | Path) -> None:
         import onnxruntime
@@ -89,11 +89,11 @@ class Model:
         return np.asarray(self.session.run(None, {"pixel_values": pixels_BCHW})[0])
 
     def feature(self, image_HWC: Array) -> Array:
-        """Of an encoder: the mean of the patch tokens."""
+        """For an encoder: the mean of the patch tokens (D)."""
         return np.asarray(self.run(self.pixels(image_HWC)[None])[0, 1:].mean(axis=0))
 
     def logits(self, image_HWC: Array) -> Array:
-        """Of a segmenter: logits (classes, height, width) of the whole image at its own size."""
+        """For a segmenter: logits (classes, height, width) of the whole image at its own size."""
         pixels, side = self.pixels(image_HWC), self.how["window"]
         height, width = pixels.shape[1:]
         padded = np.pad(pixels, ((0, 0), (0, max(0, side - height)), (0, max(0, side - width))))
@@ -107,13 +107,13 @@ class Model:
         return bilinear((total / count)[:, :height, :width], image_HWC.shape[:2])
 
     def segment(self, image_HWC: Array) -> Array:
-        """Of a segmenter: class ids (height, width)."""
+        """For a segmenter: class ids (height, width)."""
         ids = self.logits(image_HWC).argmax(axis=0)
         return np.asarray(ids.astype(np.uint8 if len(self.how["labels"]) < 256 else np.uint16))
 
 
 def read(path: str, channels: int) -> Array:
-    """A picture as (height, width, channels); a .npy array as it is."""
+    """A picture as (height, width, channels); a .npy array unchanged."""
     if str(path).endswith(".npy"):
         return np.asarray(np.load(path))
     with Image.open(path) as opened:

@@ -1,6 +1,6 @@
-"""The half-finished work of `hf-dbp embed`: memory-mapped arrays that a repeated command resumes from.
+"""The unfinished work of `hf-dbp embed`: memory-mapped arrays from which a repeated command resumes.
 
-Features reach the disk before the word that they are there, so that a crash at any moment costs a few seconds of work.
+Features reach the disk before they are marked as done, so a crash at any moment costs a few seconds of work.
 
 Shapes: N images, T patch tokens of an image, D features.
 """
@@ -27,19 +27,19 @@ __all__ = ["EMBEDDED", "UNREADABLE", "WAITING", "Work", "fits"]
 
 logger = logging.getLogger(__name__)
 
-FLUSHED = 10.0  # seconds between two states to resume from
-WAITING = 0  # of a row
+FLUSHED = 10.0  # seconds between states to resume from
+WAITING = 0  # state of a row
 EMBEDDED = 1
 UNREADABLE = 2
 
 
 class Work:
-    """The half-finished table: memory-mapped features and which rows are done, in the folder ``FILE.partial``.
+    """The unfinished table: memory-mapped features, and which rows are done, in the folder ``FILE.partial``.
 
     Args:
-        file: the table to be.
-        name: `fingerprint` of the work; what lies there under another name is thrown away.
-        shape_ND: of the features.
+        file: the future table.
+        name: `fingerprint` of the work; work under another name is discarded.
+        shape_ND: shape of the features.
         patches: file and shape (N, T, D) of the patch tokens, if they are kept.
     """
 
@@ -58,7 +58,7 @@ class Work:
             mapped = [np.load(path, mmap_mode="r+") for path, _, _ in arrays]
         else:
             if there is not None:
-                logger.warning("%s holds other work, or part of it is gone; beginning anew", self.folder)
+                logger.warning("%s holds other work, or part of it is gone; starting over", self.folder)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             mapped = [new_map(*array) for array in arrays]
@@ -79,7 +79,7 @@ class Work:
             self.flush()
 
     def flush(self) -> None:
-        """Bring the features to the disk, then the word that they are there."""
+        """Flush the features to the disk, then mark them as done."""
         for array in (self.features_ND, self.patches_NTD):
             if array is not None:
                 array.flush()
@@ -90,7 +90,7 @@ class Work:
 
 
 def fits(path: Path, dtype: Any, shape: tuple[int, ...]) -> bool:
-    """Whether the file holds an array of that kind."""
+    """Whether the file holds an array of that type and shape."""
     if not path.is_file():
         return False
     there = np.load(path, mmap_mode="r")
@@ -98,9 +98,11 @@ def fits(path: Path, dtype: Any, shape: tuple[int, ...]) -> bool:
 
 
 def new_map(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """A new memory-mapped array of zeros. UserError if the disk has no room for it."""
+    """Create a memory-mapped array of zeros. UserError if the disk has no room for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
     if needed > free:
-        raise UserError(f"{path} takes {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; give another place")
+        raise UserError(
+            f"{path} takes {needed / 1e9:.1f} GB but only {free / 1e9:.1f} GB are free; choose another place"
+        )
     return np.lib.format.open_memmap(path, "w+", dtype, shape)

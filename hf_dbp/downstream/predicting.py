@@ -1,15 +1,15 @@
-"""A trained model on a folder of images: the main of `hf-dbp predict`, and `hf_dbp.predict`, for any task.
+"""Apply a trained model to a folder of images: the main of `hf-dbp predict`, and `hf_dbp.predict`, for any task.
 
     hf-dbp predict MODEL IMAGES --output_dir OUT
 
-1. The model's config.json says its task; the task's module loads it as a `Predictor` (`TASKS`).
-2. Images are opened in threads while the model works on others; the predictor gets them as one stream, and results come
-   in their order, each written as soon as it is there: its files first, aside and then renamed, then one line in
-   `OUT/done.jsonl`. So a run that is killed leaves no half file, and the command, repeated, does the rest alone.
+1. The model's config.json tells its task; the task's module loads it as a `Predictor` (`TASKS`).
+2. Threads open images while the model works on others. The predictor gets them as one stream and returns results in
+   order. Each result is written at once: first its files, under temporary names and then renamed, then one line in
+   `OUT/done.jsonl`. So a killed run leaves no partial file, and the repeated command does only the rest.
 3. At the end the rows of all images become one table, `OUT/predictions.csv` (or .parquet), and `OUT/predictions.json`
-   says with which model and settings, what could not be read, and the scores where masks were given.
+   records model, settings, unreadable images and, if masks were given, scores.
 
-A task is added by a module with ``load(model, **settings) -> Predictor`` and an entry in `TASKS`.
+To add a task, write a module with ``load(model, **settings) -> Predictor`` and add it to `TASKS`.
 """
 
 from __future__ import annotations
@@ -55,35 +55,35 @@ Row = dict[str, Any]
 
 
 class Predictor(Protocol):
-    """A loaded model with what its task does to an image.
+    """A loaded model and what its task does with an image.
 
     Attributes:
-        settings: everything that shapes the results, as JSON; results of others are not mixed with these.
+        settings: everything that affects the results, as JSON; results with other settings are not mixed in.
     """
 
     settings: Mapping[str, Any]
 
     def open(self, name: str, files: Sequence[str]) -> Any:
-        """An image, ready for the model; called in threads. UnreadableImageError if it cannot be read."""
+        """Open an image for the model; called in threads. UnreadableImageError if it cannot be read."""
 
     def predict(self, images: Iterable[Any]) -> Iterator[Any]:
-        """The results of opened images, in order, while they come."""
+        """The results of opened images, in order, as they come."""
 
     def write(self, result: Any, folder: Path) -> list[Row]:
-        """Write a result's files below ``folder``, aside and then renamed; returns its rows of the table."""
+        """Write a result's files below ``folder`` (temporary name, then rename); return its rows of the table."""
 
     def finish(self, rows: Sequence[Row], folder: Path) -> dict[str, Any]:
-        """Once all images are done: write what is of all of them; returns what the record says of it."""
+        """Write what concerns all images, once they are done; return entries for the record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a prediction found.
+    """The results of a prediction.
 
     Attributes:
-        folder: where everything lies.
-        table: its file.
-        rows: its rows.
+        folder: the folder with all files.
+        table: the file of the table.
+        rows: the rows of the table.
         record: the content of `predictions.json`.
     """
 
@@ -94,14 +94,14 @@ class Predictions:
 
 
 def load_predictor(model: str, **settings: Any) -> Predictor:
-    """The predictor of a model, a folder or a Hub id.
+    """The predictor for a model.
 
     Args:
         model: folder or Hub id.
         settings: the task's own, see ``load`` in the modules of `TASKS`.
 
     Raises:
-        UserError: no such model, or one of a task that this library does not predict.
+        UserError: there is no such model, or this library does not predict its task.
     """
     found = read_json(model, "config.json")
     if found is None:
@@ -126,18 +126,18 @@ def predict(
     table: str = "csv",
     **settings: Any,
 ) -> Predictions:
-    """Apply a model to an image or a folder of them; what was done before in ``output_dir`` is not done again.
+    """Apply a model to an image or a folder of images; results already in ``output_dir`` are kept.
 
     Args:
-        model: folder or Hub id, or what `load_predictor` gave.
-        images: a picture file, or a folder of pictures, nested as it is.
-        output_dir: where masks, overlays, table and record go.
-        channel_files: of a folder with a file per channel, a name pattern for each.
+        model: folder or Hub id, or a predictor from `load_predictor`.
+        images: a picture file, or a folder of pictures with any subfolders.
+        output_dir: folder for masks, overlays, table and record.
+        channel_files: for a folder with one file per channel, a name pattern for each.
         table: ``csv`` or ``parquet``.
         settings: as for `load_predictor`.
 
     Raises:
-        UserError: no such model or images, or results of another model or other settings in ``output_dir``.
+        UserError: there is no such model or image, or ``output_dir`` holds results of another model or other settings.
     """
     where = os.fspath(images)
     predictor = load_predictor(model, images=where, **settings) if isinstance(model, str) else model
@@ -175,28 +175,28 @@ def predict(
 
 
 def samples_of(images: str, channel_files: Sequence[str] | None) -> tuple[Samples, LeftOut]:
-    """The images by name, one file or all below a folder, and what else lies there. UserError if there are none."""
+    """The images by name, one file or all below a folder, and what is left out. UserError if there are none."""
     path = Path(images)
     if path.is_file() and not channel_files:
         if path.suffix.lower() not in IMAGE_FILES:
-            raise UserError(f"{images} is no picture ({', '.join(sorted(IMAGE_FILES))})")
+            raise UserError(f"{images} is not a picture ({', '.join(sorted(IMAGE_FILES))})")
         return {path.stem: (str(path),)}, LeftOut()
     folder = open_pictures(images)
     return folder.named(path, folder.files, channel_files), folder.left_out
 
 
 def note(journal: Any, entry: Mapping[str, Any]) -> None:
-    """Add a line that is there after a crash."""
+    """Append a line that survives a crash."""
     journal.write(json.dumps(entry, allow_nan=False) + "\n")
     journal.flush()
     os.fsync(journal.fileno())
 
 
 def read_done(file: Path, settings: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """The rows of the images that are done; a last line that a crash cut off is taken out of the file.
+    """The rows of the finished images; a last line cut off by a crash is removed from the file.
 
     Raises:
-        UserError: they are of another model or other settings.
+        UserError: they come from another model or other settings.
     """
     if not file.is_file():
         return {}
@@ -220,7 +220,7 @@ def read_done(file: Path, settings: Mapping[str, Any]) -> dict[str, list[Row]]:
 def finished(
     predictor: Predictor, samples: Samples, folder: Path, unreadable: dict[str, str], total: int
 ) -> Iterator[tuple[str, list[Row]]]:
-    """Each image with its rows, its files written: opened and written in threads, predicted in this one."""
+    """Each image with its rows, after its files are written; threads open and write, this one predicts."""
     names: deque[str] = deque()
     threads = min(4, (os.cpu_count() or 1) + 1)
     progress = tqdm(total=total, initial=total - len(samples), desc="Images", unit="image")
@@ -258,7 +258,7 @@ def finished(
 
 
 def write_table(rows: Sequence[Row], file: Path) -> Path:
-    """The rows as CSV or parquet, by the name of the file."""
+    """Write the rows as CSV or parquet, depending on the name of the file."""
     write = pq.write_table if file.suffix == ".parquet" else csv.write_csv
     with whole_file(file) as part:
         write(pa.Table.from_pylist(list(rows)), part)
@@ -266,14 +266,14 @@ def write_table(rows: Sequence[Row], file: Path) -> Path:
 
 
 def report(found: Predictions) -> str:
-    """What came out and what to do next, for the end of the command."""
+    """The results and what to do next, to print at the end of the command."""
     record, where = found.record, shlex.quote(str(found.folder))
-    lines = [f"{record['images']} images, of which {record['images_of_this_run']} now, in {record['seconds']:.1f} s"]
+    lines = [f"{record['images']} images, {record['images_of_this_run']} of them now, in {record['seconds']:.1f} s"]
     if record["unreadable"]["count"]:
         first = next(iter(record["unreadable"]["images"].values()))
         lines.append(f"left out   {record['unreadable']['count']} that cannot be read, e.g. {first}")
     if "mean_iou" in record:
-        lines.append(f"mean IoU   {record['mean_iou']:.4f} over the masks given")
+        lines.append(f"mean IoU   {record['mean_iou']:.4f} over the given masks")
     for name, count in record.get("counts", {}).items():
         lines.append(f"           {count:6d}  {name}")
     lines.append(f"written    {', '.join([str(found.table), RECORD, *record['files']])} in {where}")
@@ -282,30 +282,34 @@ def report(found: Predictions) -> str:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse and predict. User mistakes end with one line on stderr and exit status 2."""
+    """Parse and predict. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     parser = argparse.ArgumentParser(prog="hf-dbp predict", description="Apply a trained model to new images.")
     parser.add_argument(
         "model", help="folder or Hub id of a model of `hf-dbp finetune` or `hf-dbp classify`, or a stock one"
     )
-    parser.add_argument("images", help="a picture file, or a folder of pictures, nested as it is")
-    parser.add_argument("--output_dir", required=True, help="where masks, overlays and the table go")
-    parser.add_argument("--masks", help="true masks or labels of the images: the predictions are scored, too")
-    parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
-    parser.add_argument("--palette", help="of the true masks: YAML file of class names and colours, or `binary`")
+    parser.add_argument("images", help="a picture file, or a folder of pictures with any subfolders")
+    parser.add_argument("--output_dir", required=True, help="folder for masks, overlays and the table")
+    parser.add_argument("--masks", help="true masks or labels of the images, to score the predictions")
+    parser.add_argument("--mask_suffix", default="", help="what mask names add to their images', e.g. _mask")
+    parser.add_argument("--palette", help="for the true masks: YAML file of class names and colours, or `binary`")
     parser.add_argument(
         "--ignore_index", type=int, help="id of the true masks that is not scored (default: the model's)"
     )
-    parser.add_argument("--channel_files", nargs="+", help="a file per channel: a name pattern each, '*_ch0.tif' ...")
+    parser.add_argument(
+        "--channel_files", nargs="+", help="for one file per channel: a name pattern each, '*_ch0.tif' ..."
+    )
     parser.add_argument("--crop_size", type=int, help="side of the windows (default: as the model was evaluated)")
-    parser.add_argument("--long_edge", type=int, help="scale images to it, 0: native (default: as it was evaluated)")
-    parser.add_argument("--batch_size", type=int, help="windows of a forward pass (default: as it was evaluated)")
-    parser.add_argument("--device", help="cpu, cuda ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--long_edge", type=int, help="long edge to scale images to; 0: native (default: as the model was evaluated)"
+    )
+    parser.add_argument("--batch_size", type=int, help="windows per forward pass (default: as the model was evaluated)")
+    parser.add_argument("--device", help="cpu, cuda ... (default: a GPU if there is one)")
     parser.add_argument("--table", default="csv", choices=["csv", "parquet"], help="format of the table")
     parser.add_argument(
-        "--export", nargs="+", default=[], choices=["coco", "labelme"], help="labels to correct by hand"
+        "--export", nargs="+", default=[], choices=["coco", "labelme"], help="also write labels to correct by hand"
     )
-    parser.add_argument("--no_overlays", action="store_true", help="write masks alone")
+    parser.add_argument("--no_overlays", action="store_true", help="write no overlays")
     args = vars(parser.parse_args(arguments))
     how = {name: args.pop(name) for name in ("model", "images", "output_dir", "channel_files", "table")}
     found = predict(**how, **args)

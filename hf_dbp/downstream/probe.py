@@ -1,14 +1,14 @@
-"""Is the encoder good? k nearest neighbours and a linear probe on its frozen features: the main of `run_probe.py`.
+"""How good is the encoder? k nearest neighbours and a linear probe on its frozen features: the main of `run_probe.py`.
 
 1. Every image's largest central square, scaled to the ViT's size, goes once through the frozen ViT; its feature is the
    mean of the final patch tokens, or the class token.
-2. k nearest neighbours: cosine similarity s to the training features, votes of the k nearest weighed by exp(s / 0.07)
+2. k nearest neighbours: cosine similarity s to the training features, votes of the k nearest weighted by exp(s / 0.07)
    (Wu et al. 2018, as in DINO).
 3. Linear probe: features standardised by the training set's statistics, multinomial logistic regression with an L2
-   penalty, by L-BFGS. The penalty is chosen on a fifth of the training images, then all of them are fitted.
+   penalty, by L-BFGS. The penalty is chosen on a fifth of the training images; then all of them are fitted.
 
-Accuracies come with their 95 % Wilson interval. Nothing is trained in the ViT. In a folder of pictures, or in its
-`train`, `validation` ... if it has them, each class is a folder. Images that cannot be read are left out and counted.
+Accuracies come with 95 % Wilson intervals. The ViT is not trained. A folder of pictures, or each of its `train`,
+`validation` ... if it has them, holds one folder per class. Images that cannot be read are left out and counted.
 
 Shapes: N training images, M test images, D features, K classes.
 """
@@ -56,19 +56,19 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 @dataclass
 class ProbeArguments(HubFlags, ImageFlags):
-    """What to probe with what."""
+    """What to probe, and on which images."""
 
     model_name_or_path: Annotated[str, Nature("model")] = field(
         kw_only=True, metadata={"help": "Stock ViT, folder or Hub id."}
     )
     train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of parquet files, or with a folder of images per class."}
+        default=None, metadata={"help": "Folder of parquet files, or with one folder of images per class."}
     )
     label_column_name: Annotated[str, Nature("data")] = field(
         default="label", metadata={"help": "Column of the classes, numbers or names."}
     )
     train_val_split: float = field(
-        default=0.2, metadata={"help": "Share of each class to test on where there is no such split."}
+        default=0.2, metadata={"help": "Share of each class held out for testing if there is no such split."}
     )
     pooling: Annotated[str, Nature("training")] = field(
         default="mean", metadata={"help": "Feature: mean of the patch tokens, or cls.", "choices": ["mean", "cls"]}
@@ -77,11 +77,11 @@ class ProbeArguments(HubFlags, ImageFlags):
         default=20, metadata={"help": "k of the nearest neighbours."}
     )
     from_scratch: Annotated[bool, Nature("model")] = field(
-        default=False, metadata={"help": "Random weights of that shape, to compare with."}
+        default=False, metadata={"help": "Use random weights of that shape, for comparison."}
     )
     batch_size: Annotated[int, Nature("nothing")] = field(default=64, metadata={"help": "Images per forward pass."})
     seed: Annotated[int, Nature("chance")] = field(
-        default=0, metadata={"help": "Seed of the draws, the splits and random weights."}
+        default=0, metadata={"help": "Seed of the draws, the splits and the random weights."}
     )
     output_file: Annotated[str, Nature("nothing")] = field(
         default="probe.json", metadata={"help": "JSON file to write."}
@@ -96,7 +96,7 @@ class ProbeArguments(HubFlags, ImageFlags):
 
 
 def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
+    """The 95 % Wilson score interval of the share ``hits / trials``."""
     interval = binomtest(hits, trials).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -104,7 +104,7 @@ def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
 def extract_features(
     vit: ViTModel, images: torch.utils.data.Dataset[Tensor | None], pooling: str, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the frozen ViT's features of the readable images (N, D), float32 on the CPU, and which these are."""
+    """Features (N, D) of the readable images from the frozen ViT, float32 on the CPU, and which images these are."""
     features, readable = [], []
     for tokens_BTD, known in token_batches(vit, images, batch_size):
         readable += known
@@ -114,7 +114,7 @@ def extract_features(
 
 
 def knn_accuracy(train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor, k: int) -> int:
-    """Return how many test images their k nearest training images classify rightly."""
+    """The number of test images that their k nearest training images classify correctly."""
     classes = int(max(labels_N.max(), truth_M.max())) + 1
     train_ND, test_MD = nn.functional.normalize(train_ND, dim=1), nn.functional.normalize(test_MD, dim=1)
     hits = 0
@@ -129,7 +129,8 @@ def knn_accuracy(train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: T
 def linear_accuracy(
     train_ND: Tensor, labels_N: Tensor, test_MD: Tensor, truth_M: Tensor, seed: int
 ) -> tuple[int, float]:
-    """Return how many test images a linear probe classifies rightly, and the penalty chosen on the training images."""
+    """The number of test images that a linear probe classifies correctly, and the penalty chosen on the training
+    images."""
     order = torch.randperm(len(train_ND), generator=torch.Generator().manual_seed(seed))
     held, kept = order[: len(order) // 5], order[len(order) // 5 :]
     classes = int(max(labels_N.max(), truth_M.max())) + 1
@@ -169,7 +170,8 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
     """Training and test images, their class numbers, and the class names.
 
     Raises:
-        ValueError: no such data or columns, one class only, or test classes that training lacks.
+        UserError: there are no such data or columns, there is only one class, or training lacks a class of the test
+            images.
     """
     source = args.source()
     splits, left_out = read_splits(source, classes=True)
@@ -193,15 +195,15 @@ def load_labelled(args: ProbeArguments) -> tuple[list[ImageList], list[Tensor], 
     if unknown:
         remedy = "" if args.max_train_samples is None else f"raise --max_train_samples {args.max_train_samples}, or "
         raise UserError(
-            f"{source.name}: {len(unknown)} test classes are not in training, e.g. {unknown[0]!r}; {remedy}add images "
-            "of them to training or take them out of the test images"
+            f"{source.name}: {len(unknown)} test classes are not in training, e.g. {unknown[0]!r}; {remedy}add "
+            f"training images of them or remove them from the test images"
         )
     number = {name: index for index, name in enumerate(names)}
     return images, [torch.tensor([number[name] for name in labels]) for labels in raw], names
 
 
 def make_room_for(file: str) -> None:
-    """Make the folder of the output file, before the work that it is to hold. ValueError if it cannot be written."""
+    """Create the folder of the output file before the work begins. UserError if it cannot be written."""
     path = Path(file)
     if path.is_dir():
         raise UserError(f"--output_file {file} is a folder; name a file in it, such as {path / 'probe.json'}")
@@ -214,7 +216,7 @@ def make_room_for(file: str) -> None:
 
 
 def run(args: ProbeArguments) -> dict[str, Any]:
-    """Probe; returns what is also written to `output_file`."""
+    """Probe the encoder; return the content of `output_file`."""
     make_room_for(args.output_file)
     images, labels, names = load_labelled(args)
     vit = load_vit(args.model_name_or_path, **args.hub_options)
@@ -232,7 +234,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     share_value_range(*images, kept=read_value_range(args.model_name_or_path, **args.hub_options))
     statistics = read_statistics(args.model_name_or_path, **args.hub_options)
     if statistics is None:
-        logger.warning("%s has no image processor; taking the images' statistics", args.model_name_or_path)
+        logger.warning("%s has no image processor; using the images' statistics", args.model_name_or_path)
         statistics = channel_statistics(images[0])
     mean, std = statistics
     size = vit.config.image_size
@@ -276,10 +278,12 @@ def _score(hits: int, trials: int) -> dict[str, Any]:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse flags and recipe, and probe. User mistakes end with one line on stderr and exit status 2."""
+    """Parse flags and recipe, and probe. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
-    (args,) = parse_arguments((ProbeArguments,), arguments, "Accuracy of kNN and a linear probe on a frozen ViT.")
+    (args,) = parse_arguments(
+        (ProbeArguments,), arguments, "Measure the accuracy of kNN and a linear probe on a frozen ViT."
+    )
     record = run(args)
     for name in ("knn", "linear", "commonest_class"):
         low, high = record[name]["interval_95"]

@@ -1,15 +1,16 @@
-"""Which images to label: those whose labels teach most about the rest. The main of `hf-dbp select`.
+"""Choose the images whose labels teach most about the rest: the main of `hf-dbp select`.
 
     hf-dbp embed VIT IMAGES -o table.parquet
     hf-dbp select table.parquet --budget 40 --output_dir outputs/selection
 
 Similarity is the cosine of centred features, as in `hf_dbp.downstream.neighbours`. Three ways to choose b images:
 
-- ``typical`` (Hacohen et al. 2022, TypiClust): k-means into b clusters, one for each image that is labelled already on
-  top; of each cluster without a labelled image, largest first, the image most like its 20 nearest neighbours in it.
-- ``k_centre`` (Sener & Savarese 2018): one after the other the image least like all that are chosen or labelled; the
-  first is the one most like all others. It also finds the odd ones.
-- ``random``, to compare with.
+- ``typical`` (Hacohen et al. 2022, TypiClust): k-means into b clusters plus one for each labelled image; then, from
+  each cluster without a labelled image, largest first, the image most similar to its 20 nearest neighbours in the
+  cluster.
+- ``k_centre`` (Sener & Savarese 2018): repeatedly the image least similar to all chosen or labelled ones; the first is
+  the one most similar to all others. It also finds outliers.
+- ``random``, for comparison.
 
 Near-duplicates and unreadable images are never chosen. Shapes: N images, D features, b images to choose.
 """
@@ -42,13 +43,13 @@ __all__ = ["METHODS", "coverage", "main", "select_images", "write_selection"]
 
 logger = logging.getLogger(__name__)
 
-NEIGHBOURS = 20  # that typicality is measured by, as published
-STARTS = 10  # of k-means
-SHOWN = 60  # pictures of the contact sheet
+NEIGHBOURS = 20  # neighbours that define typicality, as published
+STARTS = 10  # starts of k-means
+SHOWN = 60  # pictures in the contact sheet
 
 
 def typical(features_ND: Tensor, count: int, labelled: Sequence[int], seed: int) -> list[int]:
-    """Rows of the most typical image of each uncovered cluster, those of large clusters first."""
+    """Rows of the most typical image of each uncovered cluster, largest clusters first."""
     clusters = min(count + len(labelled), len(torch.unique(features_ND, dim=0)))
     cluster_N = best_clusters(features_ND.numpy(), clusters, seed)
     sizes = np.bincount(cluster_N, minlength=clusters)
@@ -63,7 +64,7 @@ def typical(features_ND: Tensor, count: int, labelled: Sequence[int], seed: int)
 
 
 def best_clusters(features_ND: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.int32]:
-    """The cluster of each row by the best of several k-means; some may be empty."""
+    """The cluster of each row (N), from the best of several k-means runs; some clusters may be empty."""
     found: list[tuple[float, NDArray[np.int32]]] = []
     for start in range(STARTS):
         with warnings.catch_warnings():
@@ -74,7 +75,7 @@ def best_clusters(features_ND: NDArray[np.float32], clusters: int, seed: int) ->
 
 
 def k_centre(features_ND: Tensor, count: int, labelled: Sequence[int], seed: int) -> list[int]:
-    """Rows of the images least like all before them."""
+    """Rows of the images least similar to all before them."""
     chosen: list[int] = []
     closest_N = torch.full((len(features_ND),), -torch.inf)
     for row in labelled:
@@ -110,16 +111,16 @@ def select_images(
 
     Args:
         table: from `read_embeddings`.
-        budget: b, how many.
-        method: of `METHODS`.
-        labelled: names of images that are labelled already.
-        seed: of k-means or the draw.
+        budget: b, the number of images.
+        method: one of `METHODS`.
+        labelled: names of images that already have labels.
+        seed: seed of k-means or the draw.
 
     Returns:
-        Indices into the table (of `table.names`), the most telling first.
+        Indices into the table (into `table.names`), the most representative first.
 
     Raises:
-        UserError: fewer images than the budget, or labelled ones that are not in the table.
+        UserError: there are fewer images than the budget, or labelled images are not in the table.
     """
     number = {name: index for index, name in enumerate(table.names)}
     unknown = [name for name in labelled if name not in number]
@@ -132,7 +133,7 @@ def select_images(
     if not 0 < budget <= len(candidates) - len(known):
         raise UserError(
             f"--budget {budget}: {len(candidates) - len(known)} images are left to choose from, without near-copies "
-            f"({len(table.names) - len(candidates)}) and labelled ones ({len(known)}); choose from 1 to that many"
+            f"({len(table.names) - len(candidates)}) and labelled ones ({len(known)}); give 1 to that many"
         )
     place = {index: position for position, index in enumerate(candidates)}
     features_ND = centred(table.features_ND)[candidates]
@@ -141,16 +142,16 @@ def select_images(
 
 
 def coverage(table: Embeddings, chosen: Sequence[int]) -> tuple[float, NDArray[np.int64]]:
-    """Mean cosine of every image to the chosen one most like it, and for how many images each stands (b)."""
+    """Mean cosine of the images to the most similar chosen one, and how many images each chosen one represents (b)."""
     features_ND = centred(table.features_ND)
     similarity_N1, row_N1 = nearest(features_ND[list(chosen)], features_ND, 1)
     return float(similarity_N1.mean()), np.bincount(row_N1[:, 0].numpy(), minlength=len(chosen))
 
 
 def write_selection(folder: Path, table: Embeddings, chosen: Sequence[int], token: str | None = None) -> list[str]:
-    """Write `selection.csv` and `contact_sheet.png`; returns what was written.
+    """Write `selection.csv` and `contact_sheet.png`; return the names of the files.
 
-    The contact sheet opens the images where the table found them; if they are gone it is left out with a warning.
+    The contact sheet opens the images where the table found them; if they are gone, it is left out with a warning.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _, stands_for = coverage(table, chosen)
@@ -185,15 +186,15 @@ def thumbnails(
 
 @command
 def main(arguments: Sequence[str] | None = None) -> list[str]:
-    """Parse, choose and write; returns the names. User mistakes end with one line on stderr and exit status 2."""
+    """Parse, choose and write; return the names. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    parser = argparse.ArgumentParser(prog="hf-dbp select", description="Which images to label first.")
+    parser = argparse.ArgumentParser(prog="hf-dbp select", description="Choose which images to label first.")
     parser.add_argument("table", help="parquet file of hf-dbp embed")
     parser.add_argument("--budget", type=int, required=True, help="how many images you will label")
     parser.add_argument("--method", choices=list(METHODS), default="typical", help="see the documentation")
-    parser.add_argument("--labelled", help="text file with the names of images that are labelled already, one a line")
+    parser.add_argument("--labelled", help="text file with the names of images that already have labels, one per line")
     parser.add_argument("--seed", type=int, default=0, help="seed of k-means and of the random choice")
-    parser.add_argument("--output_dir", default="outputs/selection", help="where the list and the contact sheet go")
+    parser.add_argument("--output_dir", default="outputs/selection", help="folder for the list and the contact sheet")
     parser.add_argument("--token", help="Hub token, for the contact sheet of a private data set")
     args = parser.parse_args(arguments)
     table = read_embeddings(args.table)
@@ -203,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> list[str]:
     blind = [coverage(table, at_random(table.features_ND, args.budget, (), seed))[0] for seed in range(20)]
     print(
         f"chosen      {len(chosen)} of {len(table.names)} images ({args.method})\n"
-        f"coverage    the cosine of an image to the chosen one most like it is {coverage(table, chosen)[0]:.3f} in the "
-        f"mean (of 20 random choices: {np.mean(blind):.3f}, from {min(blind):.3f} to {max(blind):.3f})\n"
+        f"coverage    mean cosine of an image to the most similar chosen one: {coverage(table, chosen)[0]:.3f} (for "
+        f"20 random choices: {np.mean(blind):.3f}, from {min(blind):.3f} to {max(blind):.3f})\n"
         f"written     {' and '.join(written)}, in {args.output_dir}\n"
         "next        label these images and give them, with their masks, to hf-dbp retrieve or hf-dbp finetune"
     )

@@ -1,1 +1,1 @@
-"""What comes from other people and what goes to them: checked checkpoints, model cards, pushes, the Hub's errors."""
+"""Exchange with other people: checked checkpoints, model cards, pushes, and the Hub's errors."""

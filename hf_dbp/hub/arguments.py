@@ -1,4 +1,4 @@
-"""The flags of whatever is loaded from the Hub: which revision, kept where, with what right."""
+"""Flags for loading from the Hub: the revision, the download folder and the token."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class HubFlags:
         default="main", metadata={"help": "Revision of the model on the Hub."}
     )
     cache_dir: Annotated[str | None, Nature("nothing")] = field(
-        default=None, metadata={"help": "Where downloads are kept."}
+        default=None, metadata={"help": "Folder for downloads."}
     )
     token: Annotated[str | None, Nature("nothing")] = field(
-        default=None, metadata={"help": "Hub token (default: that of `hf auth login`)."}
+        default=None, metadata={"help": "Hub token (default: the one from `hf auth login`)."}
     )
 
     @property
     def hub_options(self) -> dict[str, Any]:
-        """As ``from_pretrained`` takes them."""
+        """The keyword arguments for ``from_pretrained``."""
         return {"revision": self.model_revision, "cache_dir": self.cache_dir, "token": self.token}

@@ -1,6 +1,7 @@
-"""What went wrong between here and the Hub, reading a data set or pushing a model, in one line that says what to do.
+"""Errors of the Hub, in reading a data set or pushing a model, as one line that says what to do.
 
-The Hub client retries cut connections, timeouts, 429 and 5xx with growing pauses by itself; what arrives here is final.
+The Hub client itself retries broken connections, timeouts, 429 and 5xx with growing pauses; errors that arrive here are
+final.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
     HfHubHTTPError,
-    HTTPError,  # of the HTTP library that the client uses, which has changed
+    HTTPError,  # from the HTTP library that the client uses, which has changed
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -24,12 +25,12 @@ from hf_dbp.errors import UserError
 __all__ = ["LOGIN", "explained", "explained_push"]
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
-AGAIN = "run the same command again: what is cached is kept, and training goes on from its last checkpoint"
+AGAIN = "run the same command again: the cache is kept, and training resumes from its last checkpoint"
 
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn what the Hub client, `datasets` and files raise into a ValueError about ``name``, a data set or a file."""
+    """Turn the errors of the Hub client, `datasets` and files into a UserError about ``name``, a data set or a file."""
     try:
         yield
     except (OSError, RuntimeError, HTTPError, pa.ArrowInvalid, datasets.exceptions.DatasetsError) as error:
@@ -68,16 +69,16 @@ def _status_message(name: str, page: str, status: int, error: Exception) -> str:
     if status == 401:
         return f"the Hub refused the token for {name} (401): log in again with `hf auth login`, or pass another --token"
     if status == 403:
-        return f"the Hub forbids reading {name} (403): the token lacks the right, or access must be asked for at {page}"
+        return f"the Hub forbids reading {name} (403): the token lacks permission, or you must request access at {page}"
     if status == 404:
         return f"a file of data set {name} is gone (404): {' '.join(str(error).split())[:200]}; see {page}"
     if status == 429:
-        return f"the Hub limits the rate of requests for {name} (429): wait some minutes, then {AGAIN}"
-    return f"the Hub fails for {name} ({status}), and did at every repetition; {AGAIN}"
+        return f"the Hub limits the rate of requests for {name} (429): wait a few minutes, then {AGAIN}"
+    return f"the Hub fails for {name} ({status}), even after several retries; {AGAIN}"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """The error and what it came from."""
+    """The error and its causes."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)
@@ -87,10 +88,10 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 @contextmanager
 def explained_push(repo_id: str, remedy: str = "") -> Iterator[None]:
-    """Turn what the Hub client raises into a ValueError of one line that ends with ``remedy``."""
+    """Turn the Hub client's errors into a one-line UserError that ends with ``remedy``."""
     try:
         yield
-    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # RuntimeError: an upload of large files broke off
+    except (OSError, HTTPError, RuntimeError, ValueError) as error:  # RuntimeError: an upload of large files failed
         raise UserError(f"{_push_message(repo_id, error)}{remedy}") from error
 
 
@@ -101,9 +102,9 @@ def _push_message(repo_id: str, error: Exception) -> str:
     if status == 403:
         return f"this account may not write to {repo_id} (403): choose a name under your own account, or ask its owner"
     if status == 404:
-        return f"there is no repository or branch of that name: {repo_id} (404)"
+        return f"there is no repository or branch with that name: {repo_id} (404)"
     if status is not None:
         return f"the Hub failed on {repo_id} ({status})"
     if isinstance(error, HTTPError | RuntimeError):
-        return f"the connection to the Hub at {HfApi().endpoint} failed or broke off ({type(error).__name__})"
+        return f"the connection to the Hub at {HfApi().endpoint} failed or broke ({type(error).__name__})"
     return f"pushing to {repo_id} failed: {' '.join(str(error).split())}"

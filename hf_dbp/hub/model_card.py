@@ -1,10 +1,10 @@
-"""The README.md of a model: what was trained on what, how, with which measured result; as a Hub model card.
+"""The README.md of a model as a Hub model card: what was trained, on what, how, and the measured results.
 
     python -m hf_dbp.hub.model_card outputs/demo-fused --output_dir model_cards/demo
 
-Everything that differs between two cards is read from the files of the model's folder: `config.json`, the record
-(`run.json` of pre-training, `eval.json` of fine-tuning) and which pictures there are. A figure that the record lacks
-is left out. The text around it is `model_card.md.jinja`.
+Everything specific to a model is read from the files in its folder: `config.json`, the record (`run.json` of
+pre-training, `eval.json` of fine-tuning) and the pictures. A figure that the record lacks is left out. The surrounding
+text is `model_card.md.jinja`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ PICTURES = {
     "reconstruction.png": "Validation images, what the encoder saw of them, and what the decoder filled in.",
     "predictions.png": "Validation images, true masks and predictions.",
     "confusion.png": "Validation images by true and predicted class, as shares of each true class.",
-    "calibration.png": "How often a stated probability comes true.",
+    "calibration.png": "How often predictions with a stated probability are correct.",
     "mistakes.png": "The most confident mistakes on the validation images.",
-    "worst.png": "The validation images with the lowest mean IoU of their own, worst first.",
+    "worst.png": "The validation images with the lowest mean IoU, worst first.",
 }
-RESULTS = {  # name in the record: how the card calls it, and as which metric the Hub knows it
+RESULTS = {  # name in the record -> name in the card, and metric on the Hub
     "eval_loss": ("mean squared error on the masked patches of the validation images", "mse"),
-    "lowest_loss": ("the lowest seen in training, of weights that were not kept", None),
-    "interpolation_loss": ("the same for interpolated means of the visible patches, the plainest guess", None),
+    "lowest_loss": ("the lowest seen in training, for weights that were not kept", None),
+    "interpolation_loss": ("the same for interpolated means of the visible patches, the simplest baseline", None),
     "mean_iou": ("mean IoU over the whole validation set", "mean_iou"),
     "mean_accuracy": ("mean accuracy of the classes", "mean_accuracy"),
     "overall_accuracy": ("accuracy of all pixels", "accuracy"),
@@ -57,15 +57,15 @@ RESULTS = {  # name in the record: how the card calls it, and as which metric th
     "top5_accuracy": ("share of the images whose class is among the five most probable", None),
     "balanced_accuracy": ("mean recall of the classes", None),
     "expected_calibration_error": ("expected calibration error, over 15 bins", None),
-    "majority_class_accuracy": ("accuracy of the commonest class everywhere, the plainest guess", None),
+    "majority_class_accuracy": ("accuracy of always predicting the most common class, the simplest baseline", None),
     "loss": ("validation loss", None),
-    "majority_class_mean_iou": ("mean IoU of the commonest class everywhere, the plainest guess", None),
+    "majority_class_mean_iou": ("mean IoU of predicting the most common class everywhere, the simplest baseline", None),
     "train_seconds": ("training time in seconds, validation and checkpoints excluded", None),
     "kwh": ("energy of training in kWh", None),
     "co2e_kg": ("CO2-equivalent of training in kg", None),
     "fusion_largest_difference": ("largest difference between fused and unfused outputs", None),
 }
-CLASS_FIGURES = {  # task: figures of each class and their titles; a record of 0.1.0 has the first and the last
+CLASS_FIGURES = {  # task -> figures of each class and their titles; a record of 0.1.0 has only the first and the last
     "segmentation": {"iou": "IoU", "dice": "Dice", "precision": "precision", "recall": "recall", "accuracy": "accuracy",
                      "pixels": "pixels"},
     "classification": {"recall": "recall", "precision": "precision", "f1": "F1", "images": "images"},
@@ -73,17 +73,17 @@ CLASS_FIGURES = {  # task: figures of each class and their titles; a record of 0
 
 
 def write_card(folder: Path, name: str | None = None) -> Path:
-    """Write the card of the model in ``folder`` beside it; returns its path.
+    """Write the card of the model in ``folder`` there; return its path.
 
     Args:
-        folder: holds `config.json` and, for a card that tells more than how to load the model, a record.
+        folder: holds `config.json` and, for a card that says more than how to load the model, a record.
         name: Hub id of the model; default: the folder.
 
     Raises:
-        ValueError: no model there, or one that this library does not make.
+        UserError: there is no model, or one that this library does not make.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model (config.json), which a card is about")
+        raise UserError(f"{folder} holds no model (config.json) to write a card for")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     record_file = next((folder / file for file in RECORDS if (folder / file).is_file()), None)
     record = {} if record_file is None else json.loads(record_file.read_text(encoding="utf-8"))
@@ -100,7 +100,7 @@ def write_card(folder: Path, name: str | None = None) -> Path:
     return folder / CARD
 
 
-# ---- what the card says ----
+# ---- content of the card ----
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
@@ -113,10 +113,10 @@ def read_processor(folder: Path) -> dict[str, Any]:
 def card_facts(
     config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any], name: str
 ) -> dict[str, Any]:
-    """The values of the template but for metadata and pictures."""
+    """The values for the template, except metadata and pictures."""
     kind = config["model_type"]
     if kind not in LOADING:
-        raise UserError(f"cards are of {', '.join(LOADING)} models, not of {kind}")
+        raise UserError(f"cards are for {', '.join(LOADING)} models, not for {kind}")
     title = name.rstrip("/").rpartition("/")[2]
     return {
         "title": title,
@@ -137,12 +137,12 @@ def card_facts(
 
 
 def class_columns(record: Mapping[str, Any]) -> dict[str, str]:
-    """The figures of each class, by name, and their titles."""
+    """The figures given for each class, by name, with their titles."""
     return CLASS_FIGURES.get(record.get("task", ""), {})
 
 
 def cell(value: float | int | None) -> str:
-    """A figure or a count in a table."""
+    """A figure or a count as a table cell."""
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -170,7 +170,7 @@ processor = AutoImageProcessor.from_pretrained("{name}")
 model = AutoModelForImageClassification.from_pretrained("{name}")""",
     "dbp_vit_mae": """\
 from hf_dbp import load_fused_vit
-model = load_fused_vit("{name}")  # a stock ViTModel; W R takes the place of (W, R)""",
+model = load_fused_vit("{name}")  # a stock ViTModel; W R replaces (W, R)""",
     "vit_mae": """\
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 processor = AutoImageProcessor.from_pretrained("{name}")
@@ -179,7 +179,7 @@ model = ViTMAEForPreTraining.from_pretrained("{name}")""",
 
 
 def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """What the model is and what it was trained on, in one or two sentences."""
+    """One or two sentences on what the model is and what it was trained on."""
     kind, encoder = config["model_type"], config.get("backbone_config") or config
     shape = (
         f"{encoder['num_hidden_layers']} layers, {encoder['hidden_size']} wide, patches of {encoder['patch_size']} "
@@ -210,12 +210,12 @@ def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """What stands under the lines that load the model."""
+    """The text below the lines that load the model."""
     kind, encoder = config["model_type"], config.get("backbone_config") or config
     if kind == "dbp_vit_mae":
         return (
-            "These weights are for training on. Stock transformers classes refuse the folder, since without its "
-            "matrices R the network is another one."
+            "Use these weights to continue training. Stock transformers classes refuse the folder, because without "
+            "its matrices R the network is a different one."
         )
     given = "images" if encoder["num_channels"] == 3 else 'images, input_data_format="channels_last"'
     result = "logits" if kind in ("upernet", "beit", "vit_mae") else "last_hidden_state"
@@ -239,25 +239,25 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def windows(config: Mapping[str, Any]) -> str:
-    """How prediction gives the figures of the card, and what a stock pipeline leaves out."""
+    """How prediction reproduces the figures of the card, and what a stock pipeline leaves out."""
     how = config.get(EVALUATED)
     seen = ""
     if how:
         scale = f"scaled to a long edge of {how['long_edge']} pixels" if how["long_edge"] else "at native resolution"
         seen = f" (windows of {how['crop_size']} pixels with at least a third of overlap, over images {scale})"
     return (
-        f"`hf_dbp.predict` and `hf-dbp predict` treat images as the evaluation did{seen}, and give its mean IoU to all "
-        "digits. A stock pipeline or forward pass sends the whole image through the model at once, at a size that it "
-        "was not trained at: its mean IoU is another one."
+        f"`hf_dbp.predict` and `hf-dbp predict` treat images as the evaluation did{seen}, and reproduce its mean IoU "
+        f"to all digits. A stock pipeline or forward pass sends the whole image through the model at once, at a size "
+        f"it was not trained at, so its mean IoU differs."
     )
 
 
 def stock_pipeline(config: Mapping[str, Any], processor: Mapping[str, Any]) -> bool:
-    """Whether a stock pipeline fits: it makes 8-bit RGB of every image, so the model must take that.
+    """Whether a stock pipeline works: it turns every image into 8-bit RGB, so the model must take that.
 
     Args:
-        config: of the model.
-        processor: what its `preprocessor_config.json` says; empty if there is none.
+        config: configuration of the model.
+        processor: content of its `preprocessor_config.json`; empty if there is none.
     """
     channels = (config.get("backbone_config") or config)["num_channels"]
     eight_bits = math.isclose(processor.get("rescale_factor", 0), 1 / 255) and "value_range" not in processor
@@ -281,42 +281,42 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def told(flag: Nature, value: Any, method: str | None) -> bool:
-    """Whether a setting is worth a row: what is off or not given is not, unless its nature says so."""
+    """Whether a setting gets a row: not if it is off or not given, unless its nature says so."""
     counts = method == "dbp" or not flag.dbp
     return bool(flag.card) and counts and value not in (None, "none") and (value is not False or flag.card_if_off)
 
 
 def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any]) -> list[str]:
-    """What the model is not good for or was not measured, as sentences."""
+    """Sentences on what the model is not good for, or what was not measured."""
     kind = config["model_type"]
     channels = (config.get("backbone_config") or config)["num_channels"]
     headless = ["It has no head: fine-tune it, or train a classifier on its features. Neither was measured here."]
     found = {
         "vit": headless,
-        "dinov2": [*headless, "It was not trained by DINOv2: only the class is the same, for the heads that take one."],
+        "dinov2": [*headless, "It was not trained by DINOv2: it only has the same class, for heads that take one."],
         "upernet": [
             "Scores are those of the validation images named above, which also chose the checkpoint.",
-            "It is stock UperNet over a plain ViT: no relative position bias and no LayerScale, with which the "
-            "published segmentation results of masked autoencoders were reached.",
+            "It is a stock UperNet over a plain ViT, without the relative position bias and LayerScale behind the "
+            "published segmentation results of masked autoencoders.",
         ],
         "beit": [
             "Scores are those of the validation images named above, which also chose the checkpoint.",
-            "It knows the classes above alone: an image of anything else gets one of them, perhaps confidently.",
+            "It knows only the classes above: an image of anything else gets one of them, perhaps confidently.",
         ],
-        "dbp_vit_mae": ["It reconstructs masked patches. For features or fine-tuning take the fused model."],
-        "vit_mae": ["It reconstructs masked patches. For features take its encoder."],
+        "dbp_vit_mae": ["It reconstructs masked patches. For features or fine-tuning, use the fused model."],
+        "vit_mae": ["It reconstructs masked patches. For features, use its encoder."],
     }[kind]
     if record:
-        found.append(f"It is one run (seed {record['seed']}); how much results vary over seeds was not measured.")
+        found.append(f"It is a single run (seed {record['seed']}); the variation over seeds was not measured.")
         found.append("It saw images of one source only. Other cameras, scenes or preparations were not tried.")
     if channels != 3:
         found.append(
-            f"It takes {channels} channels; the pipelines of transformers turn every image into RGB and do not fit."
+            f"It takes {channels} channels; transformers' pipelines turn every image into RGB and do not work with it."
         )
     elif processor and not stock_pipeline(config, processor):
         found.append(
-            "It takes images of other values than 8 bits; the pipelines of transformers make 8-bit RGB of every image "
-            "and do not fit."
+            "It takes images with values other than 8 bits; transformers' pipelines turn every image into 8-bit RGB "
+            "and do not work with it."
         )
     return found
 
@@ -358,7 +358,7 @@ def metadata(
 
 
 def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
-    """The measured figures that the Hub has a metric for."""
+    """The measured figures for which the Hub has a metric."""
     source = record["data"]["source"]
     tasks = {"segmentation": "image-segmentation", "classification": "image-classification"}
     task = tasks.get(record["task"], "masked-auto-encoding")
@@ -378,9 +378,9 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The measured figures of a record by name: of the whole run, and of the model in its folder.
+    """The measured figures of a record by name, for the whole run and for the model in its folder.
 
-    A record of 0.1.0 does not say which weights those are; then the loss is that of its best evaluation.
+    A record of 0.1.0 does not say which weights these are; then the loss is that of its best evaluation.
     """
     best, results = record.get("best", {}), record.get("results", {})
     model = results.get("model", best)
@@ -399,7 +399,7 @@ def hardware_used(record: Mapping[str, Any]) -> str:
 
 
 def energy_source(record: Mapping[str, Any]) -> str:
-    """How energy and CO2e were found."""
+    """How energy and CO2e were determined."""
     energy = record["energy"]
     parts = f"processor: {energy['cpu']}; memory: {energy['ram']}; GPU: {energy['gpu']}"
     intensity = f"{energy['carbon_intensity_g_per_kwh']:g} g/kWh, {energy['country']}"
@@ -407,19 +407,19 @@ def energy_source(record: Mapping[str, Any]) -> str:
 
 
 def hub_id(name: str | None) -> bool:
-    """Whether a name is ``user/name`` on the Hub and not a folder here, be it gone since."""
+    """Whether a name is ``user/name`` on the Hub and not a local folder, even one that no longer exists."""
     return bool(name and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(str(name)).parent.exists()
 
 
 def shown(source: str | None) -> str:
-    """A name for the public: a Hub id or built-in set as it is, of a folder its last part."""
+    """A public name: a Hub id or built-in set unchanged, the last part of a folder."""
     name = str(source)
     return name if hub_id(name) else Path(name).name
 
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the card of a model's folder, there or with record and pictures in another folder."""
+    """Write the card of a model's folder, there or, with record and pictures, in another folder."""
     parser = argparse.ArgumentParser(prog="hf_dbp.hub.model_card", description="Write the card of a trained model.")
     parser.add_argument("folder", type=Path, help="folder of a model: pre-trained, fused or fine-tuned")
     parser.add_argument("--hub_model_id", help="its name on the Hub (default: the folder)")

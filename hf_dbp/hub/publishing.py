@@ -1,7 +1,7 @@
-"""Models to the Hub: what is pushed, where to, and what is said when that fails.
+"""Push models to the Hub: which files, where to, and what to say if it fails.
 
-A push is one commit: a repository holds all of a model or, after an interruption, nothing of it. What goes up are the
-files of a model's folder by name (`PUSHED`), never its checkpoints, optimizer states or whatever else lies there.
+A push is one commit: a repository holds all of a model or, after an interruption, nothing of it. Only files with
+certain names in a model's folder are pushed (`PUSHED`), never its checkpoints, optimizer states or anything else.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Destination:
 
     Args:
         repo_id: ``user/name``, or ``name`` for the user's own.
-        private: whether it is private if it has to be made; None for the account's default.
-        token: with the right to write; None for that of `hf auth login` or HF_TOKEN.
+        private: whether to make a new repository private; None for the account's default.
+        token: a token with write permission; None for that of `hf auth login` or HF_TOKEN.
         revision: branch to push to, or a pull request such as ``refs/pr/1``.
     """
 
@@ -50,17 +50,19 @@ class Destination:
     revision: str | None = None
 
     def opened(self) -> Destination:
-        """The same repository with its full name; it and the branch are made if they were not there.
+        """The same repository with its full name; creates it and the branch if they do not exist.
 
         Raises:
-            ValueError: no token, no right to write, a bad name, or no connection.
+            UserError: no token, no write permission, a bad name, or no connection.
         """
         if self.token is None and get_token() is None:
             raise UserError(f"no Hub token, which pushing to {self.repo_id} needs: {LOGIN}")
         with explained_push(self.repo_id):
             api = HfApi(token=self.token)
             url = api.create_repo(self.repo_id, private=self.private, exist_ok=True)
-            if self.revision is not None and self.revision.startswith("refs/"):  # a pull request: not ours to make
+            if self.revision is not None and self.revision.startswith(
+                "refs/"
+            ):  # a pull request, which we do not create
                 api.model_info(url.repo_id, revision=self.revision)
             elif self.revision not in (None, "main"):
                 api.create_branch(url.repo_id, branch=self.revision, exist_ok=True)
@@ -68,17 +70,16 @@ class Destination:
 
     @property
     def unfused(self) -> Destination:
-        """The repository of the unfused model: a name that nobody takes for that of the stock one."""
+        """The repository of the unfused model, with a name that nobody mistakes for the stock model's."""
         return dataclasses.replace(self, repo_id=f"{self.repo_id}-unfused")
 
     def push(self, folder: Path) -> str:
-        """Commit the model in ``folder``, its card, record and pictures; returns the repository's address.
+        """Commit the model in ``folder`` with its card, record and pictures; return the repository's address.
 
         Pushing the same files again changes nothing.
 
         Raises:
-            ValueError: it failed (the message says how to repeat it; the files are as they were), or a file holds a
-                token.
+            UserError: it failed (the message says how to repeat it; the files are unchanged), or a file holds a token.
         """
         matches = {pattern: [*folder.glob(pattern)] for pattern in PUSHED}
         files = sorted({file for found in matches.values() for file in found})
@@ -95,40 +96,40 @@ class Destination:
         return f"{api.endpoint}/{self.repo_id}"
 
     def command(self, folder: Path, patterns: list[str]) -> str:
-        """The command that pushes the files of these names in ``folder``, and none of its folders, in the same way."""
+        """The command that pushes the files with these names in ``folder``, but no subfolder, in the same way."""
         parts = ["hf", "upload", self.repo_id, str(folder), "."]
         parts += [part for pattern in patterns for part in ("--include", pattern)] + ["--exclude", "*/*"]
         parts += [] if self.revision is None else ["--revision", self.revision]
         return shlex.join([*parts, *(["--private"] if self.private else [])])
 
     def refuse_tokens(self, files: list[Path]) -> None:
-        """ValueError if one of the text files holds a Hub token."""
+        """Raise a UserError if one of the text files holds a Hub token."""
         own = (self.token or get_token() or "").encode()
         for file in files:
             content = file.read_bytes() if file.suffix in (".json", ".md") else b""
             if (own and own in content) or TOKEN.search(content):
-                raise UserError(f"{file} holds a Hub token; take it out, and revoke it if others saw it")
+                raise UserError(f"{file} holds a Hub token; remove it, and revoke it if others saw it")
 
 
 def claim_push(args: TrainingArguments, token: str | None = None) -> Destination | None:
-    """Take the push out of the Trainer's hands: where to push at the end of the run, or None.
+    """Take over pushing from the Trainer: returns where to push at the end of the run, or None.
 
-    The Trainer would push its raw folder, unfused weights included, at every save. Called before training, so that a
-    missing token or right is known before any work is done.
+    The Trainer would push its raw folder, unfused weights included, at every save. This is called before training, so a
+    missing token or permission is detected before any work is done.
 
     Args:
         args: with ``push_to_hub``, which is switched off, and ``hub_model_id``, ``hub_private_repo``, ``hub_token``,
             ``hub_revision``.
-        token: to be used where ``hub_token`` is not given.
+        token: used if ``hub_token`` is not given.
 
     Raises:
-        ValueError: as `Destination.opened`, or a strategy that pushes checkpoints.
+        UserError: as for `Destination.opened`, or the strategy pushes checkpoints.
     """
     if not args.push_to_hub:
         return None
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise UserError(
-            f"--hub_strategy {args.hub_strategy.value}: checkpoints are not pushed, the model is, at the end of the run"
+            f"--hub_strategy {args.hub_strategy.value}: checkpoints are not pushed; the model is, at the end of the run"
         )
     args.push_to_hub = False
     name = args.hub_model_id or Path(args.output_dir).resolve().name

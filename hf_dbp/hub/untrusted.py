@@ -1,12 +1,13 @@
-"""Models that others made, from a folder or the Hub: data, never code, checked before memory is taken for them.
+"""Other people's models, from a folder or the Hub: data, never code, checked before memory is allocated for them.
 
-- Of config.json the fields that make a ViT or a ViT-MAE are read (`CHECKED`), each checked; nothing else in it has an
-  effect: no ``auto_map`` (remote code), no ``quantization_config``, no ``attn_implementation`` (kernels from the Hub).
-- The class follows from its ``model_type``, out of three (`KINDS`); transformers' Auto classes are not asked.
+- From config.json only the fields that define a ViT or a ViT-MAE are read (`CHECKED`), each checked; nothing else in it
+  has an effect: no ``auto_map`` (remote code), no ``quantization_config``, no ``attn_implementation`` (kernels from the
+  Hub).
+- The class follows from its ``model_type`` (`KINDS`); transformers' Auto classes are not used.
 - Weights are safetensors; pickles (``pytorch_model.bin``) are refused.
-- Every tensor of the model must be there in its shape.
+- Every tensor of the model must be there with its shape.
 
-What is wrong is a ValueError of one line that names the file.
+Anything wrong raises a one-line UserError that names the file.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def read_json(source: str | os.PathLike[str], name: str, **hub: Any) -> tuple[st
     """Path and content of a JSON file of a model; None if the model has no such file.
 
     Raises:
-        ValueError: no such model, or it is not a JSON mapping.
+        UserError: there is no such model, or the file is not a JSON mapping.
     """
     try:
         file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
@@ -65,7 +66,7 @@ def read_json(source: str | os.PathLike[str], name: str, **hub: Any) -> tuple[st
     except (ValueError, RecursionError) as error:
         raise UserError(f"{Path(source) / name} is not JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} is no JSON mapping of names to values")
+        raise UserError(f"{file} is not a JSON mapping of names to values")
     return file, content
 
 
@@ -81,7 +82,7 @@ def read_config(source: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
         hub: revision, token, cache_dir.
 
     Raises:
-        ValueError: there is none, or a field that no ViT has.
+        UserError: there is none, or a field has a value that no ViT has.
     """
     found = read_json(source, "config.json", **hub)
     if found is None:
@@ -95,30 +96,32 @@ def read_config(source: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
 
 
 def known_fields(content: Mapping[str, Any], config_class: type[Any]) -> dict[str, Any]:
-    """What of a config.json makes a configuration of that class."""
+    """The fields of a config.json that belong to that configuration class."""
     return {name: content[name] for name in CHECKED if name in content and name in config_class.__dataclass_fields__}
 
 
 def check_memory(fields: Mapping[str, Any], name: str) -> None:
-    """Refuse a model that this machine's memory does not hold, in float32. ValueError that says both sizes."""
+    """Raise a UserError, with both sizes, for a model that does not fit into this machine's memory in float32."""
     if sys.platform == "win32":
         return
     needed, there = 4 * parameter_count(fields), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
-        raise UserError(f"{name}: the model takes {needed / 2**30:.0f} GiB, this machine has {there / 2**30:.0f} GiB")
+        raise UserError(
+            f"{name}: the model takes {needed / 2**30:.0f} GiB, but this machine has {there / 2**30:.0f} GiB"
+        )
 
 
 def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> PreTrainedModel:
-    """The model in a folder or on the Hub.
+    """Load the model in a folder or on the Hub.
 
     Args:
         source: folder or Hub id.
-        kinds: the values of ``model_type`` that will do, of `KINDS`.
+        kinds: the accepted values of ``model_type``, from `KINDS`.
         kwargs: as for ``from_pretrained``.
 
     Raises:
-        ValueError: another kind of model, a configuration that no ViT has, weights that are damaged, of other shapes,
-            incomplete or no safetensors.
+        UserError: another kind of model, a configuration that no ViT has, or weights that are damaged, incomplete, of
+            other shapes or not safetensors.
     """
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "subfolder") if name in kwargs}
     content = read_config(source, **hub)
@@ -139,9 +142,8 @@ def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> Pr
 def load_weights(
     model_class: Any, source: str | os.PathLike[str], *, config: Any, **kwargs: Any
 ) -> tuple[PreTrainedModel, list[str]]:
-    """``model_class.from_pretrained`` with this configuration, from safetensors alone; and what they lack but for R.
-
-    ValueError as `load_model`.
+    """``model_class.from_pretrained`` with this configuration, from safetensors only, and the tensors they lack besides
+    R. Errors as for `load_model`.
     """
     check_files(source)
     try:
@@ -165,7 +167,10 @@ def load_weights(
 
 
 def check_files(source: str | os.PathLike[str]) -> None:
-    """Open every safetensors file of a folder. ValueError for one whose header does not fit it, or an odd index."""
+    """Open every safetensors file of a folder.
+
+    UserError for one whose header does not match it, or an invalid index.
+    """
     if not Path(source).is_dir():
         return
     for file in sorted(Path(source).glob("*.safetensors")):
@@ -173,7 +178,7 @@ def check_files(source: str | os.PathLike[str]) -> None:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error
+            raise UserError(f"{file} is damaged or not a safetensors file: {one_line(error)}") from error
     for file in sorted(Path(source).glob("*.index*.json")):
         found = read_json(source, file.name)
         parts = found[1].get("weight_map") if found else None
@@ -185,10 +190,11 @@ def check_files(source: str | os.PathLike[str]) -> None:
 
 
 def read_statistics(source: str | os.PathLike[str], **hub: Any) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation per channel, of values in [0, 1], of a model's image processor; None if it has none.
+    """Mean and standard deviation per channel, for values in [0, 1], from a model's image processor; None if it has
+    none.
 
     Raises:
-        ValueError: they are no such numbers.
+        UserError: they are not such numbers.
     """
     found = read_json(source, "preprocessor_config.json", **hub)
     if found is None:
@@ -207,10 +213,10 @@ def read_statistics(source: str | os.PathLike[str], **hub: Any) -> tuple[list[fl
 def read_value_range(source: str | os.PathLike[str], **hub: Any) -> ValueRange | None:
     """The range of float images in a model's image processor, see `hf_dbp.data.values`; None if it has none.
 
-    A processor that does not rescale, as those of version 0.1.0 for float images, takes [0, 1] as it is.
+    A processor that does not rescale, such as those of version 0.1.0 for float images, means [0, 1].
 
     Raises:
-        ValueError: it is no range.
+        UserError: it is not a range.
     """
     found = read_json(source, "preprocessor_config.json", **hub)
     if found is None:

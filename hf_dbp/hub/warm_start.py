@@ -1,14 +1,14 @@
-"""Starting from weights made for other images: public ViT-MAE or ViT checkpoints for RGB at 224 pixels, say.
+"""Start from weights made for other images, such as public ViT-MAE or ViT checkpoints for RGB at 224 pixels.
 
-What fits is copied. What depends on the images is adapted, from C0 channels to C:
+Tensors that fit are copied. Those that depend on the images are adapted, from C0 channels to C:
 
-    patch projection   W'[:, c] = (C0 / C) * mean over c0 of W[:, c0]     a grey image gives what it gave before
+    patch projection   W'[:, c] = (C0 / C) * mean over c0 of W[:, c0]     a grey image gives the same result as before
     decoder's output   the rows of every channel become their mean over c0
-    positions          MAE's fixed sin-cos tables are made anew for the grid of patches; a ViT's learned table is
+    positions          MAE's fixed sin-cos tables are recomputed for the grid of patches; a ViT's learned table is
                        resampled to it (bicubic) and stays fixed
 
-A decorrelated checkpoint counts with W R in place of (W, R); every R starts at the identity again. A ViT has no
-decoder: that starts afresh. The patch size must be the same.
+For a decorrelated checkpoint, W R replaces (W, R), and every R starts at the identity again. A ViT has no decoder, so
+the decoder starts from its initialisation. The patch size must be the same.
 
 Shapes: D hidden size; C channels; p patch size; T patches.
 """
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 def fits(source: str, config: ViTMAEConfig, **hub: Any) -> bool:
-    """Whether its class loads the checkpoint: a ViT-MAE for the same number of channels and the same image size.
+    """Whether the model's class can load the checkpoint: a ViT-MAE with the same channels and image size.
 
-    A stock model does not read ours.
+    A stock class cannot read our checkpoints.
     """
     raw = read_config(source, **hub)
     theirs = raw.get("num_channels", 3), raw.get("image_size", 224)
@@ -44,15 +44,15 @@ def fits(source: str, config: ViTMAEConfig, **hub: Any) -> bool:
 
 @torch.no_grad()
 def warm_start_(model: PreTrainedModel, source: str, **hub: Any) -> None:
-    """Copy a checkpoint's weights into a fresh ViT-MAE, adapted as the module says.
+    """Copy a checkpoint's weights into a new ViT-MAE, adapted as described above.
 
     Args:
-        model: initialised; its patch projection may be decorrelated.
-        source: folder or Hub id of a ViT-MAE, of ours or stock, or of a ViT.
+        model: the initialised model; its patch projection may be decorrelated.
+        source: folder or Hub id of a ViT-MAE, ours or stock, or of a ViT.
         hub: revision, token, cache_dir.
 
     Raises:
-        ValueError: another patch size or another width, or what `hf_dbp.hub.untrusted` refuses.
+        UserError: patch size or width differ, or `hf_dbp.hub.untrusted` refuses the checkpoint.
     """
     kind = read_config(source, **hub)["model_type"]
     if kind not in KINDS:
@@ -69,7 +69,7 @@ def warm_start_(model: PreTrainedModel, source: str, **hub: Any) -> None:
     for name in ("patch_size", "hidden_size", "num_hidden_layers"):
         if getattr(theirs, name) != getattr(config, name):
             raise UserError(
-                f"--model_name_or_path {source} has {name} {getattr(theirs, name)}, the model to train "
+                f"--model_name_or_path {source} has {name} {getattr(theirs, name)}, but the model to train has "
                 f"{getattr(config, name)}; leave out the flag that changes it"
             )
     _adapt_(state, target, config, theirs.num_channels, learned_positions=kind == "vit")
@@ -81,16 +81,16 @@ def warm_start_(model: PreTrainedModel, source: str, **hub: Any) -> None:
     model.load_state_dict(state, strict=False)
     fresh = {name.split(".")[0] for name in target.keys() - state.keys() if not name.endswith(".R")}
     logger.warning(
-        "%s is a %s for %d channels at %s pixels, taken over for %d channels at %s pixels%s",
+        "%s is a %s for %d channels at %s pixels, adapted to %d channels at %s pixels%s",
         source, kind, theirs.num_channels, theirs.image_size, config.num_channels, config.image_size,
-        f"; {', '.join(sorted(fresh))} starts afresh" if fresh else "",
+        f"; {', '.join(sorted(fresh))} starts from its initialisation" if fresh else "",
     )  # fmt: skip
 
 
 def _adapt_(
     state: dict[str, Tensor], target: dict[str, Tensor], config: ViTMAEConfig, channels: int, *, learned_positions: bool
 ) -> None:
-    """Bring the tensors that depend on the images to the shapes of ``target``, in ``state``."""
+    """Adapt the tensors in ``state`` that depend on the images to the shapes of ``target``."""
     projection = "vit.embeddings.patch_embeddings.projection.weight"
     state[projection] = adapted_channels(state[projection], config.num_channels)
     for name in ("decoder.decoder_pred.weight", "decoder.decoder_pred.bias"):
@@ -107,7 +107,7 @@ def _adapt_(
 
 
 def adapted_channels(weight_DCpp: Tensor, channels: int) -> Tensor:
-    """A patch projection (D, C0, p, p) for another number of channels; as it is for the same number."""
+    """A patch projection (D, C0, p, p) adapted to another number of channels; unchanged for the same number."""
     own = weight_DCpp.shape[1]
     if own == channels:
         return weight_DCpp

@@ -1,1 +1,1 @@
-"""`hf-dbp inspect`: what a folder of images and masks holds, what is done with it, and the recipe to start from."""
+"""`hf-dbp inspect`: what a folder of images and masks contains, how it will be used, and a recipe to start from."""

@@ -1,4 +1,4 @@
-"""What an inspection finds, and the flags that it chooses for the recipes: views, scale, length, balance, split."""
+"""The findings of an inspection, and the flags it chooses for the recipes: views, scale, length, balance, split."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = [
     "held_by_crops",
 ]
 
-SMALLEST = 32  # pixels of a view, to which smaller images are enlarged: 4 x 4 patches
-THIN = 2  # from this ratio of the sides on, an image made smaller to the view has lost most of its short side
-FEW = 0.1  # of the images: what goes for more of them counts
-STEPS = 1000  # of fine-tuning, at least
-FAST = "1e-3"  # learning rate of so few steps
-SELDOM = 0.2  # of the crops: a rare class in fewer is sought out by crops
-VALIDATION = 0.15  # the share that training sets aside; the default of --train_val_split
+SMALLEST = 32  # smallest view in pixels, to which smaller images are enlarged: 4 x 4 patches
+THIN = 2  # above this ratio of the sides, an image scaled down to the view loses most of its short side
+FEW = 0.1  # share of the images above which a finding counts
+STEPS = 1000  # minimum steps of fine-tuning
+FAST = "1e-3"  # learning rate for so few steps
+SELDOM = 0.2  # share of the crops: for a rare class in fewer, crops are drawn around it
+VALIDATION = 0.15  # the share held out in training; the default of --train_val_split
 
 
 @dataclass
 class Findings:
-    """Lines of the report, things to put right, and flags for the recipes."""
+    """Lines of the report, problems to fix, and flags for the recipes."""
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -47,13 +47,13 @@ class Findings:
 
 
 def common(counts: Counter[Any], shown: int = 4) -> str:
-    """The commonest entries with their counts, and how many others there are."""
+    """The most common entries with their counts, and the number of others."""
     first = ", ".join(f"{entry} ({count})" for entry, count in counts.most_common(shown))
     return first + (f" and {len(counts) - shown} other kinds" if len(counts) > shown else "")
 
 
 def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findings) -> None:
-    """Channels, view size, native tiles or not, batch for so many images: what the recipe says and why."""
+    """Choose channels, view size, native tiles or not, and the batch size, and say why."""
     pictures = all(kind.picture for kind in readable)
     counts = Counter(kind.counted for kind in readable)
     channels = 3 if counts.keys() == {1, 3} else counts.most_common(1)[0][0]  # grey becomes RGB
@@ -77,7 +77,7 @@ def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findi
     elif len({kind.dtype for kind in readable}) > 1:
         found.problems.append(
             f"pixel types {common(Counter(kind.dtype for kind in readable))} are mixed; each is scaled by its full "
-            "range: convert them to one type if they show the same brightness by different values"
+            "range: convert them to one type if different values mean the same brightness"
         )
     short = int(np.median([min(kind.size) for kind in readable]))
     patch = 16 if short >= 128 else 8
@@ -92,14 +92,14 @@ def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findi
     }
     statistics = "ImageNet's" if channels == 3 and pictures else "measured once on the training images"
     found.lines += [
-        f"views      {'random tiles of ' if native else 'random parts, scaled to '}{size} x {size} pixels"
-        f"{' at native resolution (native_tiles: false for whole images made smaller)' if native else ''}",
+        f"views      {'random tiles of ' if native else 'random crops, scaled to '}{size} x {size} pixels"
+        f"{' at native resolution (native_tiles: false for whole images, scaled down)' if native else ''}",
         f"input      {channels} channels, mean and standard deviation {statistics}",
     ]
 
 
 def choose_scale(readable: Sequence[ImageKind], survey: MaskSurvey, found: Findings) -> int:
-    """`long_edge` for fine-tuning, 0 for native resolution, by both sides and the smallest objects; says why."""
+    """Choose `long_edge` for fine-tuning (0: native) by both sides and the smallest objects, and say why."""
     size, stride = found.pretraining["image_size"], found.pretraining["patch_size"] / 4  # stride of the finest features
     native, scaled = survey.smallest(), survey.smallest(size)
     objects = "" if native is None else f"the smallest objects ({native:.1f} pixels thick)"
@@ -110,9 +110,9 @@ def choose_scale(readable: Sequence[ImageKind], survey: MaskSurvey, found: Findi
         short, long = (int(np.median([side(sides) for sides in thin])) for side in (min, max))
         which = "images are" if len(thin) == len(readable) else f"{len(thin)} of {len(readable)} images are"
         high = max(1, short * size // long)
-        reason = f"{which} long and thin, made smaller to {size} pixels they would be {high} high"
+        reason = f"{which} long and thin; scaled down to {size} pixels they would be {high} high"
     elif native is not None and scaled is not None and scaled < min(native, stride):
-        reason = f"made smaller to {size} pixels {objects} would be {scaled:.1f}"
+        reason = f"scaled down to {size} pixels {objects} would be {scaled:.1f}"
     else:
         found.lines.append(
             f"scale      the long edge at {size} pixels (long_edge: {size}), crops of {found.finetuning['crop_size']}"
@@ -128,7 +128,7 @@ def choose_scale(readable: Sequence[ImageKind], survey: MaskSurvey, found: Findi
 
 
 def choose_length(epoch_steps: int, found: Findings) -> dict[str, Any]:
-    """Flags for few labelled images, of which the recipe's epochs are too few steps to learn from; says so."""
+    """Choose flags for few labelled images, for which the recipe's epochs are too few steps, and say so."""
     recipe = read_yaml(recipe_path("industrial_upernet.yaml"))
     epochs = int(recipe["num_train_epochs"])
     if epochs * epoch_steps >= STEPS:
@@ -145,13 +145,13 @@ def choose_length(epoch_steps: int, found: Findings) -> dict[str, Any]:
 def choose_balance(
     classes: Sequence[str], pixels: Mapping[str, int], chances: Mapping[str, float], found: Findings
 ) -> None:
-    """Weights and crops for rare classes, as `hf_dbp.downstream.segmentation.rare` has them; says why.
+    """Choose weights and crops for rare classes, see `hf_dbp.downstream.segmentation.rare`, and say why.
 
     Args:
-        classes: those that are learned.
-        pixels: of each class in the masks.
-        chances: the share of the crops that hold a class by chance.
-        found: takes flags and lines.
+        classes: the learned classes.
+        pixels: pixels of each class in the masks.
+        chances: share of the crops that hold a class by chance.
+        found: collects flags and lines.
     """
     counts = {name: pixels.get(name, 0) for name in classes}
     share = 1 / (4 * max(1, len(classes)))
@@ -163,7 +163,7 @@ def choose_balance(
     if not seldom:
         found.finetuning["class_weights"] = "sqrt"
         found.lines.append(
-            f"{said}, so the loss weighs classes by one over the root of their share (class_weights: sqrt)"
+            f"{said}, so the loss weights classes by one over the square root of their share (class_weights: sqrt)"
         )
         return
     found.finetuning |= {"rare_crops": 0.33, "loss": "ce+dice"}
@@ -176,11 +176,11 @@ def choose_balance(
 
 
 def choose_split(balance: Mapping[str, Mapping[str, int]], found: Findings) -> None:
-    """`subset_seed` of a draw that leaves every class in both parts, or else in the training masks, if there is one.
+    """Choose a `subset_seed` that leaves every class in both parts, or else in the training masks, if there is one.
 
     Args:
-        balance: of each mask, class -> pixels, in the order of training; nothing of one that cannot be read.
-        found: takes the flag.
+        balance: for each mask, class -> pixels, in the order of training; empty for one that cannot be read.
+        found: collects the flag.
     """
     names = list(balance)
     if len(names) < 2:
@@ -201,7 +201,7 @@ def choose_split(balance: Mapping[str, Mapping[str, int]], found: Findings) -> N
 def held_by_crops(survey: MaskSurvey, names: Mapping[int, str], found: Findings) -> dict[str, float]:
     """The share of the training crops that hold a class by chance, at most that of its masks: see `crop_chances`.
 
-    Of images made smaller a crop sees most of one.
+    A crop of a scaled-down image sees most of it.
     """
     native = not found.finetuning["long_edge"]
     shares: dict[str, float] = {}

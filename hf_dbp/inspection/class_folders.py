@@ -1,4 +1,4 @@
-"""Folders of images as classes: how many images each has, and what a classifier would suffer from."""
+"""Folders of images as classes: how many images each has, and what would harm a classifier."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hf_dbp.inspection.reading import Samples
 
 __all__ = ["describe_class_folders"]
 
-UNEVEN = 10  # from this ratio of the largest class to the smallest on, the rare one is hardly learned
+UNEVEN = 10  # above this ratio of the largest class to the smallest, the rare one is hardly learned
 
 
 def describe_class_folders(images: Mapping[str, Samples], folder: str | None, found: Findings) -> str | None:
-    """Add what folders of images mean as classes; returns the command that learns them, None where there are none.
+    """Describe folders of images as classes; return the command that learns them, or None if there are none.
 
     Args:
         images: ``train`` and maybe ``validation``, names as paths below the folder or its splits.
-        folder: as the user named it; None for a data set.
-        found: takes a line, and the problems.
+        folder: the folder as the user named it; None for a data set.
+        found: collects a line and the problems.
     """
     train, validation = (
         Counter(name.partition("/")[0] for name in images.get(split, ())) for split in ("train", "validation")

@@ -1,4 +1,4 @@
-"""A page of thumbnails: what the images, and the masks beside them, look like to the tool."""
+"""A page of thumbnails of the images, and the masks beside them, as the tool sees them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIDE, COLUMNS, IMAGES = 256, 6, 24
 def thumbnail(image_HWC: Array) -> Array:
     """An image in [0, 1] as RGB, at most 256 pixels a side, each channel stretched between its 1st and 99th percentile.
 
-    Two channels are shown as magenta and green, of more than three the first three.
+    Two channels are shown as magenta and green; of more than three, the first three are shown.
     """
     height, width = image_HWC.shape[:2]
     factor = min(1.0, SIDE / max(height, width))
@@ -39,7 +39,7 @@ def thumbnail(image_HWC: Array) -> Array:
 
 
 def mask_thumbnail(mask: Any, palette: Palette | None) -> Array:
-    """A mask in colours: those of its classes, or its own."""
+    """A mask in colour: with the colours of its classes, or its own."""
     array = np.asarray(mask if palette is None else palette(mask))
     step = max(1, max(array.shape[:2]) // SIDE)
     array = array[::step, ::step]
@@ -75,7 +75,7 @@ def write_contact_sheet(path: Path, samples: Samples, masks: Samples, palette: s
 
 
 def write_pictures(path: Path, pictures: Sequence[tuple[str, Array]]) -> None:
-    """Write a PNG of titled pictures, RGB in [0, 1], six a row."""
+    """Write a PNG of titled pictures, RGB in [0, 1], six per row."""
     rows = -(-len(pictures) // COLUMNS)
     figure = Figure(figsize=(2.2 * COLUMNS, 2.4 * rows), layout="constrained")
     for axis in figure.subplots(rows, COLUMNS, squeeze=False).flat:

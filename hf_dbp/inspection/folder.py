@@ -1,13 +1,13 @@
-"""What is in a folder, what the tool will do with it, and the recipes to start from: the main of `hf-dbp inspect`.
+"""Report what a folder contains, how it will be used, and recipes to start from: the main of `hf-dbp inspect`.
 
     hf-dbp inspect IMAGES --masks MASKS
     hf-dbp inspect FOLDER_OF_PARQUET_OR_TARS
     hf-dbp inspect --dataset_name HUB_ID
 
-reads every image and mask by the code that training reads them with, and writes, beside what it prints,
-`contact_sheet.png`, `pretrain.yaml`, with masks `finetune.yaml`, and for colour masks without a palette file a
-`palette.yaml` to put the names in. The recipes are `industrial.yaml` and `industrial_upernet.yaml` with what was found
-filled in; at the end training's loader opens the data by them, and what it has to say is said here.
+reads every image and mask with the code of training, prints a report, and writes `contact_sheet.png`, `pretrain.yaml`,
+`finetune.yaml` if there are masks, and `palette.yaml`, to fill in class names, for colour masks without a palette file.
+The recipes are `industrial.yaml` and `industrial_upernet.yaml`, completed with the findings; finally training's loader
+opens the data with them, and its messages are reported too.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from hf_dbp.recipes import read_yaml, recipe_path
 __all__ = ["inspect_folder", "main"]
 
 T = TypeVar("T")
-OUTLYING = 0.01  # less of the range for 99.8 % of the values is a sign of outliers
+OUTLYING = 0.01  # if 99.8 % of the values span less of the range, there are outliers
 
 
 def pooled(splits: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    """All that the splits hold; names outside ``train`` begin with that of their split."""
+    """The content of all splits; names outside ``train`` begin with the name of their split."""
     return {
         name if split == "train" else f"{split}/{name}": value
         for split, content in splits.items()
@@ -67,7 +67,7 @@ def pooled(splits: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
 
 
 def training_share(splits: Mapping[str, Mapping[str, Any]]) -> int:
-    """How many training will see: ``train``, less what is set aside where there is no ``validation``."""
+    """The number that training will see: ``train`` minus the held-out share if there is no ``validation``."""
     count = len(splits["train"])
     return count if splits.get("validation") else count - max(1, round(count * VALIDATION))
 
@@ -75,7 +75,8 @@ def training_share(splits: Mapping[str, Mapping[str, Any]]) -> int:
 def describe_images(
     samples: Samples, files: Sequence[str], kinds: Mapping[str, ImageKind], found: Findings
 ) -> list[ImageKind]:
-    """Counts, sizes, channels, depth, unreadable files and duplicates; returns the kinds of the readable ones."""
+    """Report counts, sizes, channels, depth, unreadable files and duplicates; return the kinds of the readable
+    images."""
     readable = [kind for kind in kinds.values() if not kind.error]
     if not readable:
         raise UserError(f"none of the {len(samples)} images can be read, e.g. {next(iter(kinds.values())).error}")
@@ -114,7 +115,7 @@ def describe_images(
 
 
 def describe_values(readable: Sequence[ImageKind], found: Findings) -> None:
-    """The range of each type of values, and what is done with it; see `hf_dbp.data.values`."""
+    """Report the range of each type of values, and how it is used; see `hf_dbp.data.values`."""
     floats = [kind for kind in readable if kind.dtype.startswith("float")]
     unit = bool(floats) and min(kind.low for kind in floats) >= 0 and max(kind.high for kind in floats) <= 1
     for stored, count in Counter(kind.stored for kind in readable).most_common(3):
@@ -123,7 +124,7 @@ def describe_values(readable: Sequence[ImageKind], found: Findings) -> None:
         if kinds[0].dtype.startswith("uint"):
             done = f"divided by {np.iinfo(kinds[0].dtype).max}"
         elif unit:
-            done = "taken as they are"
+            done = "used unchanged"
         else:
             done = "this range, measured on the training images, becomes 0 to 1"
         found.lines.append(f"values     {low:g} to {high:g} of {stored} ({count} images): {done}")
@@ -131,19 +132,22 @@ def describe_values(readable: Sequence[ImageKind], found: Findings) -> None:
         if kinds[0].dtype.startswith("float") and bulk[1] - bulk[0] < OUTLYING * (high - low):
             found.problems.append(
                 f"values of {stored} reach from {low:g} to {high:g}, but 99.8 % of them lie between {bulk[0]:g} and "
-                f"{bulk[1]:g}: outliers, or marks of missing data, that squeeze all else; replace them"
+                f"{bulk[1]:g}: outliers, or markers of missing data, compress everything else; replace them"
             )
 
 
 def describe_masks(
     args: argparse.Namespace, content: Content, kinds: Mapping[str, ImageKind], found: Findings
 ) -> Samples:
-    """Kind of masks, sizes, objects, class balance, and the flags that follow; returns the masks by image."""
+    """Report kind of masks, sizes, objects and class balance, and choose flags; return the masks by image."""
     pairs = content.pairs or {}
     masks = {name: pair[1] for name, pair in pooled(pairs).items()}
     crop = max(32, found.pretraining["image_size"])
     survey = survey_masks(masks, args.palette not in (None, BINARY), crop)
-    found.lines += ["", f"masks      {len(masks)}; {len(kinds) - len(masks)} images have none and only pre-train"]
+    found.lines += [
+        "",
+        f"masks      {len(masks)}; {len(kinds) - len(masks)} images have none and are used only for pre-training",
+    ]
     if survey.errors:
         found.problems.append(
             f"{len(survey.errors)} masks cannot be read and will be left out of fine-tuning with their images, e.g. "
@@ -160,13 +164,13 @@ def describe_masks(
     misfits = [reason for name in survey.sizes if (reason := misfit(kinds[name], survey, name))]
     if misfits:
         found.problems.append(
-            f"{len(misfits)} masks are of another size than their images, with which they will be left out of "
-            f"fine-tuning, e.g. {misfits[0]}"
+            f"{len(misfits)} masks differ in size from their images; both will be left out of fine-tuning, e.g. "
+            f"{misfits[0]}"
         )
     count = sum(map(len, survey.objects.values()))
     if (smallest := survey.smallest()) is not None:
         found.lines.append(
-            f"objects    {count} outside the commonest class; the smallest are {smallest:.1f} pixels thick (tenth "
+            f"objects    {count} outside the most common class; the smallest are {smallest:.1f} pixels thick (tenth "
             "percentile of area by longer side)"
         )
     found.finetuning = dict(content.mask_flags)
@@ -185,7 +189,8 @@ def describe_masks(
 
 
 def misfit(kind: ImageKind, survey: MaskSurvey, name: str) -> str:
-    """What training says of a mask of another size than its image; empty if they fit, or the image is unreadable."""
+    """Training's message on a mask whose size differs from its image's; empty if they fit or the image is
+    unreadable."""
     try:
         check_fit(survey.sizes[name], survey.sizes[name] if kind.error else kind.size, survey.names[name])
     except UnreadableImageError as error:
@@ -194,7 +199,7 @@ def misfit(kind: ImageKind, survey: MaskSurvey, name: str) -> str:
 
 
 def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:
-    """Class balance and the flags that name the classes; returns, of each mask, class -> pixels."""
+    """Report class balance, and choose the flags that name the classes; return class -> pixels for each mask."""
     if not survey.pixels:
         return {}
     palette_file = args.palette
@@ -207,15 +212,15 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
         if written_here(Path(palette_file)):
             write_palette(Path(palette_file), survey)
         else:
-            found.lines.append(f"           by {palette_file}, in which names have been put")
+            found.lines.append(f"           by {palette_file}, which has been edited")
         values = f"{len(survey.pixels)} {'colours' if survey.coloured else 'grey values'}"
         found.problems.append(
-            f"the masks hold {values}, not ids; {palette_file} lists them: put the names of the classes in it "
-            f"({IGNORE} for what is not to be learned)"
+            f"the masks hold {values}, not ids; {palette_file} lists them: fill in the names of the classes ({IGNORE} "
+            f"for pixels not to be learned)"
         )
     elif palette_file is None and survey.kind == "smeared":
         found.problems.append(
-            f"the masks hold {len(survey.pixels)} different values, as JPEG or smooth scaling makes them: "
+            f"the masks hold {len(survey.pixels)} different values, as from JPEG or smooth scaling: "
             "save masks as PNG, scaled without interpolation"
         )
         return {}
@@ -233,7 +238,7 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
         order, found.finetuning["palette"] = [*palette.names.values(), IGNORE], palette_file
     else:
         classes = max((value for value in survey.pixels if value != 255), default=0) + 1
-        drawn = args.label_names or [f"class {k}" for k in range(classes)]  # labels bring their names
+        drawn = args.label_names or [f"class {k}" for k in range(classes)]  # labels have names
         names = {value: "255 (ignored)" if value == 255 else drawn[value] for value in survey.pixels}
         order = drawn
         if not args.label_names:
@@ -252,15 +257,15 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
 
 
 def remove_earlier(recipe: Path) -> None:
-    """Remove the recipe of an earlier inspection, which may have been of other data, so that none is left behind."""
+    """Remove the recipe of an earlier inspection, which may have been for other data."""
     if recipe.is_file() and recipe.read_text(encoding="utf-8").startswith("# industrial_upernet.yaml with what"):
         recipe.unlink()
 
 
 def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
-    """The recipe ``base`` with these flags in place of its own."""
+    """Write the recipe ``base`` with these flags replacing its own."""
     content = read_yaml(recipe_path(base)) | {key: value for key, value in flags.items() if value not in (None, "", [])}
-    lines = [f"# {base} with what `hf-dbp inspect` found; change what you like."]
+    lines = [f"# {base} with what `hf-dbp inspect` found; edit it as you like."]
     for key, value in content.items():
         text = str(value).lower() if isinstance(value, bool) else str(value)
         plain = not isinstance(value, list) and re.fullmatch(r"[\w./+-]+", text)
@@ -269,7 +274,7 @@ def write_recipe(path: Path, base: str, flags: Mapping[str, Any]) -> None:
 
 
 def describe_left_out(content: Content, found: Findings) -> None:
-    """What lies there and is not used."""
+    """Report what is in the source but not used."""
     left_out = content.left_out
     found.problems += [content.problem] if content.problem else []
     found.problems += [line for line in left_out.lines() if "without a mask" not in line]
@@ -278,7 +283,7 @@ def describe_left_out(content: Content, found: Findings) -> None:
 
 
 class Heard(logging.Handler):
-    """The warnings of training's code, kept instead of shown."""
+    """Collects the warnings of training's code instead of showing them."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -289,17 +294,17 @@ class Heard(logging.Handler):
 
 
 def known(source: type[ImageSource], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that a source has."""
+    """Those of the flags that a source has."""
     names = {field.name for field in dataclasses.fields(source) if field.init}
     return {name: value for name, value in flags.items() if name in names and value is not None}
 
 
 def rehearse(data: Mapping[str, Any], found: Findings) -> list[str]:
-    """What training's loaders say of the data by the flags of both recipes, as far as no line says it yet.
+    """The messages of training's loaders about the data with the flags of both recipes, except those already reported.
 
     Args:
-        data: the flags that name the images.
-        found: with the flags of both recipes; its problems are those already named.
+        data: flags that name the images.
+        found: findings with the flags of both recipes and the problems already reported.
     """
     heard, logger = Heard(), logging.getLogger("hf_dbp")
     propagated, logger.propagate = logger.propagate, False
@@ -315,14 +320,16 @@ def rehearse(data: Mapping[str, Any], found: Findings) -> list[str]:
         logger.removeHandler(heard)
         logger.propagate = propagated
     said = {gist(problem) for problem in found.problems}
-    fresh = (message for message in dict.fromkeys(heard.messages) if " left out: " not in message)  # these are said
+    fresh = (
+        message for message in dict.fromkeys(heard.messages) if " left out: " not in message
+    )  # these are already reported
     text = "\n".join(found.problems)
     reasons = ((message, message.partition(": ")[2]) for message in fresh)
     return [message for message, reason in reasons if gist(reason) not in said and reason not in text]
 
 
 def gist(message: str) -> str:
-    """A message without its example and its counts, which differ from one part of the data to the other."""
+    """A message without its example and its counts, which differ between parts of the data."""
     return re.sub(r"\d+", "N", message.partition(", e.g. ")[0])
 
 
@@ -370,20 +377,20 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
 
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse and run. User mistakes end with one line on stderr and exit status 2."""
+    """Parse and run. A user's mistake ends with one line on stderr and exit status 2."""
     parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", help="folder of images, nested as it is, or of parquet files or tars")
-    parser.add_argument("--masks", help="masks, named as the images, or labels (COCO, LabelMe, YOLO, CVAT)")
+    parser.add_argument("folder", nargs="?", help="folder of images (with any subfolders), parquet files or tars")
+    parser.add_argument("--masks", help="masks, named like the images, or labels (COCO, LabelMe, YOLO, CVAT)")
     parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
     parser.add_argument("--palette", help="YAML file of class names and colours, or `binary` for 0/255 masks")
     parser.add_argument(
-        "--channel_files", nargs="+", help="a file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'"
+        "--channel_files", nargs="+", help="for one file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'"
     )
-    parser.add_argument("--dataset_name", help="in place of a folder: Hub id of a data set, or wire_bonding")
+    parser.add_argument("--dataset_name", help="instead of a folder: Hub id of a data set, or wire_bonding")
     parser.add_argument("--dataset_config_name", help="configuration of the Hub data set")
     parser.add_argument("--image_column_name", help="column of the images in parquet, tars or a Hub data set")
     parser.add_argument("--annotation_column_name", help="column of the masks there")
-    parser.add_argument("--output_dir", default="outputs/inspection", help="where recipes and contact sheet go")
+    parser.add_argument("--output_dir", default="outputs/inspection", help="folder for recipes and contact sheet")
     args = parser.parse_args(arguments)
     if (args.folder is None) == (args.dataset_name is None):
         raise UserError("name what to inspect: a folder, or --dataset_name HUB_ID (not both)")

@@ -1,7 +1,7 @@
-"""What a folder of masks holds: the values in each mask, and what kind of masks that makes them.
+"""Survey a folder of masks: the values in each mask, and the kind of masks they imply.
 
-Every file is read once, in threads. Masks of a set mean the same: where palettes differ colours are read, 1-bit masks
-beside masks of 0 and 255 are such masks too.
+Every file is read once, in threads. All masks of a set mean the same: if palettes differ, colours are read, and 1-bit
+masks beside masks of 0 and 255 count as such masks.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from hf_dbp.inspection.reading import Samples, value_of
 __all__ = ["MaskSurvey", "crop_chances", "survey_masks", "thickness", "write_palette", "written_here"]
 
 THREADS = 4
-COLOURS = 64  # more than so many are no palette
-OBJECTS = 1000  # of a class in a mask that are looked at
+COLOURS = 64  # more values than this are not a palette
+OBJECTS = 1000  # maximum number of objects to examine per class and mask
 
 
 @dataclass
@@ -46,12 +46,12 @@ class MaskSurvey:
 
     Attributes:
         sizes: height and width of each mask that can be read, by name.
-        values: of each mask, value -> pixels; a value is an id or, if ``coloured``, the code of a colour.
-        kinds: of each mask, what it shows of its meaning.
+        values: for each mask, value -> pixels; a value is an id or, if ``coloured``, the code of a colour.
+        kinds: for each mask, what it reveals about its meaning.
         coloured: whether the values are colours.
-        objects: of each mask, how thick its objects are in pixels, see `thickness`.
-        chances: of each mask, value -> share of the crops at native resolution that hold it, see `crop_chances`.
-        names: what messages call each mask.
+        objects: for each mask, the thickness of its objects in pixels, see `thickness`.
+        chances: for each mask, value -> share of the crops at native resolution that hold it, see `crop_chances`.
+        names: how messages refer to each mask.
         errors: masks that cannot be read, and why.
         refused: masks that can be read but not understood, which ends training, and why.
     """
@@ -70,7 +70,7 @@ class MaskSurvey:
         """Thickness of the smallest objects, the tenth percentile over all masks; None if there are no objects.
 
         Args:
-            long_edge: pixels that the long side of larger masks is made smaller to; None for none.
+            long_edge: pixels to which the long side of larger masks is scaled down; None for no scaling.
         """
         sizes = [
             size * (1.0 if long_edge is None else min(1.0, long_edge / max(self.sizes[name])))
@@ -86,7 +86,8 @@ class MaskSurvey:
 
     @property
     def kind(self) -> str:
-        """``binary``, ``index``, ``palette`` (colours, or grey values far apart) or ``smeared``, too many for both."""
+        """``binary``, ``index``, ``palette`` (colours, or grey values far apart) or ``smeared`` (too many values for
+        either)."""
         values = set(self.pixels)
         full = {grey_code(value) for value in FULL[1:]} if self.coloured else set(FULL[1:])
         if values - {0} and (values <= {0} | full or all(kind.bilevel for kind in self.kinds.values())):
@@ -100,9 +101,8 @@ class MaskSurvey:
 
 
 def thickness(values_HW: NDArray[Any]) -> list[float]:
-    """Of each connected object in a mask its area by the longer side of its box: the width of a scratch, of a spot.
-
-    The commonest value is taken for the background; single pixels and masks of many values are left out.
+    """For each connected object in a mask, its area divided by the longer side of its box: the width of a scratch or
+    spot. The most common value counts as background; single pixels and masks with many values are left out.
     """
     values, counts = np.unique(values_HW, return_counts=True)
     sizes: list[float] = []
@@ -114,15 +114,15 @@ def thickness(values_HW: NDArray[Any]) -> list[float]:
 
 
 def crop_chances(values_HW: NDArray[Any], crop: int) -> dict[int, float]:
-    """Of each value in a mask the share of its crops of ``crop`` pixels a side that hold it, of those on a grid.
+    """For each value in a mask, the share of the crops of ``crop`` x ``crop`` pixels on a grid that hold it.
 
-    Where the mask is smaller than a crop, so is the crop. Of more than `COLOURS` values none is looked at.
+    If the mask is smaller than a crop, so is the crop. Masks with more than `COLOURS` values are skipped.
     """
     values, counts = np.unique(values_HW, return_counts=True)
     height, width = (min(side, crop) for side in values_HW.shape)
     step, found = max(1, crop // 8), {}
     for value, count in zip(values.tolist(), counts.tolist(), strict=True) if len(values) <= COLOURS else ():
-        if 2 * count > values_HW.size:  # nearly every crop
+        if 2 * count > values_HW.size:  # in nearly every crop
             found[value] = 1.0
             continue
         sums = cv2.integral((values_HW == value).astype(np.uint8))
@@ -136,8 +136,8 @@ def survey_masks(masks: Samples, coloured: bool = False, crop: int = 512) -> Mas
     """Read all masks.
 
     Args:
-        masks: by the names of their images.
-        coloured: whether a palette file says what their colours mean.
+        masks: masks by the names of their images.
+        coloured: whether a palette file gives the meaning of their colours.
         crop: side of a training crop in pixels.
     """
     found = MaskSurvey(coloured=coloured)
@@ -175,11 +175,11 @@ def survey_masks(masks: Samples, coloured: bool = False, crop: int = 512) -> Mas
 
 
 def unify(found: MaskSurvey, colours: set[str]) -> None:
-    """Bring the values of all masks to one meaning.
+    """Give the values of all masks one meaning.
 
     Args:
         found: what was read.
-        colours: the masks whose values are colours already.
+        colours: masks whose values are already colours.
     """
     found.coloured |= bool(colours) or same_palettes(found.kinds) is not None
     bilevel = {name for name, kind in found.kinds.items() if kind.bilevel}
@@ -199,7 +199,7 @@ def unify(found: MaskSurvey, colours: set[str]) -> None:
 
 
 def written_here(path: Path) -> bool:
-    """Whether a palette file can be written anew: there is none, or one of an earlier inspection that nobody edited."""
+    """Whether a palette file may be written: there is none, or one from an earlier inspection that nobody edited."""
     try:
         content = read_palette(str(path))
     except UserError:
@@ -208,9 +208,9 @@ def written_here(path: Path) -> bool:
 
 
 def write_palette(path: Path, survey: MaskSurvey) -> None:
-    """A palette file of the colours found, commonest first, to be edited."""
+    """Write a palette file with the colours found, most common first, for editing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["# Name the classes; lines of one class can be joined: name: [colour, colour]. `ignore` is not learned."]
+    lines = ["# Name the classes; you can join lines of one class: name: [colour, colour]. `ignore` is not learned."]
     for number, (value, count) in enumerate(survey.pixels.most_common()):
         colour = f'"#{value:06x}"' if survey.coloured else str(value)
         lines.append(f"class {number}: {colour}  # {count / survey.pixels.total():.3%} of the pixels")

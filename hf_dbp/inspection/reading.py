@@ -1,7 +1,7 @@
 """What training would read from a source: its images and masks, not yet decoded, found by training's own code.
 
-A sample of a folder of pictures is its files. Parquet files, tars, data sets on the Hub and the built-in images are
-tables, as for fine-tuning; a sample of one is a row.
+In a folder of pictures, a sample is its files. Parquet files, tars, data sets on the Hub and the built-in images are
+tables, as for fine-tuning, and a sample is a row.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Row:
     index: int
 
 
-Sample = tuple[str, ...] | Row  # the files of a picture, one for each channel if there are several; or a row
-Samples = Mapping[str, Sample]  # by name
+Sample = tuple[str, ...] | Row  # the files of a picture, one per channel if there are several; or a row
+Samples = Mapping[str, Sample]  # samples by name
 
 
 def value_of(sample: Sample) -> Any:
-    """What is stored of a sample, in the form that `hf_dbp.data.decoding.decode` reads."""
+    """The stored value of a sample, in the form that `hf_dbp.data.decoding.decode` reads."""
     if isinstance(sample, Row):
         return sample.table[sample.index][sample.column]
     return {"bytes": None, "path": sample[0], "more": list(sample[1:])}
@@ -48,16 +48,17 @@ def value_of(sample: Sample) -> Any:
 
 @dataclass
 class Content:
-    """What lies in a source.
+    """The content of a source.
 
     Attributes:
         images: ``train`` and maybe ``validation``: all images by name.
-        pairs: the same splits, image and mask of those that have one; None if there are no masks, or they do not fit.
+        pairs: the same splits, with image and mask of those that have one; None if there are no masks or they do not
+            fit.
         left_out: what else lies there.
         problem: why the masks do not fit.
-        files: what was opened on disk.
-        flags: of both recipes, beyond the folder or the data set.
-        mask_flags: of fine-tuning.
+        files: the files opened on disk.
+        flags: flags of both recipes, besides the folder or the data set.
+        mask_flags: flags of fine-tuning.
     """
 
     images: Mapping[str, Samples]
@@ -73,11 +74,11 @@ def read_source(args: argparse.Namespace) -> Content:
     """The content of the folder or the data set of `hf-dbp inspect`.
 
     Raises:
-        UserError: as training, or masks in a folder of the images.
+        UserError: as in training, or the masks lie in the folder of the images.
     """
     if args.masks is not None and (args.dataset_name is not None or args.folder is None):
         raise UserError(
-            "--masks belongs to a folder of pictures; a table's masks are a column, --annotation_column_name"
+            "--masks is for a folder of pictures; the masks of a table are a column, --annotation_column_name"
         )
     if args.dataset_name is not None:
         return read_tables(args, None)
@@ -96,14 +97,14 @@ def read_source(args: argparse.Namespace) -> Content:
 
 
 def read_pictures(args: argparse.Namespace, folder: Folder, problem: str = "") -> Content:
-    """A folder of pictures without masks, or of masks that have a ``problem``."""
+    """A folder of pictures without masks, or with masks that have a ``problem``."""
     images = pick_splits(folder.pictures(args.channel_files, args.mask_suffix), args.folder, folder.left_out)
     files = [file for samples in images.values() for sample in samples.values() for file in sample]
     return Content(images, None, folder.left_out, problem, files)
 
 
 def read_tables(args: argparse.Namespace, folder: Folder | None) -> Content:
-    """The tables that fine-tuning would read; with masks if there is a column of them."""
+    """The tables that fine-tuning would read, with masks if there is a column of them."""
     source = SegmentationSource(
         dataset_name=args.dataset_name,
         dataset_config_name=args.dataset_config_name,

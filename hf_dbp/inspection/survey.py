@@ -1,6 +1,6 @@
-"""What a source of images holds: every image is read once, in threads, and little of it is kept.
+"""Survey a source of images: every image is read once, in threads, and little of it is kept.
 
-`survey_images` gives size, channels, type or the error of each sample; `duplicates` the files with equal contents.
+`survey_images` returns size, channels, type or the error of each sample; `duplicates` groups files with equal contents.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ PIECE = 2**16  # bytes
 
 @dataclass(frozen=True)
 class ImageKind:
-    """What messages call it, height and width in pixels, channels and their type; or why the sample cannot be read.
+    """How messages refer to a sample, its height and width in pixels, channels and type, or why it cannot be read.
 
-    ``stored`` is the type in the file, ``dtype`` that in which the values are held; ``low`` and ``high`` are the least
-    and the greatest value, ``bulk`` what the middle 99.8 % of the values span. Of a ``picture`` (8-bit, by Pillow) the
-    tool makes grey or RGB, of an array it takes the channels as they are. ``digest`` tells rows of a table apart.
+    ``stored`` is the type in the file, ``dtype`` the type that holds the values; ``low`` and ``high`` are the smallest
+    and the largest value, ``bulk`` is the range of the middle 99.8 %. A ``picture`` (8-bit, from Pillow) becomes grey
+    or RGB; an array keeps its channels. ``digest`` tells rows of a table apart.
     """
 
     name: str = ""
@@ -52,7 +52,7 @@ class ImageKind:
 
     @property
     def counted(self) -> int:
-        """Channels without alpha, which pictures lose on reading."""
+        """The number of channels without alpha, which pictures lose on reading."""
         return (1 if self.channels < 3 else 3) if self.picture else self.channels
 
 
@@ -70,7 +70,7 @@ def survey_images(samples: Samples) -> dict[str, ImageKind]:
             bands = (3 if image.mode == "P" else len(image.getbands())) if picture else None
             array = to_array(image, bands)
         except DECODING_ERRORS as error:
-            reason = "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+            reason = "it is not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
             return ImageKind(where, error=f"{where}: {reason}")
         try:
             check_finite(array, where)
@@ -90,14 +90,14 @@ def survey_images(samples: Samples) -> dict[str, ImageKind]:
 
 
 def bulk(array_HWC: NDArray[Any]) -> tuple[float, float]:
-    """Between which values the middle 99.8 % lie, by a grid of 128 x 128 pixels."""
+    """The range of the middle 99.8 % of the values, on a grid of 128 x 128 pixels."""
     rows, columns = (np.linspace(0, side - 1, min(side, 128), dtype=int) for side in array_HWC.shape[:2])
     low, high = np.quantile(array_HWC[np.ix_(rows, columns)], (0.001, 0.999))
     return float(low), float(high)
 
 
 def duplicates(files: Iterable[str]) -> list[list[str]]:
-    """Groups of files with equal contents: of equal size, then equal in three pieces, then in all."""
+    """Groups of files with equal contents: compare sizes, then three pieces, then everything."""
     groups = [[str(file) for file in files if Path(file).is_file()]]
     for key in (size_of, lambda file: digest(file, pieces=True), lambda file: digest(file, pieces=False)):
         split: dict[Any, list[str]] = defaultdict(list)
@@ -109,7 +109,7 @@ def duplicates(files: Iterable[str]) -> list[list[str]]:
 
 
 def copies(samples: Samples, kinds: Mapping[str, ImageKind]) -> list[list[str]]:
-    """Groups of equal images by what messages call them: of files by their bytes, of rows by what is stored in them."""
+    """Groups of equal images, by the names in messages: files compared by their bytes, rows by their stored values."""
     rows: dict[bytes, list[str]] = defaultdict(list)
     for kind in kinds.values():
         if kind.digest:
@@ -123,7 +123,7 @@ def size_of(file: str) -> int:
 
 
 def digest(file: str, *, pieces: bool) -> bytes:
-    """Of the whole file, or of its beginning, middle and end."""
+    """The digest of the whole file, or of its beginning, middle and end."""
     hashed = hashlib.blake2b(digest_size=16)
     with Path(file).open("rb") as opened:
         if not pieces:

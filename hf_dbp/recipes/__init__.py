@@ -1,10 +1,10 @@
-"""Recipes: YAML files of command-line flags, shipped with the package, and the parser that puts them under the user's.
+"""Recipes: YAML files of command-line flags, shipped with the package, and the parser that combines them with yours.
 
     run_dbp_mae.py --config imagenet10_dbp.yaml --learning_rate 2e-3     # the recipe's flags, then the user's
 
-A recipe is one flat mapping, flag name -> value. It is turned into arguments that stand *before* the user's, so the
-user's win; values stay text until the flag's own type reads them (YAML would make a string of 5e-4 and False of `no`).
-Reading a recipe cannot execute code.
+A recipe is one flat mapping, flag name -> value. It becomes arguments *before* the user's, so the user's win. Values
+stay text until the flag's own type parses them (YAML would turn 5e-4 into a string and `no` into False). Reading a
+recipe cannot execute code.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def yaml_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The recipe of that path or else of that name in the package. ValueError if neither exists."""
+    """The recipe with that path, or else with that name in the package. UserError if neither exists."""
     for path in (Path(name), Path(str(resources.files(__name__) / name))):
         if path.is_file():
             return path
@@ -64,7 +64,7 @@ def recipe_arguments(name: str) -> list[str]:
     """The recipe as command-line arguments.
 
     Raises:
-        ValueError: no such recipe, not YAML, not one flat mapping, or the plan of a comparison.
+        UserError: there is no such recipe, or it is not YAML, not one flat mapping, or the plan of a comparison.
     """
     path = recipe_path(name)
     content = read_yaml(path)
@@ -76,20 +76,20 @@ def recipe_arguments(name: str) -> list[str]:
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file with every scalar as text. ValueError if it is not YAML."""
+    """The content of a YAML file with every scalar as text. UserError if it is not YAML."""
     try:
         text = path.read_text(encoding="utf-8")
-        safe_yaml(text)  # refuses what is more than data
+        safe_yaml(text)  # refuses everything but data
         return yaml.load(text, Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"recipe {path} is not readable YAML: {str(error).splitlines()[0]}") from error
 
 
 def safe_yaml(text: str) -> Any:
-    """YAML without tags of Python's and without aliases, a few of which stand for any number of values.
+    """Parse YAML without Python tags and without aliases, a few of which can expand to any number of values.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: it is none.
+        yaml.YAMLError, ValueError, RecursionError: it is not such YAML.
     """
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
         raise yaml.YAMLError("it holds an alias (*name); write the value out")
@@ -97,11 +97,11 @@ def safe_yaml(text: str) -> Any:
 
 
 def flag_arguments(flags: dict[str, Any], source: str) -> list[str]:
-    """Flags and their values, as text, in the form of command-line arguments. ValueError for what is no flag name."""
+    """Flags and their values, as text, in the form of command-line arguments. UserError for an invalid flag name."""
     arguments: list[str] = []
     for key, value in flags.items():
         if not isinstance(key, str) or not key.isidentifier():
-            raise UserError(f"{source}: {key!r} is no flag name; write e.g. learning_rate: 5e-4")
+            raise UserError(f"{source}: {key!r} is not a flag name; write e.g. learning_rate: 5e-4")
         if value in ("", "null", "~"):
             continue  # the flag's default
         values = value if isinstance(value, list) else [json.dumps(typed(value)) if isinstance(value, dict) else value]
@@ -110,7 +110,7 @@ def flag_arguments(flags: dict[str, Any], source: str) -> list[str]:
 
 
 def typed(value: Any) -> Any:
-    """A value read as text, with numbers, booleans and null as YAML has them; the rest stays text."""
+    """A value read as text, converted to a number, boolean or null if it is one in YAML."""
     if isinstance(value, dict):
         return {key: typed(item) for key, item in value.items()}
     if not isinstance(value, str):
@@ -124,7 +124,7 @@ def typed(value: Any) -> Any:
 def parse_arguments(
     dataclasses: Sequence[type], arguments: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[Any, ...]:
-    """Parse flags into dataclasses, with ``--config RECIPE`` under the user's own flags.
+    """Parse flags into dataclasses; the user's flags override those of ``--config RECIPE``.
 
     Args:
         dataclasses: argument dataclasses, as for `hf_dbp.flags.FlagParser`.
@@ -135,8 +135,8 @@ def parse_arguments(
         One instance per dataclass.
 
     Raises:
-        ValueError: the recipe cannot be read, a flag is unknown, or a value is refused by its dataclass.
-        SystemExit: a value of the wrong type (argparse's message on stderr).
+        UserError: the recipe cannot be read, a flag is unknown, or a dataclass refuses a value.
+        SystemExit: a value has the wrong type (argparse's message on stderr).
     """
     own = list(sys.argv[1:] if arguments is None else arguments)
     own = [part for item in own for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
@@ -148,7 +148,9 @@ def parse_arguments(
         recipes += recipe_arguments(own[at + 1])
         del own[at : at + 2]
     hf_parser = FlagParser(dataclasses, description)
-    hf_parser.add_argument("--config", help=f"recipe under the flags given: a YAML file or {', '.join(recipe_names())}")
+    hf_parser.add_argument(
+        "--config", help=f"recipe that the given flags override: a YAML file or {', '.join(recipe_names())}"
+    )
     *parsed, unknown = hf_parser.parse_args_into_dataclasses(
         [*recipes, *own], return_remaining_strings=True, look_for_args_file=False
     )

@@ -1,1 +1,1 @@
-"""From a model and images to a trained run: the Trainer, its flags, optimizers, clock, guards and checkpoints."""
+"""Train a model on images: the Trainer, its flags, optimizers, clock, guards and checkpoints."""

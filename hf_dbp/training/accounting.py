@@ -1,6 +1,6 @@
-"""What was asked of a run and what it used, side by side: `asked_used` of its record.
+"""What a run was asked for beside what it used: `asked_used` in its record.
 
-A row stands there for each setting or count of which something else was used than was asked for, with the reason:
+It has a row, with the reason, for each setting or count that differs from what was asked for:
 
     {"per_device_train_batch_size": {"asked": 8, "used": 6, "why": "what fits in memory (--auto_find_batch_size)"}, ...}
 """
@@ -24,12 +24,12 @@ def asked_used(
     results: Mapping[str, Any],
     best: Mapping[str, Any] | None,
 ) -> dict[str, dict[str, Any]]:
-    """The rows of a run that has ended, by name.
+    """The rows of a finished run, by name.
 
     Args:
         asked, used: the run's arguments by name, before and after it.
-        data: the record's data: images, those left out, the dropped tail of an epoch.
-        results: the record's results: unreadable images, guards, the model's step.
+        data: data of the record: images, images left out, the dropped tail of an epoch.
+        results: results of the record: unreadable images, guards, the model's step.
         best: the evaluation in training with the best value of ``metric_for_best_model``.
     """
     rows: dict[str, dict[str, Any]] = {}
@@ -50,9 +50,9 @@ def asked_used(
     reasons = "; ".join(f"{one['count']} {reason}" for reason, one in left_out.get("reasons", {}).items())
     row("images of the source", images + left_out.get("count", 0), images, f"left out: {reasons}")
     tail = data.get("feeding", {}).get("dropped_tail", 0)
-    row("images of an epoch", images, images - tail, "the last ones do not fill a step; others in every epoch")
+    row("images of an epoch", images, images - tail, "the last ones do not fill a step; they differ in every epoch")
     both, unreadable = images + data["validation_images"], results.get("unreadable", {}).get("count", 0)
-    why = "`unreadable` names them; in training neighbours stood in for them"
+    why = "`unreadable` names them; in training neighbours replaced them"
     row("readable images, those of validation included", both, both - unreadable, why)
     guards = results.get("guards", {})
     steps, skipped = results["steps"], guards.get("skipped_steps", 0)
@@ -61,15 +61,15 @@ def asked_used(
         wanted, why = f"--budget {asked['budget']}", f"as many as there was time for; {why}"
     row("optimizer steps", wanted, steps["taken"] - skipped, why)
     left_r = sum(guards.get("skipped_R", {}).values())
-    row("updates of R left out, over layers", 0, left_r, "their sums were not finite")
+    row("skipped updates of R, over layers", 0, left_r, "their sums were not finite")
     reduced = sum(layer["steps"] for layer in guards.get("reduced_eta", {}).values())
     row("updates of R with a smaller eta, over layers", 0, reduced, "--bound_eta: it would have diverged")
     if best is not None:
         metric, kept = used.get("metric_for_best_model"), results.get("model", {}).get("step")
-        why = "--load_best_model_at_end false" if not used.get("load_best_model_at_end") else "the best that was saved"
+        why = "--load_best_model_at_end false" if not used.get("load_best_model_at_end") else "the best saved one"
         row("step of the model", best["step"], kept, f"asked: the best {metric} seen; used: {why}")
     for step, missing in results.get("resumed_without", {}).items():
-        row(f"optimizer state at step {step}", missing, [], "the checkpoint holds the model alone (--save_only_model)")
+        row(f"optimizer state at step {step}", missing, [], "the checkpoint holds only the model (--save_only_model)")
     return rows
 
 

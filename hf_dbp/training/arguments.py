@@ -1,4 +1,4 @@
-"""Flags of pre-training: which images, which model, how it sees the images, how it is trained (as fine-tuning, too)."""
+"""Flags of pre-training: which images, which model, how it sees them, and how it is trained (shared by fine-tuning)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNLISTED = ("azure_ml", "flyte")  # loggers of which transformers does not say w
 class DataArguments(StreamingFlags):
     """Which images; flags as in transformers' run_mae.py, and what goes beyond it."""
 
-    subset_seed: int = field(default=0, metadata={"help": "Which share --train_fraction chooses."})
+    subset_seed: int = field(default=0, metadata={"help": "Seed of the choice that --train_fraction makes."})
 
 
 @dataclass
@@ -43,29 +43,30 @@ class ModelArguments(HubFlags):
     method: Annotated[str, Nature("method", "refused")] = field(
         default="dbp",
         metadata={
-            "help": "dbp: decorrelated backprop. bp: the same model, nothing decorrelated. stock: transformers' class.",
+            "help": "dbp: decorrelated backprop. bp: the same model with nothing decorrelated. stock: transformers' "
+            "class.",
             "choices": ["dbp", "bp", "stock"],
         },
     )
     optimizer: Annotated[str, Nature("method", "refused", card="optimizer")] = field(
         default="adamw",
         metadata={
-            "help": "adamw; or on hidden matrices, with AdamW on the rest: muon, or soap or another that the package "
-            "pytorch-optimizer has."
+            "help": "adamw; or, on hidden matrices with AdamW on the rest: muon, soap, or another optimizer of the "
+            "package pytorch-optimizer."
         },
     )
     model_size: Annotated[str, Nature("model")] = field(
-        default="base", metadata={"help": "Named size of a fresh model.", "choices": list(SIZES)}
+        default="base", metadata={"help": "Named size of a new model.", "choices": list(SIZES)}
     )
     model_name_or_path: Annotated[str | None, Nature("model", "refused")] = field(
         default=None,
-        metadata={"help": "Checkpoint to start from: any ViT-MAE, folder or Hub id; default: from scratch."},
+        metadata={"help": "Checkpoint to start from: any ViT-MAE, as folder or Hub id; default: from scratch."},
     )
     config_name: Annotated[str | None, Nature("model")] = field(
-        default=None, metadata={"help": "Configuration of a fresh model, folder or Hub id."}
+        default=None, metadata={"help": "Configuration of a new model, as folder or Hub id."}
     )
     config_overrides: Annotated[str | None, Nature("model")] = field(
-        default=None, metadata={"help": "Settings of a fresh model, e.g. hidden_size=192,decoder_num_hidden_layers=4."}
+        default=None, metadata={"help": "Settings of a new model, e.g. hidden_size=192,decoder_num_hidden_layers=4."}
     )
     image_size: Annotated[list[int] | None, Nature("model")] = field(
         default=None, metadata={"help": "Input size in pixels, one number or height and width (default: 224)."}
@@ -74,17 +75,17 @@ class ModelArguments(HubFlags):
         default=None, metadata={"help": "Side of a patch in pixels (default: 16)."}
     )
     mask_ratio: Annotated[float | None, Nature("training", "told", card="share of the patches that is masked")] = field(
-        default=None, metadata={"help": "Share of the patches that is masked (default: the checkpoint's, else 0.75)."}
+        default=None, metadata={"help": "Share of the patches to mask (default: the checkpoint's, else 0.75)."}
     )
     norm_pix_loss: Annotated[bool | None, Nature("training", "told", card="target patches normalised")] = field(
-        default=None, metadata={"help": "Normalise each target patch (default: as the checkpoint, else not)."}
+        default=None, metadata={"help": "Normalise each target patch (default: as in the checkpoint, else off)."}
     )
     decorrelated_layers: Annotated[str, Nature("model", "refused", card="decorrelated layers", dbp=True)] = field(
         default="encoder",
         metadata={"help": "Layers that dbp decorrelates.", "choices": ["encoder", "block_inputs", "full", "none"]},
     )
     naive_decorrelation: Annotated[bool, Nature("model")] = field(
-        default=False, metadata={"help": "Decorrelate every token, not the weights."}
+        default=False, metadata={"help": "Decorrelate every token instead of the weights; slower, for checks."}
     )
     image_processor_name: Annotated[str | None, Nature("training", "told")] = field(
         default=None, metadata={"help": "Image processor to take mean and std from."}
@@ -93,7 +94,8 @@ class ModelArguments(HubFlags):
         default="auto",
         metadata={
             "help": "Mean and std per channel: imagenet's, measured once on the training images, or auto: those of "
-            "--model_name_or_path if it has them for as many channels, else imagenet's for 8-bit RGB, else measured.",
+            "--model_name_or_path if it has them for this number of channels, else imagenet's for 8-bit RGB, else "
+            "measured.",
             "choices": ["auto", "imagenet", "measured"],
         },
     )
@@ -101,45 +103,46 @@ class ModelArguments(HubFlags):
         default=False,
         metadata={
             "help": "See random tiles of --image_size pixels at native resolution, for large images with fine detail. "
-            "Default: random parts, from a fifth to all of an image, made smaller to --image_size."
+            "Default: random crops of a fifth to all of an image, resized to --image_size."
         },
     )
     flip: Annotated[float, Nature("training", "told")] = field(
         default=0.5,
         metadata={
-            "help": "Chance that a training view is flipped left to right; 0 where the two differ, as in spectrograms."
+            "help": "Probability of flipping a training view left to right; use 0 if left and right differ, as in "
+            "spectrograms."
         },
     )
     augment_on_device: Annotated[bool | None, Nature("nothing")] = field(
         default=None,
         metadata={
-            "help": "Let workers read the parts of 8-bit images as bytes, and flip, resize and normalise them on the "
+            "help": "Let workers read crops of 8-bit images as bytes, and flip, resize and normalise them on the "
             "device. Default: on a GPU."
         },
     )
     trust_remote_code: Annotated[bool, Nature("nothing")] = field(
-        default=False, metadata={"help": "Refused: no code of a model or a data set is ever run."}
+        default=False, metadata={"help": "Refused: code from a model or a data set is never run."}
     )
 
     def __post_init__(self) -> None:
         if self.trust_remote_code:
-            raise UserError("--trust_remote_code: no code of a model or a data set is ever run here; leave it out")
+            raise UserError("--trust_remote_code: code from a model or a data set is never run; leave the flag out")
         check_optimizer(self.optimizer)
         if self.method == "dbp" and self.decorrelated_layers == "none":
             raise UserError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
         if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
             raise UserError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
         if not 0.0 <= self.flip <= 1.0:
-            raise UserError(f"--flip is a chance in [0, 1], got {self.flip}")
+            raise UserError(f"--flip is a probability in [0, 1], got {self.flip}")
         if self.image_size is not None and len(self.image_size) > 2:
             raise UserError(f"--image_size takes one number or height and width, got {self.image_size}")
 
 
 def feed_fast(args: TrainingArguments) -> None:
-    """Settings of loaders and processes that cost nothing; to be called before `TrainingArguments.__post_init__`.
+    """Set loader and process options that cost nothing; call it before `TrainingArguments.__post_init__`.
 
-    Batches in pinned memory and copied while the device computes (with a GPU), workers that outlive an epoch, and no
-    search for parameters without a gradient, of which our models have none.
+    Pin batches in memory and copy them while the device computes (with a GPU), keep workers between epochs, and do not
+    search for parameters without a gradient, because our models have none.
     """
     args.dataloader_pin_memory &= torch.cuda.is_available()
     args.dataloader_persistent_workers &= args.dataloader_num_workers > 0
@@ -209,35 +212,39 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         "log_level": COMMON,
     }
 
-    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, not on biases and norms."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay, except on biases and norms."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of an epoch."})
-    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep the workers between epochs."})
+    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep loader workers between epochs."})
     save_strategy: str | None = field(
-        default=None, metadata={"help": "When to save (default: as --eval_strategy; without one, steps)."}
+        default=None, metadata={"help": "When to save (default: as --eval_strategy; if that is no, steps)."}
     )
     save_steps: float | None = field(
-        default=None, metadata={"help": "Steps between checkpoints (default: --eval_steps for the best one, else 500)."}
+        default=None,
+        metadata={"help": "Steps between checkpoints (default: --eval_steps if the best one is kept, else 500)."},
     )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     max_skipped_steps: Annotated[int, Nature("nothing")] = field(
-        default=5, metadata={"help": "Stop when so many steps in a row met a loss, gradient or R that is not finite."}
+        default=5,
+        metadata={"help": "Stop after this many steps in a row with a loss, gradient or R that is not finite."},
     )
     budget: Annotated[str | None, Nature("nothing")] = field(
         default=None,
         metadata={
-            "help": "Time that the whole command may take, e.g. 2h or 30m, in place of epochs: the schedule follows "
-            "the clock. hf-dbp pretrain IMAGES --budget 2h chooses all else and writes it to budget.yaml."
+            "help": "Time that the whole command may take, e.g. 2h or 30m, instead of epochs: the schedule follows "
+            "the clock. hf-dbp pretrain IMAGES --budget 2h chooses everything else and writes it to budget.yaml."
         },
     )
     country: Annotated[str | None, Nature("nothing")] = field(
         default=None,
-        metadata={"help": "Country of the grid for CO2e, three-letter ISO code; default: the world's average."},
+        metadata={
+            "help": "Country of the power grid for CO2e, as a three-letter ISO code; default: the world average."
+        },
     )
 
     def __post_init__(self) -> None:
         check_country(self.country)
         refuse_sharding(self)
-        if self.budget is not None:  # `hf_dbp.training.budget` ends, evaluates, saves and lays the schedule
+        if self.budget is not None:  # `hf_dbp.training.budget` sets the schedule, evaluates, saves and ends
             parse_duration(self.budget)
             if self.max_steps <= 0:  # type: ignore[has-type]
                 self.max_steps = 10**9
@@ -257,12 +264,12 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
             use_timeout(self)
             super().__post_init__()
         except (ArithmeticError, AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-            # what transformers raises on flags that do not fit together, or ask for a package that is not there
-            raise UserError(f"these flags cannot be: {' '.join(str(error).split())}") from error
+            # transformers raises these for flags that do not fit together or that need a missing package
+            raise UserError(f"these flags do not work: {' '.join(str(error).split())}") from error
         check_reporters(self.report_to)
         if self.auto_find_batch_size and self.world_size > 1:
             raise UserError(
-                "--auto_find_batch_size: each of several processes would find a batch of its own; find it with one "
+                "--auto_find_batch_size: several processes would find different batch sizes; find one with a single "
                 "process, and give --per_device_train_batch_size"
             )
         check_processes(self)
@@ -280,9 +287,9 @@ FINETUNED = RunArguments.STOCK | {
 
 @dataclass
 class PretrainingArguments(RunArguments):
-    """TrainingArguments with the defaults that masked autoencoding needs; the best checkpoint is by eval_loss."""
+    """TrainingArguments with the defaults that masked autoencoding needs; eval_loss decides the best checkpoint."""
 
-    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Where everything is written."})
+    output_dir: str = field(default="outputs/pretraining", metadata={"help": "Folder for all output."})
     base_learning_rate: Annotated[float | None, Nature("nothing")] = field(
         default=None, metadata={"help": "If set, learning_rate = base_learning_rate * total batch / 256."}
     )
@@ -290,7 +297,7 @@ class PretrainingArguments(RunArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0, as in He et al., for none."})
     push_unfused: Annotated[bool, Nature("nothing")] = field(
-        default=False, metadata={"help": "Push the unfused model too, to NAME-unfused."}
+        default=False, metadata={"help": "Also push the unfused model, to NAME-unfused."}
     )
 
     def __post_init__(self) -> None:
@@ -299,7 +306,7 @@ class PretrainingArguments(RunArguments):
         self.scale_learning_rate()
 
     def scale_learning_rate(self) -> None:
-        """Let the learning rate follow the batch, if it is given as a base learning rate."""
+        """Scale the learning rate with the batch if a base learning rate is given."""
         if self.base_learning_rate is not None:
             total = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
             self.learning_rate = self.base_learning_rate * total / 256

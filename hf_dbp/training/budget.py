@@ -1,17 +1,17 @@
-"""A budget of time in place of epochs: training ends, with everything that comes after it, when the time is up.
+"""A time budget instead of epochs: training, and everything after it, ends when the time is up.
 
 The learning rate follows the clock. With p the share of the training time that has passed, in [0, 1],
 
     lr(p) = peak * p / w                                 for p < w, the warm-up, 5 %
-    lr(p) = peak * (1 + cos(pi * (p - w) / (1 - w))) / 2    after it
+    lr(p) = peak * (1 + cos(pi * (p - w) / (1 - w))) / 2    afterwards
 
-so that a machine that slows down or is shared changes the number of steps, never the shape of the schedule or its end.
-The training time is the budget less start-up, which is over when it begins, and less an ending that is measured at the
-first checkpoint: an evaluation, two saves and the pictures. Checkpoints are saved ten times, at even times, and two of
-them evaluated, so that evaluations cost little.
+so a slow or shared machine changes the number of steps, never the shape of the schedule or its end. The training time
+is the budget less start-up, which is already over, and less the ending, which is measured at the first checkpoint: an
+evaluation, two saves and the pictures. Checkpoints are saved ten times, at even intervals, and two of them are
+evaluated, so evaluations cost little.
 
-A run that is resumed goes on with what was left of the budget at its checkpoint. With several processes the clock of
-the first is everyone's.
+A resumed run has what was left of the budget at its checkpoint. With several processes, all follow the clock of the
+first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 WARM_UP = 0.05
 SAVES, EVALUATED = 10, (3, 6)  # tenths of the training time
 GUESSED_ENDING = 0.05  # share of the budget, until the ending is measured
-FIRST = 60.0  # seconds, or a tenth of the budget: then the ending is measured and the number of steps foretold
+FIRST = 60.0  # seconds, or a tenth of the budget: then measure the ending and predict the number of steps
 
 
 def schedule(progress: float) -> float:
@@ -46,16 +46,16 @@ def schedule(progress: float) -> float:
 
 
 class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Lays the schedule over the budget, saves and evaluates rarely, and ends training in time.
+    """Fits the schedule to the budget, saves and evaluates rarely, and ends training in time.
 
     Args:
-        seconds: the budget.
-        began: when the command began, by `time.monotonic`.
+        seconds: the budget in seconds.
+        began: when the command began, from `time.monotonic`.
 
     Attributes:
-        spent: seconds of the budget that earlier runs, up to the checkpoint, had used.
-        first_step: seconds of the budget at the first step.
-        ending: seconds that are kept for what comes after training.
+        spent: seconds of the budget used by earlier runs up to the checkpoint.
+        first_step: seconds of the budget used at the first step.
+        ending: seconds reserved for what comes after training.
     """
 
     def __init__(self, seconds: float, began: float) -> None:
@@ -65,23 +65,23 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.evaluation, self.saving, self._marked, self._now = 0.0, 0.0, 0.0, 0.0
 
     def elapsed(self) -> float:
-        """Seconds of the budget that are used."""
+        """Seconds of the budget used so far."""
         return self.spent + time.monotonic() - self.began
 
     def progress(self) -> float:
-        """p, the share of the training time that had passed at the last step."""
+        """The share p of the training time that had passed at the last step."""
         begin = self.first_step or 0.0
         return min(1.0, (self._now - begin) / max(self.seconds - self.ending - begin, 1e-9))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the budget."""
+        """The state of the budget that a checkpoint keeps."""
         kept = {"spent": self.elapsed(), "first_step": self.first_step, "ending": self.ending, "done": self.done}
         return {"args": {"seconds": self.seconds, "began": 0.0}, "attributes": kept}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scheduler = kwargs["lr_scheduler"]
         if not isinstance(scheduler, LambdaLR):
-            raise UserError(f"--budget lays its own schedule: leave out --lr_scheduler_type {args.lr_scheduler_type}")
+            raise UserError(f"--budget has its own schedule: leave out --lr_scheduler_type {args.lr_scheduler_type}")
         scheduler.lr_lambdas = [lambda _: schedule(self.progress())] * len(scheduler.base_lrs)
         kept = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if kept:
@@ -94,11 +94,11 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.first_step = self._now
         for group in kwargs["optimizer"].param_groups:
             group["lr"] = group["initial_lr"] * schedule(self.progress())
-        scheduler._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]  # what is logged
+        scheduler._last_lr = [group["lr"] for group in kwargs["optimizer"].param_groups]  # for the logs
         if self._now + self.ending >= self.seconds:
             raise UserError(
                 f"the budget of {self.seconds:.0f} s is used up before the first step ({self._now:.0f} s to start, "
-                f"{self.ending:.0f} s kept for the end): give a larger --budget"
+                f"{self.ending:.0f} s reserved for the end): give a larger --budget"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,12 +128,12 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "%d steps so far; about %.0f will fit the budget", state.global_step, state.global_step * (1 + left)
             )
         self.saving = time.monotonic() - self._marked
-        # an evaluation, the pictures and the interpolation that cost about as much again, the last model; and a little
+        # an evaluation, the pictures and the interpolation, which cost about the same, the final model, and a margin
         self.ending = 2 * self.evaluation + 2 * self.saving + 0.01 * self.seconds
         self._marked = time.monotonic()
-        self._now = self.elapsed()  # what evaluating and saving took is no step's time
+        self._now = self.elapsed()  # evaluating and saving are not part of a step
 
     def record(self) -> dict[str, float]:
-        """What became of the budget, for the run's record."""
+        """How the budget was used, for the run record."""
         return {"seconds": self.seconds, "used_at_the_end_of_training": round(self.elapsed(), 2),
                 "kept_for_the_end": round(self.ending, 2)}  # fmt: skip

@@ -1,11 +1,11 @@
-"""What `hf-dbp pretrain IMAGES --budget 2h` chooses, and why: a recipe that is written before anything is trained.
+"""What `hf-dbp pretrain IMAGES --budget 2h` chooses, and why: a recipe written before training starts.
 
-`budget.yaml` in the output folder holds every choice with its reason beside it. The command repeated uses the file that
-is there, so it can be edited; ``hf-dbp pretrain --config budget.yaml`` gives it to another run.
+`budget.yaml` in the output folder holds every choice with its reason. If the file exists, the command uses it, so you
+can edit it; ``hf-dbp pretrain --config budget.yaml`` uses it for another run.
 
-How a model is chosen: a ladder of models, each dearer than the one before, from a mini ViT on views of 64 pixels to
-ViT-Base on 224. Three steps of the first are timed on this machine; the others cost in proportion to their
-multiplications. The highest rung is taken at which the budget holds `VIEWS` views and `PASSES` passes over the images.
+The model is chosen from a ladder of increasing cost, from a mini ViT on views of 64 pixels to ViT-Base on 224. Three
+steps of the first are timed on this machine; the cost of the others is proportional to their multiplications. The
+highest rung for which the budget allows `VIEWS` views and `PASSES` passes over the images is taken.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ = ["Choice", "choose", "images_first", "measured_rate", "write_plan"]
 VIEWS, PASSES = 60_000, 10
 SURVEYED = 32  # images, at even steps
 BATCH = 32
-TRAINED = 0.85  # of the budget, for the forecast: the rest is start-up, evaluation, ending
+TRAINED = 0.85  # share of the budget, for the forecast; the rest is start-up, evaluation and ending
 
 
 class Rung(NamedTuple):
-    """A named size on square views of so many pixels, in patches of so many."""
+    """A named size, with the sides of its square views and patches in pixels."""
 
     size: str
     view: int
@@ -50,7 +50,7 @@ LADDER = (Rung("mini", 64, 8), Rung("mini", 96, 8), Rung("tiny", 128, 8), Rung("
 
 @dataclass(frozen=True)
 class Choice:
-    """A flag, its value and why."""
+    """A flag, its value and the reason."""
 
     flag: str
     value: Any
@@ -58,11 +58,11 @@ class Choice:
 
 
 def images_first(arguments: Sequence[str], second: str | None = None) -> list[str]:
-    """``IMAGES --flag ...`` as ``--train_dir IMAGES --flag ...``; wire_bonding and Hub ids are data sets.
+    """Turn ``IMAGES --flag ...`` into ``--train_dir IMAGES --flag ...``; wire_bonding and Hub ids are data sets.
 
     Args:
-        arguments: of the command line.
-        second: flag of what may stand after the images, ``--train_mask_dir``.
+        arguments: the command line's arguments.
+        second: flag for a second positional argument after the images, such as ``--train_mask_dir``.
     """
     given = list(arguments)
     if not given or given[0].startswith("-"):
@@ -75,7 +75,8 @@ def images_first(arguments: Sequence[str], second: str | None = None) -> list[st
 
 
 def cost(rung: Rung, mask_ratio: float) -> float:
-    """Multiplications of one view, in proportion: tokens times weights, of the encoder for the visible ones alone."""
+    """A number proportional to the multiplications of one view: tokens times weights; the encoder sees only visible
+    ones."""
     size, tokens = SIZES[rung.size], (rung.view // rung.patch) ** 2
     encoder = 12 * size["num_hidden_layers"] * size["hidden_size"] ** 2
     decoder = 12 * size["decoder_num_hidden_layers"] * size["decoder_hidden_size"] ** 2
@@ -83,7 +84,7 @@ def cost(rung: Rung, mask_ratio: float) -> float:
 
 
 def measured_rate(channels: int, mask_ratio: float) -> float:
-    """Views per second of the lowest rung in training, on this machine, now: the median of three steps."""
+    """Training speed of the lowest rung on this machine, in views per second: the median of three steps."""
     rung = LADDER[0]
     config = DBPViTMAEConfig(
         **SIZES[rung.size], image_size=rung.view, patch_size=rung.patch, num_channels=channels, mask_ratio=mask_ratio
@@ -100,7 +101,7 @@ def measured_rate(channels: int, mask_ratio: float) -> float:
 
 
 def survey(images: ImageList) -> tuple[int, int, str]:
-    """Median short side in pixels, channels and pixel type of the readable ones among images at even steps."""
+    """Median short side in pixels, channels and pixel type of readable images, sampled at even steps."""
     kinds = []
     for index in np.linspace(0, len(images) - 1, min(SURVEYED, len(images))).astype(int):
         try:
@@ -109,9 +110,7 @@ def survey(images: ImageList) -> tuple[int, int, str]:
             continue
         kinds.append((min(image.shape[:2]), image.shape[2], image.dtype.name))
     if not kinds:
-        raise UserError(
-            f"none of {min(SURVEYED, len(images))} images at even steps can be read; look with hf-dbp inspect"
-        )
+        raise UserError(f"none of {min(SURVEYED, len(images))} sampled images can be read; run hf-dbp inspect")
     return int(np.median([kind[0] for kind in kinds])), kinds[0][1], kinds[0][2]
 
 
@@ -120,7 +119,7 @@ def choose(images: ImageList, seconds: float, rate: float | None = None) -> list
 
     Args:
         images: the training images.
-        seconds: the budget.
+        seconds: the budget in seconds.
         rate: views per second of the lowest rung; measured if None.
     """
     short, channels, dtype = survey(images)
@@ -137,8 +136,8 @@ def choose(images: ImageList, seconds: float, rate: float | None = None) -> list
     width = SIZES[rung.size]["hidden_size"]
     native = not photographs and short >= 2 * rung.view
     forecast = (
-        f"the dearest of {len(rungs)} with enough views: about {views[rung]:.0f} fit, {wanted} are wanted; the "
-        f"cheapest makes {rate:.0f} a second here and now"
+        f"the largest of {len(rungs)} that gets enough views: about {views[rung]:.0f} fit, {wanted} are wanted; the "
+        f"smallest processes {rate:.0f} a second on this machine"
     )
     return [
         Choice("num_channels", channels, f"found: {channels} channels of {dtype}, median short side {short} pixels"),
@@ -148,60 +147,64 @@ def choose(images: ImageList, seconds: float, rate: float | None = None) -> list
         Choice(
             "native_tiles", native, "tiles at native resolution keep fine detail" if native else "whole scenes count"
         ),
-        Choice("mask_ratio", mask_ratio, "He et al. 2022" if photographs else "the paper's, for inspection images"),
+        Choice(
+            "mask_ratio", mask_ratio, "He et al. 2022" if photographs else "the paper's value for inspection images"
+        ),
         *fixed(width, batch),
     ]
 
 
 def fixed(width: int, batch: int) -> list[Choice]:
-    """The choices that do not depend on the images but for the width of the model and the batch."""
+    """The choices that depend only on the width of the model and the batch."""
     workers = 1 if (os.cpu_count() or 1) > 1 else 0
     rate = float(f"{4e-3 * (128 / width) ** 0.5:.3g}")
-    clock = "the budget lays warm-up and cosine over the clock in its place"
+    clock = "the budget's warm-up and cosine follow the clock instead"
     return [
         Choice("method", "dbp", "decorrelated backpropagation"),
         Choice(
             "update_interval", 5, "learns as well as every step, at a fifth of the cost: docs/results/fast_settings"
         ),
-        Choice("eta", 5e-3, "as the demo's recipe"),
+        Choice("eta", 5e-3, "as in the demo's recipe"),
         Choice("optimizer", "muon", "saves about half of AdamW's time: docs/results/methods"),
         Choice(
-            "learning_rate", rate, f"4e-3 x sqrt(128 / width {width}): the demo's at 128, the root is a rule of thumb"
+            "learning_rate",
+            rate,
+            f"4e-3 x sqrt(128 / width {width}): the demo's at 128; the square root is a rule of thumb",
         ),
         Choice("weight_decay", 0.05, "He et al. 2022"),
         Choice("lr_scheduler_type", "constant", clock),
         Choice("warmup_steps", 0, clock),
-        Choice("max_steps", 10**9, "time ends the run, not a number of steps"),
-        Choice("per_device_train_batch_size", batch, "in a short time many steps count more than large ones"),
+        Choice("max_steps", 10**9, "the budget ends the run, not a number of steps"),
+        Choice("per_device_train_batch_size", batch, "in a short time, many steps are worth more than large ones"),
         Choice("per_device_eval_batch_size", 64, "memory"),
         Choice("max_eval_samples", 256, "evaluations stay short"),
-        Choice("eval_strategy", "no", "the budget evaluates: early, at 30 and 60 %, and at the end"),
-        Choice("save_strategy", "no", "the budget saves ten times"),
-        Choice("save_total_limit", 1, "a resume needs the last checkpoint alone"),
-        Choice("logging_steps", 50, "a line now and then"),
-        Choice("disable_tqdm", True, "nobody knows the number of steps beforehand"),
+        Choice("eval_strategy", "no", "the budget decides: early, at 30 and 60 %, and at the end"),
+        Choice("save_strategy", "no", "the budget decides: ten times"),
+        Choice("save_total_limit", 1, "a resume needs only the last checkpoint"),
+        Choice("logging_steps", 50, "an occasional line"),
+        Choice("disable_tqdm", True, "the number of steps is not known in advance"),
         Choice("dataloader_num_workers", workers, f"{os.cpu_count()} cores"),
-        Choice("dataloader_persistent_workers", workers > 0, "workers outlive an epoch"),
+        Choice("dataloader_persistent_workers", workers > 0, "keeps workers between epochs"),
         Choice("do_train", True, "the command"),
-        Choice("do_eval", True, "the loss of held-out images is the figure to compare"),
-        Choice("report_to", "none", "run.json has it all"),
+        Choice("do_eval", True, "the loss on held-out images is the figure to compare"),
+        Choice("report_to", "none", "run.json records everything"),
     ]
 
 
 def write_plan(
     path: Path, budget: str, data: dict[str, Any], choices: Sequence[Choice], given: Collection[str]
 ) -> None:
-    """Write the recipe, unless there is one of that budget and data: then that one is used as it is.
+    """Write the recipe, unless there is already one for that budget and data, which is then used unchanged.
 
     Args:
         path: `budget.yaml`.
-        budget: as the user wrote it.
+        budget: the budget as the user wrote it.
         data: the flags that name the images.
         choices: from `choose`.
-        given: flags that the user gave: theirs count, so they are left out here.
+        given: flags that the user gave; they override the plan, so they are left out of it.
 
     Raises:
-        UserError: there is a plan of another budget or other images.
+        UserError: there is a plan for another budget or other images.
     """
     head = {"budget": budget, **{name: value for name, value in data.items() if value not in (None, [], "")}}
     if path.is_file():
@@ -216,7 +219,7 @@ def write_plan(
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["# What the budget chose, and why. Edit what you like, then repeat the command; or --config this file."]
+    lines = ["# What the budget chose, and why. Edit it and repeat the command, or use it elsewhere with --config."]
     lines += [f"{name}: {json.dumps(value, allow_nan=False)}" for name, value in head.items()]
     for choice in choices:
         if choice.flag not in given:

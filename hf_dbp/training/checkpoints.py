@@ -1,4 +1,4 @@
-"""From a checkpoint to a fused model in one call; which folder of a run holds its model."""
+"""Load a fused model from a checkpoint in one call; find the folder of a run that holds its model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def model_folder(run: str | os.PathLike[str]) -> Path:
         run: output folder of a run, or one of its ``checkpoint-N`` folders.
 
     Returns:
-        ``run`` itself if it holds a model; of an unfinished run its best checkpoint (lowest validation loss, highest
-        mean IoU), or its last one where none was evaluated. Checkpoints that were cut off while written do not count.
+        ``run`` itself if it holds a model; for an unfinished run, its best checkpoint (lowest validation loss, highest
+        mean IoU), or its last one if none was evaluated. Incomplete checkpoints do not count.
 
     Raises:
-        ValueError: there is no model and no complete checkpoint.
+        UserError: there is no model and no complete checkpoint.
     """
     run = Path(run)
     if (run / CONFIG).is_file():
@@ -45,15 +45,16 @@ def model_folder(run: str | os.PathLike[str]) -> Path:
 
 
 def load_fused_vit(name_or_path: str | os.PathLike[str], **kwargs: Any) -> ViTModel:
-    """A stock `ViTModel` straight from a pre-training checkpoint, decorrelated or plain; folder or Hub id.
+    """Load a stock `ViTModel` directly from a pre-training checkpoint, decorrelated or plain; folder or Hub id.
 
     Args:
-        name_or_path: output folder of a run (as `model_folder`: unfinished ones too), a checkpoint of it, or a Hub id.
+        name_or_path: output folder of a run, even an unfinished one (see `model_folder`), one of its checkpoints, or a
+            Hub id.
         kwargs: as for ``from_pretrained`` (``revision``, ``token``, ``dtype``, ...).
 
     Raises:
-        ValueError: there is no checkpoint of that name, it is damaged, incomplete or no ViT-MAE
-            (`hf_dbp.hub.untrusted`), or a fused weight is not finite (the layer is named).
+        UserError: there is no checkpoint with that name, it is damaged, incomplete or not a ViT-MAE
+            (`hf_dbp.hub.untrusted`), or a fused weight is not finite (the message names the layer).
     """
     source = model_folder(name_or_path) if Path(name_or_path).is_dir() else name_or_path
     return extract_vit(load_model(source, "dbp_vit_mae", "vit_mae", **kwargs))

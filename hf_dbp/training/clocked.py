@@ -1,9 +1,9 @@
 """`ClockCallback`: seconds, energy and carbon of training alone, for any Trainer.
 
-The clock starts with the first step. It stops after a step (or an epoch) at whose end an evaluation, a checkpoint or
-the end of training is due, and starts again after the last of what is due; start-up, restoring and replaying data come
-before it, the loading of the best model after it (`measurement`). Callbacks that ask for an evaluation or a save
-must come before this one.
+The clock starts with the first step. It stops after a step (or epoch) if an evaluation, a checkpoint or the end of
+training is due, and starts again when all of these are done. Start-up, restoring and replaying data come before it,
+loading the best model after it (`measurement`). Callbacks that request an evaluation or a save must come before this
+one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ClockCallback", "training_meter"]
 
 
 def training_meter(args: TrainingArguments, country: str | None) -> EnergyMeter | None:
-    """The energy meter of this node, in one of its processes; None where nothing is trained."""
+    """The energy meter of this node, in one of its processes; None if nothing is trained."""
     if not args.do_train or args.local_process_index > 0:
         return None
     gpus = max(args.n_gpu, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if args.device.type == "cuda" else 0
@@ -31,11 +31,11 @@ def training_meter(args: TrainingArguments, country: str | None) -> EnergyMeter 
 
 
 class ClockCallback(TrainerCallback):  # type: ignore[misc]
-    """Times the steps of any Trainer, and what training alone takes.
+    """Times the steps of any Trainer, and training alone.
 
     Args:
         meter: measures this node's energy; None in all but one process of a node, or for seconds alone.
-        energy: the meter's description, with the carbon intensity; empty where there is no meter.
+        energy: the meter's description, with the carbon intensity; empty without a meter.
 
     Attributes:
         clock: seconds and kWh so far.
@@ -46,7 +46,7 @@ class ClockCallback(TrainerCallback):  # type: ignore[misc]
         self.clock, self.timer, self.energy = TrainingClock(meter), StepTimer(), energy or {}
         self._paused = False
 
-    # ---- what the Trainer tells ----
+    # ---- events of the Trainer ----
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._paused = False
@@ -62,12 +62,14 @@ class ClockCallback(TrainerCallback):  # type: ignore[misc]
         self._stop_where_due(control)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.clock.running:  # the next of several data sets to evaluate on
+        if self.clock.running:  # the next of several evaluation data sets
             self._paused = True
             self.clock.stop()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.save_strategy != SaveStrategy.BEST:  # whether it is to be saved is not known yet: the next step starts
+        if (
+            args.save_strategy != SaveStrategy.BEST
+        ):  # not known yet whether a save follows: the next step starts the clock
             self._go_on(control)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,20 +84,20 @@ class ClockCallback(TrainerCallback):  # type: ignore[misc]
             self.clock.stop()
 
     def _go_on(self, control: Any) -> None:
-        """Start again, unless something else is due, training ends, or the clock was not stopped here."""
+        """Start the clock again, unless something else is due, training ends, or it was not stopped here."""
         if self._paused and not (control.should_evaluate or control.should_save or control.should_training_stop):
             self._paused = False
             self.clock.start()
 
     def stop(self) -> None:
-        """Stop for good: training is over, or has failed."""
+        """Stop for good, because training is over or has failed."""
         self._paused = False
         self.clock.stop()
 
     # ---- figures ----
 
     def costs(self, args: TrainingArguments) -> dict[str, float]:
-        """train_seconds, kwh and co2e_kg so far, over all nodes, for the record; the clock must stand still."""
+        """train_seconds, kwh and co2e_kg so far, over all nodes, for the record; the clock must be stopped."""
         kwh = torch.tensor(self.clock.kwh, device=args.device)
         if args.world_size > 1:
             dist.all_reduce(kwh)
@@ -106,5 +108,5 @@ class ClockCallback(TrainerCallback):  # type: ignore[misc]
         return costs
 
     def preset(self, spent: Mapping[str, Any], *, kwh: bool) -> None:
-        """Go on from what the checkpoint's run had paid, its `costs`: seconds, and ``kwh`` in one of the processes."""
+        """Continue from the `costs` of the checkpoint's run: seconds, and ``kwh`` in one of the processes."""
         self.clock.preset(spent.get("train_seconds", 0.0), spent.get("kwh", 0.0) if kwh else 0.0)

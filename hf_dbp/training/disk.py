@@ -1,4 +1,4 @@
-"""A disk, a quota or shared memory that is full, reported in one line."""
+"""Report a full disk, quota or shared memory in one line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_MESSAGES = ("No space left", "File too large", "quota exceeded", "inline_container", "PytorchStreamWriter failed")
 SHARED_MEMORY_MESSAGES = ("</torch_", "shared memory(shm)", "out of shared memory", "Bus error")
 SHARED_MEMORY_ADVICE = (
-    "the workers of the data loader have no room left in shared memory, /dev/shm (64 MiB in a Docker container by "
-    "default; this is not the disk): start the container with --shm-size 8g or --ipc host, or lower "
+    "the workers of the data loader have no room left in shared memory, /dev/shm (by default 64 MiB in a Docker "
+    "container; this is not the disk): start the container with --shm-size 8g or --ipc host, or lower "
     "--dataloader_num_workers or --per_device_train_batch_size; repeat the command to resume"
 )
 
@@ -29,18 +29,18 @@ class SharedMemoryFull(UserError):
 
 
 class DiskFull(OSError, UserError):
-    """There is no room for a file of the run; the message says for what."""
+    """There is no room for a file of the run; the message says which."""
 
 
 def from_workers(error: BaseException) -> bool:
-    """Whether an error comes from starting the loader's workers, whose locks and queues lie in shared memory."""
+    """Whether an error comes from starting the loader's workers, whose locks and queues use shared memory."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).parent.name == "multiprocessing"
 
 
 @contextmanager
 def disk_errors(what: object) -> Iterator[None]:
-    """Turn what Python, torch and safetensors raise when a disk is full into `DiskFull`; so for shared memory."""
+    """Turn the errors of Python, torch and safetensors on a full disk into `DiskFull`; likewise for shared memory."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -51,6 +51,6 @@ def disk_errors(what: object) -> Iterator[None]:
         if not full:
             raise
         raise DiskFull(
-            f"no room on the disk, or in the quota, for {what}; make room and run the same command again: it goes on "
-            "from its last checkpoint"
+            f"no room on the disk, or in the quota, for {what}; make room and repeat the command: it resumes from its "
+            f"last checkpoint"
         ) from error

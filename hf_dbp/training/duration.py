@@ -1,4 +1,4 @@
-"""When the command began, and durations as people write them. Nothing but the standard library is imported here."""
+"""When the command began, and durations as people write them. This module imports only the standard library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BEGAN: list[float] = []
 
 @contextmanager
 def noted_beginning() -> Iterator[None]:
-    """Note that a command begins now, before what it needs is imported."""
+    """Record that a command begins now, before its imports."""
     _BEGAN.append(time.monotonic())
     try:
         yield
@@ -25,12 +25,12 @@ def noted_beginning() -> Iterator[None]:
 
 
 def command_began() -> float:
-    """When the command that runs began, by `time.monotonic`; now, if nobody noted it."""
+    """When the current command began, from `time.monotonic`; now, if that was not recorded."""
     return _BEGAN[-1] if _BEGAN else time.monotonic()
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of ``2h``, ``30m``, ``90s``, ``1h30m``, ``1.5h`` or a bare number of seconds.
+    """The seconds in ``2h``, ``30m``, ``90s``, ``1h30m``, ``1.5h`` or a plain number of seconds.
 
     Raises:
         UserError: it is none of these, or zero.

@@ -1,21 +1,20 @@
 """`GuardCallback`: a step whose loss or gradients are not finite is skipped; several in a row end the run.
 
-A skipped step leaves weights, R, running statistics and the optimizer's state as they were, bit for bit: the gradients
-are taken away before the optimizer sees them, the rows gathered for R are dropped (`DecorrelationCallback`), and
-buffers (of BatchNorm) are put back. The step still counts, its images are consumed and the schedule advances. All
-processes decide alike. R is guarded in its own update (`step_share`); steps at which it was left as it was count here
-too.
+A skipped step leaves weights, R, running statistics and the optimizer's state unchanged, bit for bit: the gradients are
+removed before the optimizer sees them, the rows gathered for R are dropped (`DecorrelationCallback`), and buffers (of
+BatchNorm) are restored. The step still counts, its images are consumed and the schedule advances. All processes make
+the same decision. R is guarded in its own update (`step_share`); steps that left it unchanged are also counted here.
 
-The loss is the one that the model returns, seen by a forward hook; where it is not finite, the last finite one takes
-its place, so that the logs stay readable, and they tell how many steps were skipped. The host waits for the device once
-a step, for one small tensor, where the stock Trainer waits twice per micro-batch: its `logging_nan_inf_filter`, which
-hides such losses from the logs, is switched off. Under float16 the gradient scaler skips steps as part of its work;
-then the loss alone is judged here.
+A forward hook sees the loss that the model returns. If it is not finite, the last finite one replaces it, so the logs
+stay readable; they also show how many steps were skipped. The host waits for the device once per step, for one small
+tensor, while the stock Trainer waits twice per micro-batch: its `logging_nan_inf_filter`, which hides such losses from
+the logs, is switched off. Under float16 the gradient scaler skips steps as part of its work, so only the loss is
+checked here.
 
     Trainer(model, args, callbacks=[r := DecorrelationCallback(), GuardCallback(decorrelation=r)], ...)
 
-A stock Trainer clips before it tells its callbacks, and clipping spreads one NaN over all gradients: which layer it
-came from can no longer be identified. A `ResumingTrainer`, which has these guards built in, judges before the clipping.
+A stock Trainer clips before it calls its callbacks, and clipping spreads one NaN over all gradients, so its layer can
+no longer be identified. A `ResumingTrainer`, which has these guards built in, checks before clipping.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ __all__ = ["GuardCallback", "NonFiniteError", "first_non_finite_output"]
 
 logger = logging.getLogger(__name__)
 
-KEPT = 100  # skipped steps that are listed one by one
+KEPT = 100  # skipped steps listed individually
 ADVICE = {
     "loss": "look at that layer's inputs; lower --learning_rate, lengthen --warmup_steps or give --max_grad_norm 1",
     "gradient": "lower --learning_rate, lengthen --warmup_steps or give --max_grad_norm 1",
@@ -48,16 +47,16 @@ ADVICE = {
 
 
 class NonFiniteError(UserError, FloatingPointError):
-    """Too many steps in a row met a loss, a gradient or an R that is not finite; the message says where and what to do.
+    """Too many steps in a row had a loss, gradient or R that is not finite; the message says where and what to do.
 
     The weights are those before the first of these steps.
     """
 
 
 def first_non_finite_output(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Where values that are not finite first appear in a forward: an input, a module, or None.
+    """Where values that are not finite first appear in a forward pass: an input, a module, or None.
 
-    The model runs in eval mode and is left as it was.
+    The model runs in eval mode and does not change.
     """
     for name, value in inputs.items():
         if isinstance(value, Tensor) and not value.isfinite().all():
@@ -82,7 +81,7 @@ def first_non_finite_output(model: nn.Module, inputs: dict[str, Any]) -> str | N
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a model returns, where the Trainer looks for it."""
+    """The loss in a model's output, where the Trainer looks for it."""
     loss = output.get("loss") if isinstance(output, dict) else output[0] if isinstance(output, tuple) else None
     return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
 
@@ -91,11 +90,11 @@ class GuardCallback(ReportingCallback):
     """The guards of the module's docstring, for any `transformers.Trainer`.
 
     Args:
-        max_skipped_steps: the run ends when so many steps in a row were skipped.
-        decorrelation: the callback that updates R, whose skipped updates count as well.
+        max_skipped_steps: the run ends after this many skipped steps in a row.
+        decorrelation: the callback that updates R; its skipped updates also count.
 
     Raises:
-        ValueError: ``max_skipped_steps`` is less than 1.
+        UserError: ``max_skipped_steps`` is less than 1.
     """
 
     def __init__(self, max_skipped_steps: int = 5, decorrelation: DecorrelationCallback | None = None) -> None:
@@ -104,11 +103,11 @@ class GuardCallback(ReportingCallback):
         self.max_skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0
         self.decorrelation = decorrelation
         self._hook: Any = None
-        self._judged, self.micro_batches = False, 0  # of the step under way
+        self._judged, self.micro_batches = False, 0  # for the current step
         self._last_inputs = dict[str, Any]()
-        self._buffers: list[tuple[Tensor, Tensor]] = []  # each with its value before the step
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # each buffer with its value before the step
 
-    # ---- what the Trainer tells ----
+    # ---- events of the Trainer ----
 
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -120,14 +119,14 @@ class GuardCallback(ReportingCallback):
         self.model: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
         self.trained: dict[str, Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._lost = self._last_loss = torch.zeros((), device=args.device)
-        self.finite = torch.ones((), device=args.device)  # 1 or 0: whether the last micro-batch's loss is
+        self.finite = torch.ones((), device=args.device)  # 1 or 0: whether the last micro-batch's loss is finite
         self._hook = self.model.register_forward_hook(self._see, with_kwargs=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.release()
 
     def release(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -141,11 +140,11 @@ class GuardCallback(ReportingCallback):
         self.judge(args, state, scaled=kwargs["optimizer"].scaler is not None, clipped=args.max_grad_norm > 0)
 
     def figures(self, state: TrainerState) -> dict[str, float]:
-        """``skipped_steps`` so far, once there is one."""
+        """``skipped_steps`` so far, if there are any."""
         skipped = self.skipped_steps(state)["skipped_steps"]
         return {"skipped_steps": skipped} if skipped else {}
 
-    # ---- judging ----
+    # ---- checking ----
 
     def _see(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook: `note` the loss of a micro-batch in training."""
@@ -159,7 +158,8 @@ class GuardCallback(ReportingCallback):
         return (loss, *output[1:])
 
     def note(self, loss: Tensor, inputs: dict[str, Any]) -> Tensor:
-        """Note whether a micro-batch's loss is finite; the last finite one (0 if there was none) stands in for it."""
+        """Record whether a micro-batch's loss is finite; return it, or else the last finite one (0 if there was
+        none)."""
         self.micro_batches, self._last_inputs = self.micro_batches + 1, inputs
         finite = loss.detach().isfinite()
         self.finite = finite.to(self._lost)
@@ -168,11 +168,11 @@ class GuardCallback(ReportingCallback):
         return torch.where(finite, loss, self._last_loss)
 
     def judge(self, args: TrainingArguments, state: TrainerState, *, scaled: bool, clipped: bool = False) -> None:
-        """Skip this step if its loss or gradients, reduced over processes, are not finite; once a step.
+        """Skip this step if its loss or gradients, reduced over processes, are not finite; call it once per step.
 
         Args:
-            scaled: whether a gradient scaler judges the gradients.
-            clipped: whether they were clipped already.
+            scaled: whether a gradient scaler checks the gradients.
+            clipped: whether they are already clipped.
 
         Raises:
             NonFiniteError: ``max_skipped_steps`` were skipped in a row.
@@ -211,7 +211,7 @@ class GuardCallback(ReportingCallback):
         for name, parameter in self.model.named_parameters():
             if not parameter.isfinite().all():
                 return f"{name}, which is not finite itself"
-        if cause == "gradient":  # the last in the order of the forward is the first in that of the backward
+        if cause == "gradient":  # the last in the forward pass is the first in the backward pass
             bad = [name for name, norm in norms.items() if not math.isfinite(norm)]
             return "a layer that clipping hides" if bad and clipped else bad[-1] if bad else None
         if not self._lost:
@@ -231,13 +231,14 @@ class GuardCallback(ReportingCallback):
         )  # fmt: skip
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} steps in a row up to step {step} met a {cause} that is not finite, first in "
-                f"{layer}: {ADVICE[cause]}. Nothing of these steps was kept or saved; the same command, changed, goes "
-                "on from the last checkpoint (--max_skipped_steps sets the number)"
+                f"{self.skipped_in_a_row} steps in a row up to step {step} had a {cause} that is not finite, first in "
+                f"{layer}: {ADVICE[cause]}. None of these steps was kept or saved; the command with these changes "
+                f"resumes from the last checkpoint (--max_skipped_steps sets the limit)"
             )
 
     @staticmethod
     def skipped_steps(state: TrainerState) -> dict[str, Any]:
-        """``skipped_steps``: how many, also before a resume; ``skipped``: the first hundred, with cause and layer."""
+        """``skipped_steps``: how many, including those before a resume; ``skipped``: the first hundred, with cause and
+        layer."""
         rows = [row for row in state.log_history if "skipped" in row]
         return {"skipped_steps": len(rows), "skipped": rows[:KEPT]}

@@ -1,4 +1,4 @@
-"""How many images a run reads per second, and how long its steps wait for them."""
+"""Measure how many images a run reads per second, and how long its steps wait for them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ __all__ = ["InputMeter"]
 
 
 class InputMeter:
-    """Images per second, and the share of the training time that steps wait for input.
+    """Measures images per second, and the share of training time that steps wait for input.
 
-    Seconds are those of the training clock, so that evaluation and checkpoints do not count. A device that works
-    through a queue of steps hides some of the waiting: the share is an upper bound of what faster input would save.
+    Seconds come from the training clock, so evaluation and checkpoints do not count. A device that works through a
+    queue of steps hides some of the waiting: the share is an upper bound on what faster input would save.
     """
 
     def __init__(self) -> None:
@@ -18,12 +18,12 @@ class InputMeter:
         self._last = (0, 0.0, 0.0)
 
     def preset(self, before: dict[str, float], seconds: float) -> None:
-        """Go on from the totals of an earlier run, at ``seconds`` on the training clock."""
+        """Continue from the totals of an earlier run, at ``seconds`` on the training clock."""
         self.images, self.waited = int(before.get("images", 0)), before.get("wait_seconds", 0.0)
         self._last = (self.images, self.waited, seconds)
 
     def add(self, images: int, waited: float) -> None:
-        """A step was fed: its images over all processes, and the seconds it waited."""
+        """Count a step: its images over all processes, and the seconds it waited."""
         self.images += images
         self.waited += waited
 
@@ -38,7 +38,7 @@ class InputMeter:
         return total
 
     def since_last(self, seconds: float) -> dict[str, float]:
-        """Figures since the last call, at ``seconds`` on the training clock; nothing if no time has passed."""
+        """The figures since the last call, at ``seconds`` on the training clock; empty if no time has passed."""
         images, waited, before = self._last
         self._last = (self.images, self.waited, seconds)
         elapsed = seconds - before

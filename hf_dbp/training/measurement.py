@@ -1,13 +1,13 @@
-"""What training costs: seconds, kWh and CO2-equivalent of training alone, and the time of a step.
+"""The cost of training: seconds, kWh and CO2-equivalent of training alone, and the time of a step.
 
-The clock runs from the start of training, stands still while anything else happens (evaluation, checkpoints, logging of
-pictures) and goes on after a resume from where the checkpoint was written. Energy is codecarbon's, offline:
+The clock runs from the start of training, stops while anything else happens (evaluation, checkpoints, logging of
+pictures), and continues after a resume from the time of the checkpoint. codecarbon measures energy, offline:
 
     kWh  = sum over training segments of what the tracker measured or estimated
     CO2e = kWh * carbon intensity of the country's grid
 
-One tracker per node counts the whole node: processors, memory, and of the GPUs those in use. Where there are no power
-counters codecarbon estimates, from load and nominal power; `EnergyMeter.description` says which.
+One tracker per node measures the whole node: processors, memory, and the GPUs in use. Without power counters codecarbon
+estimates from load and nominal power; `EnergyMeter.description` says what was estimated.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from hf_dbp.errors import UserError
 
 __all__ = ["EnergyMeter", "Meter", "StepTimer", "TrainingClock", "check_country", "gpus_in_use"]
 
-SEGMENT_SECONDS = 60.0  # a segment is closed at least so often: counters of processors wrap around within minutes
+SEGMENT_SECONDS = 60.0  # maximum length of a segment, because processors' counters wrap around within minutes
 
 
 class Meter(Protocol):
-    """What measures energy, segment by segment."""
+    """Measures energy, segment by segment."""
 
     def start(self) -> None: ...
     def stop(self) -> float:
-        """kWh since the start."""
+        """The kWh since the start."""
 
 
 class EnergyMeter:
     """codecarbon's offline tracker as a meter of separate segments.
 
     Args:
-        country: ISO code of the country whose grid supplies the power, such as ``NLD``; None for the world's average.
+        country: ISO code of the country whose grid supplies the power, such as ``NLD``; None for the world average.
         gpus: UUIDs of the GPUs in use; no other GPU is counted.
 
     Attributes:
@@ -49,12 +49,14 @@ class EnergyMeter:
         description: how each part was measured or estimated, country, carbon intensity, codecarbon's version.
 
     Raises:
-        ValueError: codecarbon does not know the country.
+        UserError: codecarbon does not know the country.
     """
 
     def __init__(self, country: str | None = None, gpus: Sequence[str] = ()) -> None:
         check_country(country)
-        logging.getLogger("codecarbon").setLevel(logging.ERROR)  # before its own setting: it reports while it starts
+        logging.getLogger("codecarbon").setLevel(
+            logging.ERROR
+        )  # before its own setting takes effect, because it logs while it starts
         from codecarbon import OfflineEmissionsTracker
         from codecarbon.core.cpu import is_rapl_available
 
@@ -70,7 +72,7 @@ class EnergyMeter:
             **({} if country else {"force_carbon_intensity_g_co2e_kwh": world_average()}),
         )
         self.segments = 0
-        self.start()  # finds the hardware, once and outside of every measured segment
+        self.start()  # detects the hardware, once and outside every measured segment
         first = self._stop_task()
         self.carbon_intensity = round(1000 * first.emissions / first.energy_consumed, 3)
         self.description = {
@@ -80,7 +82,7 @@ class EnergyMeter:
             "cpu_model": first.cpu_model,
             "ram": "estimated from size",
             "gpu": f"power counters of {len(gpus)}" if gpus else "none in use",
-            "scope": "the whole machine, other programs included; of the GPUs those in use",
+            "scope": "the whole machine, other programs included, and the GPUs in use",
             "codecarbon": first.codecarbon_version,
         }
 
@@ -90,7 +92,7 @@ class EnergyMeter:
         self.tracker.start_task(f"segment {self.segments}")
 
     def stop(self) -> float:
-        """End the segment; its kWh."""
+        """End the segment and return its kWh."""
         return float(self._stop_task().energy_consumed)
 
     def _stop_task(self) -> Any:
@@ -98,7 +100,7 @@ class EnergyMeter:
 
 
 def check_country(country: str | None) -> None:
-    """ValueError for a country that codecarbon has no carbon intensity of."""
+    """Raise a UserError for a country whose carbon intensity codecarbon does not know."""
     from codecarbon.input import DataSource
 
     known = DataSource().get_global_energy_mix_data()
@@ -107,22 +109,22 @@ def check_country(country: str | None) -> None:
 
 
 def world_average() -> float:
-    """The world's average carbon intensity in g CO2e per kWh, as codecarbon has it."""
+    """The world's average carbon intensity in g CO2e per kWh, from codecarbon."""
     from codecarbon.input import DataSource
 
     return float(DataSource().get_carbon_intensity_per_source_data()["world_average"])
 
 
 def gpus_in_use(count: int) -> list[str]:
-    """UUIDs of the first ``count`` visible GPUs, those that this node's processes work on."""
+    """UUIDs of the first ``count`` visible GPUs, which this node's processes use."""
     return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(count)]
 
 
 class TrainingClock:
-    """Seconds and kWh of training, without what runs inside `paused()`; each stop waits for work queued on a GPU.
+    """Seconds and kWh of training, except for what runs inside `paused()`; each stop waits for work queued on a GPU.
 
     Args:
-        meter: measures energy; None where another process of the node does, or for seconds alone.
+        meter: measures energy; None if another process of the node does, or to measure only seconds.
     """
 
     def __init__(self, meter: Meter | None = None) -> None:
@@ -138,20 +140,20 @@ class TrainingClock:
 
     @property
     def running(self) -> bool:
-        """Whether it runs."""
+        """Whether the clock is running."""
         return self._since is not None
 
     @property
     def kwh(self) -> float:
-        """kWh of the segments that have ended; complete while the clock stands still."""
+        """kWh of the finished segments; complete while the clock is stopped."""
         return self._kwh
 
     def preset(self, seconds: float, kwh: float) -> None:
-        """Go on from the seconds and kWh of the run that is resumed."""
+        """Continue from the seconds and kWh of the resumed run."""
         self._seconds, self._kwh = seconds, kwh
 
     def start(self) -> None:
-        """Start, or go on; nothing if it runs."""
+        """Start or continue; does nothing if the clock is running."""
         if self._since is None:
             if self.meter is not None:
                 self.meter.start()
@@ -166,7 +168,7 @@ class TrainingClock:
                 self._kwh += self.meter.stop()
 
     def tick(self) -> None:
-        """Call it at every step: closes a segment of energy that has lasted a minute and begins another."""
+        """Start a new energy segment if the current one has lasted a minute; call it at every step."""
         if self.meter is None or self._since is None or time.perf_counter() - self._segment_since < SEGMENT_SECONDS:
             return
         self._kwh += self.meter.stop()
@@ -175,7 +177,7 @@ class TrainingClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Do something that is not training; may be nested and called before the start."""
+        """Stop the clock for something that is not training; may be nested and used before the start."""
         was_running = self._since is not None
         self.stop()
         try:
@@ -186,7 +188,8 @@ class TrainingClock:
 
 
 class StepTimer:
-    """Durations of optimizer steps, from the batch at hand to the updated weights; on a GPU by its own events."""
+    """Durations of optimizer steps, from receiving the batch to the updated weights; on a GPU measured by CUDA
+    events."""
 
     def __init__(self) -> None:
         self._on_gpu = torch.cuda.is_available()
@@ -207,7 +210,7 @@ class StepTimer:
         self._pairs.append((self._begun, self._now()))
 
     def median(self) -> float | None:
-        """Median seconds of the steps since the last call; None if there was none."""
+        """Median seconds of the steps since the last call; None if there were none."""
         pairs, self._pairs = self._pairs, []
         if not pairs:
             return None

@@ -1,9 +1,9 @@
-"""The optimizers of the scripts: AdamW; and Muon or one of pytorch-optimizer's on hidden matrices, AdamW on the rest.
+"""The optimizers of the scripts: AdamW, or Muon or one of pytorch-optimizer on hidden matrices with AdamW on the rest.
 
 Muon (`torch.optim.Muon`) orthogonalises the momentum of 2-D weights; its step is scaled to AdamW's size
-(``match_rms_adamw``), so that one learning rate serves both. SOAP and others come from the optional package
-pytorch-optimizer, by name. Embeddings, the output layer, norms and biases stay with AdamW. A Trainer has one
-optimizer, so the two are presented, scheduled and checkpointed as one.
+(``match_rms_adamw``), so one learning rate serves both. SOAP and others come by name from the optional package
+pytorch-optimizer. Embeddings, the output layer, norms and biases stay with AdamW. A Trainer has one optimizer, so the
+two act, are scheduled and are checkpointed as one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 BUILT_IN = ("adamw", "muon")
 MOMENTUM = 0.95  # Muon's
-BLOCKS = re.compile(r"(layers?|blocks?|\bh)\.\d+\.")  # as transformers' models name the list of their blocks
+BLOCKS = re.compile(r"(layers?|blocks?|\bh)\.\d+\.")  # names of the list of blocks in transformers' models
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
@@ -46,7 +46,7 @@ def hidden_matrices(model: nn.Module) -> set[str]:
 
 
 def decay_groups(named: list[tuple[str, Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Two parameter groups: weight decay on everything but biases and norms (vectors), as He et al. have it."""
+    """Two parameter groups: weight decay on everything but biases and norms (vectors), as in He et al."""
     groups = [
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
@@ -55,13 +55,13 @@ def decay_groups(named: list[tuple[str, Parameter]], weight_decay: float) -> lis
 
 
 def check_optimizer(name: str) -> None:
-    """UserError unless there is an optimizer of that name: adamw, muon, or one that pytorch-optimizer has."""
+    """Raise a UserError unless the name is adamw, muon, or an optimizer of pytorch-optimizer."""
     if name not in BUILT_IN:
         library_optimizer(name)
 
 
 def library_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The class that pytorch-optimizer has under that name, such as ``soap``.
+    """The class of pytorch-optimizer with that name, such as ``soap``.
 
     Raises:
         UserError: the package is not installed, or has no such optimizer.
@@ -77,20 +77,20 @@ def library_optimizer(name: str) -> type[torch.optim.Optimizer]:
     if name not in known:
         near = difflib.get_close_matches(name, [*BUILT_IN, *known], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else f"give {', '.join(BUILT_IN)}, soap, kron, ..."
-        raise UserError(f"--optimizer {name}: pytorch-optimizer has none of that name; {hint}")
+        raise UserError(f"--optimizer {name}: pytorch-optimizer has none with that name; {hint}")
     found: type[torch.optim.Optimizer] = pytorch_optimizer.load_optimizer(name)
     return found
 
 
 class HiddenWithAdamW(torch.optim.Optimizer):
-    """Another optimizer on the hidden matrices of ``model``, AdamW on every other trainable parameter, as one.
+    """Another optimizer on the hidden matrices of ``model`` and AdamW on all other trainable parameters, as one.
 
     Args:
         model: the model.
-        name: ``muon``, or an optimizer of pytorch-optimizer's (which keeps its own defaults but for what is given).
-        lr: learning rate of both.
+        name: ``muon``, or an optimizer of pytorch-optimizer (with its own defaults for what is not given here).
+        lr: learning rate of both optimizers.
         betas, eps: AdamW's.
-        weight_decay: decoupled, on matrices and other non-vector weights.
+        weight_decay: decoupled weight decay, on matrices and other weights that are not vectors.
         fused: AdamW's fused kernel.
 
     Raises:
@@ -127,7 +127,7 @@ class HiddenWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        """A learning rate that a scheduler sets here is the one that the two optimizers use."""
+        """Make both optimizers use the learning rate that a scheduler sets here."""
         self.param_groups = [*self.hidden.param_groups, *self.adamw.param_groups]
 
     @overload
@@ -140,7 +140,7 @@ class HiddenWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if any(p.grad is not None for group in self.hidden.param_groups for p in group["params"]):
-            self.hidden.step()  # else a step that a guard took the gradients of would count in its state
+            self.hidden.step()  # else a step whose gradients a guard removed would count in its state
         self.adamw.step()
         return loss
 
@@ -154,7 +154,7 @@ class HiddenWithAdamW(torch.optim.Optimizer):
 
 
 def made_by_library(name: str, matrices: list[Parameter], **options: Any) -> torch.optim.Optimizer:
-    """An optimizer of pytorch-optimizer's. UserError if it cannot be made of parameters and such options alone."""
+    """An optimizer of pytorch-optimizer. UserError if it needs more than parameters and these options."""
     try:
         return library_optimizer(name)(matrices, **options)
     except UserError:
@@ -180,10 +180,10 @@ def stock_optimizer(args: TrainingArguments, model: nn.Module) -> tuple[type[tor
 
 
 def checked_schedule(create: Callable[[int], LRScheduler], args: TrainingArguments, steps: int) -> LRScheduler:
-    """The schedule that ``create`` makes for so many steps, tried at the last of them: some fail only there.
+    """The schedule that ``create`` makes for ``steps`` steps, tried at the last one, where some fail.
 
     Raises:
-        ValueError: it cannot be computed, as polynomial decay that the warm-up leaves no step.
+        UserError: it cannot be computed, such as polynomial decay for which the warm-up leaves no step.
     """
     try:
         schedule = create(steps)
@@ -191,8 +191,8 @@ def checked_schedule(create: Callable[[int], LRScheduler], args: TrainingArgumen
             factor(steps)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise UserError(
-            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value} cannot go over {steps} steps, "
+            f"--lr_scheduler_type {SchedulerType(args.lr_scheduler_type).value} cannot cover {steps} steps, "
             f"{args.get_warmup_steps(steps)} of them warm-up, with --lr_scheduler_kwargs {args.lr_scheduler_kwargs} "
-            f"({error}): leave it steps after --warmup_steps, a --learning_rate above 0 and arguments that it takes"
+            f"({error}): it needs steps after --warmup_steps, a --learning_rate above 0 and valid arguments"
         ) from error
     return schedule

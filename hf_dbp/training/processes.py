@@ -1,4 +1,4 @@
-"""The processes of a run: one GPU each, none that trains apart, and an end that they come to together."""
+"""The processes of a run: one GPU each, all training together, and a coordinated end."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ GAVE_UP = "hf_dbp gave up"  # what it says, under its rank
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """Let a process that no launcher started train on one GPU, and say how to use all of them.
+    """Let a process started without a launcher train on one GPU, and say how to use all of them.
 
-    The stock Trainer takes all for nn.DataParallel, whose replicas lose what a forward gathers.
+    The stock Trainer would use all with nn.DataParallel, whose replicas lose what a forward pass gathers.
     """
     if args.n_gpu > 1:
         logger.warning(
@@ -41,14 +41,15 @@ def use_one_gpu(args: TrainingArguments) -> None:
 
 
 def check_processes(args: TrainingArguments) -> None:
-    """Refuse processes of one launcher that would train apart, into one folder: on CPUs accelerate joins them if asked.
+    """Refuse processes of one launcher that would train separately into one folder; on CPUs, accelerate joins them only
+    if asked.
 
     Raises:
-        ValueError: the launcher's WORLD_SIZE is not that of the arguments.
+        UserError: the launcher's WORLD_SIZE differs from the arguments'.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if "LOCAL_RANK" in os.environ and args.world_size < started:
-        raise UserError(f"{started} processes, and not a GPU for each: they would train apart; add --use_cpu")
+        raise UserError(f"{started} processes but not one GPU for each: they would train separately; add --use_cpu")
 
 
 def use_timeout(args: TrainingArguments) -> None:
@@ -103,10 +104,10 @@ def lost_processes(error: RuntimeError) -> str | None:
 
 
 def end_processes() -> None:
-    """After the last thing that the processes of a run do together: end their group while Python is whole.
+    """End the process group after the last joint action of a run, while Python is still intact.
 
     Gloo's threads may still hold tensors of the last collective, which aborts a process that exits without this
-    (pytorch/pytorch#179291). A DDP model that outlives the group can hang: nothing may refer to it any more.
+    (pytorch/pytorch#179291). A DDP model that outlives the group can hang, so nothing may refer to it any more.
     """
     if dist.is_initialized():
         gc.collect()

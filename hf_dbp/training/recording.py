@@ -1,8 +1,8 @@
-"""`RecordingCallback`: any Trainer writes the `run.json` that the comparison tool reads; for scripts of one's own.
+"""`RecordingCallback` makes any Trainer write the `run.json` that the comparison tool reads, for your own scripts.
 
     trainer.add_callback(RecordingCallback(RunRecord("pretraining", "dbp", "adamw", seed=args.seed, ...)))
 
-Seconds are those of training alone (`ClockCallback`); energy is not measured.
+Seconds count training alone (`ClockCallback`); energy is not measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class RecordingCallback(ClockCallback):
     """Adds a row at every evaluation and writes the record into the output folder, in one process.
 
     Args:
-        record: of the run.
+        record: the record of the run.
     """
 
     def __init__(self, record: RunRecord) -> None:

@@ -1,4 +1,4 @@
-"""Whether and how a run goes on from a checkpoint: which one, with which changed arguments, with which weights."""
+"""Whether and how a run resumes: from which checkpoint, with which changed arguments, with which weights."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ MEASURED_SETTINGS = frozenset(
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: the one named, else the last whole one in the output folder.
+    """The checkpoint to resume from: the named one, else the last complete one in the output folder.
 
     Raises:
-        ValueError: the one that was named is not whole.
+        UserError: the named one is incomplete.
     """
     if args.resume_from_checkpoint in (None, "true", "True", True):
         return last_checkpoint(args.output_dir)
@@ -70,8 +70,8 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     problem = fault(Path(named))
     if problem is not None:
         raise UserError(
-            f"checkpoint {named} is not whole: {problem}; without --resume_from_checkpoint the last whole one of "
-            "--output_dir is taken"
+            f"checkpoint {named} is incomplete: {problem}; without --resume_from_checkpoint the last complete one in "
+            f"--output_dir is used"
         )
     return named
 
@@ -102,8 +102,8 @@ def compared_arguments(
             old, new = before[name], now[name]
             remedy = f"leave --{name} out" if old is None else f"give --{name} {old}"
             raise UserError(
-                f"{checkpoint} was trained with --{name} {old}, not {new}: to go on, {remedy}; to begin anew, another "
-                "--output_dir"
+                f"{checkpoint} was trained with --{name} {old}, not {new}: to resume, {remedy}; to start over, "
+                "use another --output_dir"
             )
     return {name: [before[name], now[name]] for name in changed if flags[name].on_resume == "told"}
 
@@ -111,23 +111,23 @@ def compared_arguments(
 def noted_changes(
     changed: Mapping[str, list[Any]], earlier: Mapping[str, Any], checkpoint: str, *, tell: bool
 ) -> dict[str, Any]:
-    """`resumed_with` of a run that goes on from a checkpoint with other arguments: ``earlier`` changes and these."""
+    """`resumed_with` of a run that resumes from a checkpoint with other arguments: ``earlier`` changes and these."""
     if not changed:
         return {**earlier}
     if tell:
         told = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in changed.items())
-        logger.warning("%s goes on with other settings: %s", checkpoint, told)
+        logger.warning("%s resumes with other settings: %s", checkpoint, told)
     return {**earlier, str(checkpoint_step(Path(checkpoint))): changed}
 
 
 def restore_weights(model: nn.Module, folder: str) -> None:
     """Load a checkpoint's weights into ``model``, in place.
 
-    Names and shapes of a class of ours are checked by ``from_pretrained``, and of any that the checkpoint has under
-    older names. Another model that was decorrelated is not what its class makes of its configuration.
+    ``from_pretrained`` checks names and shapes for our classes, and for any class whose checkpoint has older names.
+    Other decorrelated models are not what their class builds from the configuration, so they are loaded directly.
 
     Raises:
-        ValueError: the tensors of the checkpoint are not those of the model; nothing is changed then.
+        UserError: the checkpoint's tensors are not those of the model; nothing is changed.
     """
     if not isinstance(model, DBPViTMAEForPreTraining | DBPViTMAEModel):
         tensors = {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
@@ -150,13 +150,13 @@ def restore_weights(model: nn.Module, folder: str) -> None:
     found = {
         "lacks {} tensors of the model": info["missing_keys"],
         "has {} tensors that the model lacks": info["unexpected_keys"],
-        "has {} tensors of another shape than the model": {key for key, *_ in info["mismatched_keys"]},
+        "has {} tensors whose shapes differ from the model's": {key for key, *_ in info["mismatched_keys"]},
     }
     for problem, keys in found.items():
         if keys:
             raise UserError(
-                f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}; to go on, give "
-                "the flags it was trained with; to begin anew, another --output_dir"
+                f"checkpoint {folder} {problem.format(len(keys))}, among them {min(keys)}; to resume, give "
+                "the flags it was trained with; to start over, use another --output_dir"
             )
     model.load_state_dict(saved.state_dict())
 
@@ -167,13 +167,14 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def tensors_alone(checkpoint: str | None) -> Iterator[None]:
-    """Say that PyTorch's ``weights_only`` reader found more than tensors and numbers; nothing of it was executed."""
+    """Turn the error of PyTorch's ``weights_only`` reader about unsafe content, none of which it executes, into a
+    UserError."""
     try:
         yield
     except UnpicklingError as error:
         raise UserError(
             f"checkpoint {checkpoint} holds optimizer or random states with more than tensors in them, which could "
-            "execute code: they are not loaded; take it away to go on from an earlier one"
+            f"execute code: they are not loaded; remove it to resume from an earlier one"
         ) from error
 
 
@@ -183,11 +184,11 @@ def best_saved(
     """The best evaluated checkpoint of a run; None if none was evaluated.
 
     Args:
-        args: name the metric.
-        state: holds what was measured, by step.
+        args: names the metric.
+        state: holds the measurements by step.
         saved: steps of the run's checkpoints in the folder of ``checkpoint``.
-        checkpoint: the one that is being written.
-        before: the best so far; after a resume from another folder it lies there.
+        checkpoint: the one being written.
+        before: the best so far; after a resume from another folder, it lies there.
     """
     metric = args.metric_for_best_model
     if metric is None:
@@ -205,30 +206,30 @@ def best_saved(
 
 
 def lacking(checkpoint: str | Path) -> list[str]:
-    """The states that training goes on from and that a checkpoint does not hold, as files."""
+    """The files of training state that a checkpoint lacks."""
     return [name for name in ("optimizer.pt", "scheduler.pt") if not (Path(checkpoint) / name).exists()]
 
 
 def advance_schedule(schedule: LRScheduler, optimizer: Optimizer, step: int, lack: str) -> None:
-    """Go on from a checkpoint of the model alone: the schedule where the step has it, the optimizer afresh.
+    """Resume from a checkpoint that holds only the model: the schedule continues at its step, the optimizer starts new.
 
     Args:
-        schedule: of ``optimizer``, whose learning rates it sets.
-        optimizer: fresh.
-        step: of the checkpoint.
+        schedule: schedule of ``optimizer``, whose learning rates it sets.
+        optimizer: a new optimizer.
+        step: step of the checkpoint.
         lack: says which checkpoint lacks what.
 
     Raises:
-        ValueError: the schedule follows from what was measured, not from the step.
+        UserError: the schedule depends on measurements, not on the step.
     """
     if not isinstance(schedule, LambdaLR):
         raise UserError(
-            f"{lack} (--save_only_model), from which --lr_scheduler_type, {type(schedule).__name__}, would go on: "
-            "start a new run from its weights"
+            f"{lack} (--save_only_model), which --lr_scheduler_type, {type(schedule).__name__}, needs to resume: "
+            f"start a new run from its weights"
         )
     logger.warning(
-        "%s (--save_only_model): the optimizer begins afresh, without its moments; the learning rate goes on at step "
-        "%d of its schedule. The run is not what it would have been undisturbed",
+        "%s (--save_only_model): the optimizer starts without its moments, and the learning rate continues at step %d "
+        "of its schedule. The result will differ from that of an uninterrupted run",
         lack, step,
     )  # fmt: skip
     schedule.last_epoch = step

@@ -1,12 +1,12 @@
-"""`ResumingTrainer`: what pre-training and fine-tuning share about saving, stopping and going on.
+"""`ResumingTrainer`: saving, stopping and resuming, shared by pre-training and fine-tuning.
 
-- checkpoints are whole or not there (`saving`), and hold every tensor under its present name;
-- resume and best checkpoint restore every tensor or fail (the stock Trainer loads loosely and only warns);
-- the best checkpoint is the best of those that this run has saved, whichever evaluation was lower in between;
-- weights are evaluated and saved in the optimizer's eval mode, where it has one (schedule-free optimizers);
+- checkpoints are complete or absent (`saving`), and hold every tensor under its current name;
+- resuming and loading the best checkpoint restore every tensor or fail (the stock Trainer only warns);
+- the best checkpoint is the best of those that this run has saved, even if another evaluation was better;
+- weights are evaluated and saved in the optimizer's eval mode if it has one (schedule-free optimizers);
 - SIGTERM and SIGINT save and end the run (`stopping`);
 - steps that are not finite are skipped (`guards`);
-- a run that is resumed after its last step takes no further one (the stock Trainer takes one).
+- a run resumed after its last step takes no further step (the stock Trainer takes one).
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ logger = logging.getLogger(__name__)
 C = TypeVar("C", bound=TrainerCallback)
 STATE = "trainer_state.json"
 MEASURED = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that follow metric_for_best_model
-SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of the optimizer's groups
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # settings in the optimizer's groups
 
 
 class ResumingTrainer(Trainer):  # type: ignore[misc]
-    """transformers' Trainer with the saving of the module's docstring and numerical guards, on one GPU per process.
+    """transformers' Trainer with the saving described above and numerical guards, on one GPU per process.
 
     Args:
         model, args, kwargs: as for `transformers.Trainer`.
-        callbacks: as for `transformers.Trainer`; if a `DecorrelationCallback` is among them, R is guarded as well.
-        max_skipped_steps: the run ends when so many steps in a row were skipped by the guards.
+        callbacks: as for `transformers.Trainer`; if they include a `DecorrelationCallback`, R is guarded too.
+        max_skipped_steps: the run ends after this many steps in a row that the guards skipped.
     """
 
     sampler: EpochSampler | None = None
@@ -89,24 +89,25 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             use_one_gpu(args)
         self.stop, self.guard = StopOnSignal(), GuardCallback(max_skipped_steps)
         super().__init__(model, args, *rest, callbacks=[*(callbacks or ()), self.stop, self.guard], **kwargs)
-        if isinstance(self.model, ViTMAEForPreTraining):  # its loss is a mean over images, and needs no labels
+        if isinstance(self.model, ViTMAEForPreTraining):  # its loss is a mean over images and needs no labels
             self.model_accepts_loss_kwargs, self.can_return_loss = False, True
         self._unfinished: Path | None = None
-        self.run_folder = Path(self.args.output_dir)  # of a search, that of the trial
+        self.run_folder = Path(self.args.output_dir)  # in a search, the folder of the trial
         self.saved: set[int] = set()  # steps of the checkpoints that this run has saved
-        self.restored: int | None = None  # step of the best checkpoint, once its weights are back
+        self.restored: int | None = None  # step of the best checkpoint, once its weights are restored
 
     def skipped_steps(self) -> dict[str, Any]:
-        """``skipped_steps``: how many, also before a resume; ``skipped``: the first hundred, with cause and layer."""
+        """``skipped_steps``: how many, including those before a resume; ``skipped``: the first hundred, with cause and
+        layer."""
         return self.guard.skipped_steps(self.state)
 
     def callbacks_of(self, kind: type[C]) -> list[C]:
-        """The callbacks of this Trainer of one kind."""
+        """This Trainer's callbacks of one class."""
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, kind)]
 
     @property
     def weights_step(self) -> int:
-        """The step after which the model had its present weights."""
+        """The step after which the model had its current weights."""
         return self.state.global_step if self.restored is None else self.restored
 
     def use_sampler(self, sampler: EpochSampler) -> None:
@@ -118,7 +119,7 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
 
     def get_train_dataloader(self) -> Any:
-        """The stock one, whose workers leave signals to the run (schedulers send them to the whole group)."""
+        """The stock loader, whose workers leave signals to the run (schedulers send them to the whole group)."""
         if self._train_batch_size != self.args.train_batch_size:
             self._note_batch(self._train_batch_size)
         loader = super().get_train_dataloader()
@@ -128,27 +129,27 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
     # ---- training ----
 
     def _note_batch(self, size: int) -> None:
-        """`auto_find_batch_size` has come to another batch per device: from here on it is the one that was asked for.
+        """`auto_find_batch_size` has found another batch per device: treat it as the requested one from now on.
 
         Raises:
-            ValueError: the batch had fitted for some steps, which the stock Trainer would take again.
+            UserError: the old batch had already fitted for some steps, which the stock Trainer would repeat.
         """
         asked, step = self.args.per_device_train_batch_size, self.state.global_step
         if step:
             raise UserError(
-                f"--auto_find_batch_size: {asked} images per device fitted for {step} steps and do so no more; begin "
-                f"anew in another --output_dir with --per_device_train_batch_size {size}"
+                f"--auto_find_batch_size: {asked} images per device fitted for {step} steps but no longer do; start "
+                f"over in another --output_dir with --per_device_train_batch_size {size}"
             )
-        logger.warning("%d images per device do not fit: --per_device_train_batch_size is %d now", asked, size)
+        logger.warning("%d images per device do not fit: --per_device_train_batch_size is now %d", asked, size)
         self.args.per_device_train_batch_size = size
-        self.optimizer = None  # its learning rate may follow the batch
+        self.optimizer = None  # its learning rate may depend on the batch
         if self.sampler is not None:
             self.sampler.step_images = step_images(self.args) if self.args.dataloader_drop_last else 1
             self.sampler.lanes = Lanes(self.sampler.lanes.count, size)
         self.batch_found(asked, size)
 
     def batch_found(self, asked: int, found: int) -> None:
-        """The batch per device is another than the one asked for: what a task derives from it."""
+        """Called when the batch per device differs from the requested one, so a task can update what depends on it."""
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         kind, given = self.args.lr_scheduler_type, self.args.lr_scheduler_kwargs
@@ -157,20 +158,21 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         schedule = checked_schedule(
             lambda steps: super(ResumingTrainer, self).create_scheduler(steps, optimizer), self.args, num_training_steps
         )
-        for group in self.optimizer.param_groups:  # not every schedule notes its peak
+        for group in self.optimizer.param_groups:  # not every schedule records its peak
             group.setdefault("initial_lr", group["lr"])
         return schedule
 
     def weights_as_evaluated(self) -> None:
-        """Have the model hold the weights that are evaluated and saved: a schedule-free optimizer trains at others."""
+        """Give the model the weights to evaluate and save; a schedule-free optimizer trains with others."""
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Loss of a micro-batch; after its last one a step is judged, before its gradients are clipped."""
+        """Loss of a micro-batch; after the last one of a step, the guards check the step before gradients are
+        clipped."""
         seen = self.guard.micro_batches
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if self.guard.micro_batches == seen:  # it was not the model that computed the loss
+        if self.guard.micro_batches == seen:  # the model did not compute the loss
             loss = self.guard.note(loss, self._prepare_inputs(inputs))
         if self.accelerator.sync_gradients:
             self.guard.judge(self.args, self.state, scaled=self.accelerator.scaler is not None)
@@ -183,11 +185,11 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> Any:
-        """As the stock one; ``True`` is the last whole checkpoint.
+        """Like the stock method; ``True`` means the last complete checkpoint.
 
         Raises:
-            ValueError: ``True``, and there is none; or the folder holds checkpoints of another run.
-            SystemExit: SIGTERM (status 143) or SIGINT (130) came; the checkpoint is saved.
+            UserError: ``True`` but there is none, or the folder holds checkpoints of another run.
+            SystemExit: SIGTERM (status 143) or SIGINT (130) arrived; the checkpoint is saved.
         """
         self.run_folder = Path(super()._get_output_dir(trial))
         resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
@@ -203,14 +205,18 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             with self.stop.listening():
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, trial=trial, **kwargs)
         except Stopped as stopped:
-            self.callback_handler.on_train_end(self.args, self.state, self.control)  # reporters close their files
+            self.callback_handler.on_train_end(
+                self.args, self.state, self.control
+            )  # so that reporters close their files
             if self.is_world_process_zero():
                 print(
                     f"stopped by {stopped} after step {self.state.global_step} of {self.state.max_steps}; "
-                    f"the same command goes on from {self.checkpoint}",
+                    f"the same command resumes from {self.checkpoint}",
                     file=sys.stderr,
                 )
-            traceback.clear_frames(stopped.__traceback__)  # else they keep the DDP model, past the end of its group
+            traceback.clear_frames(
+                stopped.__traceback__
+            )  # else they keep the DDP model alive after its group has ended
             raise SystemExit(stopped.status) from None
         finally:
             self.guard.release()
@@ -218,17 +224,18 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
                 clock.stop()
 
     def before_training(self, checkpoint: str | None) -> None:
-        """Before a new run begins (None) or goes on from a checkpoint: a task compares and takes over what it recorded.
+        """Called before a new run starts (None) or resumes from a checkpoint, so a task can compare and adopt its
+        record.
 
         Raises:
-            ValueError: the checkpoint is of another run than this one.
+            UserError: the checkpoint belongs to another run.
         """
 
     def _begin(self, checkpoint: str | None) -> None:
-        """Note which checkpoints are this run's: none yet, or those up to the one that it goes on from.
+        """Note which checkpoints belong to this run: none yet, or those up to the one it resumes from.
 
         Raises:
-            ValueError: a new run would save among the checkpoints of another.
+            UserError: a new run would save among the checkpoints of another.
         """
         self.restored, there = None, whole_checkpoints(self.run_folder)
         step = None if checkpoint is None else checkpoint_step(Path(checkpoint))
@@ -238,17 +245,17 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         self.saved = set()
         if there and self.args.save_strategy != SaveStrategy.NO:
             raise UserError(
-                f"{self.run_folder} holds checkpoints of another run, up to step {max(there)}: go on from them with "
-                "resume_from_checkpoint=True, or choose another output_dir"
+                f"{self.run_folder} holds checkpoints of another run, up to step {max(there)}: resume from them with "
+                f"resume_from_checkpoint=True, or choose another output_dir"
             )
 
     def named_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """What `train` resumes from: ``True`` is the last whole checkpoint, and a ValueError if there is none."""
+        """What `train` resumes from: for ``True`` the last complete checkpoint, or a UserError if there is none."""
         if resume_from_checkpoint is not True:
             return resume_from_checkpoint or None
         last = last_checkpoint(self.run_folder)
         if last is None:
-            raise UserError(f"no whole checkpoint in {self.run_folder}")
+            raise UserError(f"no complete checkpoint in {self.run_folder}")
         return last
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -260,11 +267,11 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
     # ---- saving ----
 
     def before_saving(self) -> None:
-        """In all processes, before a checkpoint is written: what a task's record is to say in it."""
+        """Called in all processes before a checkpoint is written, so a task can update the record for it."""
 
     @property
     def checkpoint(self) -> Path:
-        """The folder of a checkpoint of this step."""
+        """The folder for a checkpoint of this step."""
         return self.run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -272,7 +279,7 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
 
     @contextmanager
     def _writing(self, folder: Path, what: str) -> Iterator[Path]:
-        """A folder in ``folder`` to write into before what is written gets its name; no trace is left of it."""
+        """A temporary folder in ``folder`` to write into before the result gets its name; it leaves no trace."""
         self._unfinished = folder / UNFINISHED
         if self.args.should_save:
             clear(self._unfinished)
@@ -298,7 +305,9 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             best = best_saved(self.args, self.state, self.saved, checkpoint, before)
             self.state.best_model_checkpoint = None if best is None else str(best)
             if self.args.should_save:
-                self.state.save_to_json(str(unfinished / checkpoint.name / STATE))  # with the best one's final name
+                self.state.save_to_json(
+                    str(unfinished / checkpoint.name / STATE)
+                )  # with the final name of the best checkpoint
                 publish(unfinished / checkpoint.name, checkpoint)
                 rotate(run, self.args.save_total_limit, {checkpoint, best or checkpoint})
             self.accelerator.wait_for_everyone()
@@ -306,11 +315,11 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             self._push_from_checkpoint(str(checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._unfinished is None:  # else once it has its name
+        if self._unfinished is None:  # otherwise once it has its name
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Model and image processor; present key names, which resume restores (platform trap)."""
+        """Save model and image processor under current key names, which a resume can restore."""
         if not self.args.should_save:
             return
         self.weights_as_evaluated()
@@ -334,7 +343,8 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
     # ---- restoring ----
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """States come from the checkpoint, settings from the arguments of now: a lower learning rate has an effect."""
+        """Load states from the checkpoint but settings from the current arguments, so a lower learning rate has an
+        effect."""
         settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
         lost = lacking(checkpoint) if checkpoint else []
         if lost:
@@ -350,9 +360,9 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             group.update(setting)
         if isinstance(self.lr_scheduler, LambdaLR):
             self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
-        else:  # by measure: its settings, as factor and patience, are those of now
+        else:  # based on measurements: settings such as factor and patience are the current ones
             self.lr_scheduler.__dict__ |= {name: schedule[name] for name in schedule if name in MEASURED_SETTINGS}
-        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # for the logs
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with tensors_alone(checkpoint):

@@ -1,14 +1,14 @@
-"""Files that a crash cannot halve: which checkpoints are whole, how one is written, kept and found again.
+"""Atomic checkpoints: how they are written, checked, kept and found again.
 
 A checkpoint is written into `.unfinished` in the run's folder, flushed to the disk, listed with the sizes of its files
-in its `checkpoint.json`, and only then renamed to `checkpoint-N`; older ones are deleted after that. So a folder of
-that name is whole from its first moment, for stock tools too, and what stops a save leaves the earlier ones alone.
+in its `checkpoint.json`, and only then renamed to `checkpoint-N`; older ones are deleted after that. So a folder with
+that name is always complete, for stock tools too, and an interrupted save does not touch earlier ones.
 
-What can still be halved (a deletion that was interrupted, a copy, another program's checkpoint) is recognised:
-- with a `checkpoint.json`, every file in it must be there in its size;
-- without one (a stock Trainer's checkpoint, or one of before) every file that a resume needs must be there and whole
-  as far as its format tells: JSON parses, safetensors cover their file, archives have their end.
-What is not whole is passed over and left where it is.
+A checkpoint can still be incomplete after an interrupted deletion or copy, or if another program wrote it:
+- with a `checkpoint.json`, every listed file must be there with its size;
+- without one (from a stock Trainer or an older version), every file needed to resume must be there and complete as far
+  as its format tells: JSON parses, safetensors cover their file, archives have their end.
+An incomplete checkpoint is skipped and left in place.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNFINISHED = ".unfinished"
 LISTING = "checkpoint.json"
 JSON_FILES, ARCHIVES = ("config.json", "trainer_state.json"), ("optimizer.pt", "scheduler.pt")
 
-# ---- which checkpoints there are ----
+# ---- finding checkpoints ----
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -54,7 +54,7 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def fault(folder: Path) -> str | None:
-    """What keeps a checkpoint from being whole, as the module says; None if it is."""
+    """Why a checkpoint is incomplete, by the rules above; None if it is complete."""
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / LISTING).is_file():
@@ -99,23 +99,23 @@ def _whole_file(path: Path) -> bool:
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """Everything in a run's folder that has the name of a checkpoint, by step."""
+    """Everything in a run's folder with the name of a checkpoint, by step."""
     found = {checkpoint_step(folder): folder for folder in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()}
     return dict(sorted((step, folder) for step, folder in found.items() if step is not None))
 
 
 def whole_checkpoints(run: Path) -> dict[int, Path]:
-    """The whole checkpoints in a run's folder, by step."""
+    """The complete checkpoints in a run's folder, by step."""
     return {step: folder for step, folder in checkpoints(run).items() if fault(folder) is None}
 
 
 def last_checkpoint(run: str | os.PathLike[str]) -> str | None:
-    """The whole checkpoint with the most steps in a run's folder, to resume from; None if there is none."""
+    """The complete checkpoint with the highest step in a run's folder, to resume from; None if there is none."""
     for folder in reversed(checkpoints(Path(run)).values()):
         problem = fault(folder)
         if problem is None:
             return str(folder)
-        logger.warning("%s is passed over: %s", folder, problem)
+        logger.warning("%s is skipped: %s", folder, problem)
     return None
 
 
@@ -123,17 +123,17 @@ def last_checkpoint(run: str | os.PathLike[str]) -> str | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove a folder and what is in it, if it is there."""
+    """Remove a folder with its content, if it exists."""
     if folder.is_dir():
         shutil.rmtree(folder)
 
 
 def sync(path: Path) -> None:
-    """Have a file or a folder flushed to the disk."""
+    """Flush a file or a folder to the disk."""
     if path.is_file():
         with path.open("r+b") as file:
             os.fsync(file.fileno())
-    elif os.name == "posix":  # elsewhere a folder cannot be opened
+    elif os.name == "posix":  # other systems cannot open a folder
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -142,7 +142,7 @@ def sync(path: Path) -> None:
 
 
 def publish(written: Path, target: Path) -> None:
-    """Give a checkpoint that is completely written its name, in one step, once it has reached the disk."""
+    """Flush a completely written checkpoint to the disk, then give it its name in one step."""
     paths = sorted(written.rglob("*"))
     write_json(
         written / LISTING,
@@ -150,16 +150,16 @@ def publish(written: Path, target: Path) -> None:
     )
     for path in (*paths, written):
         sync(path)
-    if target.exists():  # of an earlier attempt at the same step
+    if target.exists():  # from an earlier attempt at the same step
         discard(target)
     written.replace(target)
     sync(target.parent)
 
 
 def move_files(written: Path, target: Path) -> None:
-    """Move the files of a model to ``target``, each in one step, and take away the weights of an earlier one there.
+    """Move the files of a model to ``target``, each in one step, and remove the weights of an earlier model there.
 
-    ``config.json``, by which a model is known, goes first and comes last: a mixture of two has none.
+    ``config.json``, which identifies a model, is removed first and written last, so a mixture of two models has none.
     """
     target.mkdir(parents=True, exist_ok=True)
     new = sorted(written.iterdir(), key=lambda path: path.name == "config.json")
@@ -174,7 +174,7 @@ def move_files(written: Path, target: Path) -> None:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint: under its name it is whole or gone."""
+    """Delete a checkpoint; under its name it is either complete or gone."""
     bin_folder = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
     clear(bin_folder)
     bin_folder.parent.mkdir(exist_ok=True)
@@ -183,10 +183,10 @@ def discard(checkpoint: Path) -> None:
 
 
 def rotate(run: Path, limit: int | None, keep: Collection[Path]) -> None:
-    """Delete the whole checkpoints of the fewest steps beyond ``limit``, those to ``keep`` excepted."""
+    """Delete the complete checkpoints with the lowest steps beyond ``limit``, except those to ``keep``."""
     if not limit or limit < 0:
         return
-    whole = [*whole_checkpoints(run).values()]  # by step: times of files do not survive a copy
+    whole = [*whole_checkpoints(run).values()]  # by step, because file times do not survive a copy
     surplus = max(len(whole) - max(limit, len(keep)), 0)
     for old in [folder for folder in whole if folder not in keep][:surplus]:
         discard(old)

@@ -1,14 +1,13 @@
-"""SIGTERM and SIGINT during training: the step is finished, a checkpoint saved, the process ends with 128 + signal.
+"""SIGTERM and SIGINT during training: finish the step, save a checkpoint, and exit with status 128 + signal.
 
-Processes of a run receive the signal at different moments, so they agree on the step: after each one all-reduces the
-largest signal number it has received, and reads the result of the step before, which costs no waiting for a device.
-What transformers brings for this (`enable_jit_checkpoint`) knows SIGTERM alone, saves in the middle of a step, at
-whatever step each process is, and then ends the run as if it had been trained to its end.
+The processes of a run receive the signal at different moments, so they agree on a step: after each step they all-reduce
+the largest signal number received, and read the result of the step before, so nothing waits for the device.
+transformers' own `enable_jit_checkpoint` handles only SIGTERM, saves in the middle of a step, at a different step in
+each process, and then ends the run as if training were complete.
 
-Loader workers ignore both while the process that they work for goes on, and end with it. A second signal ends that
-process at once.
-Launchers pass on what a terminal or a scheduler has already sent to the whole group: signals within a second count as
-one.
+Loader workers ignore both signals while their parent process runs, and end with it. A second signal ends that process
+at once. Launchers forward signals that a terminal or scheduler has already sent to the whole group, so signals within a
+second count as one.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ SAME_SECONDS = 1.0
 
 
 def shield_workers(loader: DataLoader[Any]) -> None:
-    """Have a loader's workers leave the signals to this process, from before they are forked."""
+    """Make a loader's workers leave the signals to this process, starting before they are forked."""
     loader.worker_init_fn = partial(_start_worker, _ending(), loader.worker_init_fn)
     if sys.platform != "win32" and loader.num_workers and multiprocessing.get_context().get_start_method() == "fork":
         loader.multiprocessing_context = _Workers()
@@ -47,7 +46,8 @@ def shield_workers(loader: DataLoader[Any]) -> None:
 if sys.platform != "win32":
 
     class _Worker(multiprocessing.context.ForkProcess):
-        """Begins with both signals blocked: torch sets a handler that ends it, some time before `_start_worker`."""
+        """Starts with both signals blocked, because torch installs a handler that would end it before
+        `_start_worker`."""
 
         def start(self) -> None:
             before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -62,7 +62,7 @@ if sys.platform != "win32":
 
 @cache
 def _ending() -> Any:
-    """A byte shared with the workers: 1 once this process ends, which sends them SIGTERM and waits for them."""
+    """A byte shared with the workers: 1 once this process is ending, which sends them SIGTERM and waits for them."""
     ending = multiprocessing.RawValue("b", 0)
     atexit.register(setattr, ending, "value", 1)
     return ending
@@ -83,7 +83,7 @@ def _start_worker(ending: Any, then: Callable[[int], None] | None, number: int) 
 
 @contextmanager
 def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle both signals inside; only a process's main thread can."""
+    """Handle both signals inside the block; works only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -96,12 +96,12 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def leave(number: int, frame: Any) -> None:
-    """Handler that ends the process by SystemExit(128 + signal), so that `finally` ends what it has started."""
+    """Handler that raises SystemExit(128 + signal), so `finally` blocks can clean up."""
     raise SystemExit(128 + number)
 
 
 class Stopped(Exception):
-    """Training was stopped by a signal, after its checkpoint was saved."""
+    """A signal stopped training, after its checkpoint was saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -109,7 +109,7 @@ class Stopped(Exception):
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Has a checkpoint saved after the step in which a signal came, and raises `Stopped` then."""
+    """Saves a checkpoint after the step in which a signal arrived, then raises `Stopped`."""
 
     def __init__(self) -> None:
         self.received, self._received_at = 0, 0.0
@@ -119,7 +119,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive signals here."""
+        """Receive signals inside the block."""
         with handling(self._receive):
             yield
 
@@ -136,7 +136,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.agreed = self.agreed or self._agree(args)
-        if not float(state.epoch).is_integer():  # what an epoch's end still brings belongs before the checkpoint
+        if not float(state.epoch).is_integer():  # the end of an epoch belongs before the checkpoint
             self._leave(control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -151,7 +151,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
             raise Stopped(self.agreed)
 
     def _agree(self, args: Any) -> int:
-        """The largest signal number of any process: now if there is one process, else as of the step before."""
+        """The largest signal number of any process: now with one process, else as of the step before."""
         if args.world_size == 1:
             return self.received
         answer = 0

@@ -1,11 +1,11 @@
 """`MAETrainer`: transformers' Trainer for masked autoencoders, plain or decorrelated.
 
-It adds what the stock Trainer gets wrong or lacks here:
-- saving, stopping and resuming, which fine-tuning shares (`ResumingTrainer`);
-- images are drawn by `EpochSampler`, so that views and masks follow from (seed, epoch, image);
-- Muon or another optimizer with AdamW as one;
+It adds what the stock Trainer lacks here:
+- saving, stopping and resuming, shared with fine-tuning (`ResumingTrainer`);
+- `EpochSampler` draws the images, so views and masks follow from (seed, epoch, image);
+- Muon or another optimizer combined with AdamW;
 - a run record with one row per evaluation, kept in every checkpoint: losses, seconds and kWh of training alone, and how
-  correlated the layers' inputs are, measured while the clock stands still.
+  correlated the layers' inputs are, measured while the clock is stopped.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = ["MAETrainer"]
 
 logger = logging.getLogger(__name__)
 
-PROBE_IMAGES = 64  # validation images per process whose layer inputs are measured
+PROBE_IMAGES = 64  # validation images per process for measuring layer inputs
 
 
 class MAETrainer(ResumingTrainer):
@@ -51,7 +51,7 @@ class MAETrainer(ResumingTrainer):
 
     Args:
         record: the run record to fill.
-        optimizer_name: ``adamw``, ``muon``, or one of pytorch-optimizer's.
+        optimizer_name: ``adamw``, ``muon``, or an optimizer of pytorch-optimizer.
         decorrelation: updates R; None for plain backprop.
         meter: measures this node's energy; None in all but one process of a node.
         kwargs: as for `transformers.Trainer`; ``train_dataset`` is a `MaskedImages`.
@@ -71,22 +71,22 @@ class MAETrainer(ResumingTrainer):
         self.cost = ClockCallback(meter, record.energy)
         super().__init__(data_collator=collate, **kwargs)
         self.add_callback(self.cost)
-        if decorrelation is not None:  # after the clock: what it does as a step begins is part of the step
+        if decorrelation is not None:  # after the clock, because its work at the start of a step is part of the step
             self.add_callback(decorrelation)
         self.record, self.optimizer_name, self.decorrelation = record, optimizer_name, decorrelation
-        self.asked = dict(record.arguments)  # before anything of it is found not to fit
+        self.asked = dict(record.arguments)  # before any of it turns out not to fit
         self.use_sampler(make_sampler(self.train_dataset.images, self.args))
         self.input = InputMeter()
         record.data["feeding"] = feeding(self.sampler, self.args)
         self._spent: dict[str, Any] = {}
-        self._measured: dict[int, float] = {}  # loss of the weights of this step, last evaluated
+        self._measured: dict[int, float] = {}  # step -> loss of its weights, for the last evaluation
         self._probe_batch: dict[str, Tensor] | None = None
-        self._losses = torch.zeros(2, device=self.args.device)  # sum and number of finite ones since the last row
+        self._losses = torch.zeros(2, device=self.args.device)  # sum and number of finite losses since the last row
 
     # ---- data and optimizer ----
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader[Any]:
-        """This rank's share of the validation views, a run of neighbours, so that each counts exactly once."""
+        """This rank's share of the validation views, a contiguous run, so each view counts exactly once."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         first, last = (
             len(data) * rank // self.args.world_size for rank in (self.args.process_index, self.args.process_index + 1)
@@ -110,7 +110,7 @@ class MAETrainer(ResumingTrainer):
         model = self.accelerator.unwrap_model(self.model_wrapped).eval()
         total = torch.zeros(2, device=self.args.device, dtype=torch.float64)
         for batch in dataloader:
-            if not batch:  # nothing in it could be read
+            if not batch:  # none of its images could be read
                 continue
             inputs = self._prepare_inputs(batch)
             self._probe_batch = self._probe_batch or {key: value[:PROBE_IMAGES] for key, value in batch.items()}
@@ -166,13 +166,13 @@ class MAETrainer(ResumingTrainer):
         self._preset()
 
     def _preset(self) -> None:
-        """Set clock and input to what had been spent when the run began or was resumed."""
+        """Set clock and input meter to their values when the run started or resumed."""
         self.cost.stop()
         self.cost.preset(self._spent, kwh=self.is_world_process_zero())
         self.input.preset(self._spent.get("input", {}), self.cost.clock.seconds)
 
     def _take_over(self, before: RunRecord, checkpoint: str) -> dict[str, Any]:
-        """Go on with the record of a checkpoint's run; its results."""
+        """Continue the record of a checkpoint's run, and return its results."""
         changed = changed_arguments(before, self.record, checkpoint)
         if "feeding" in before.data:
             adopt_order(self.sampler, before.data, self.record.data, self.args.dataloader_drop_last)
@@ -200,7 +200,7 @@ class MAETrainer(ResumingTrainer):
         return output
 
     def input_results(self) -> dict[str, Any]:
-        """What the input did so far, over all processes, for the record; the clock must stand still."""
+        """The input figures so far, over all processes, for the record; the clock must be stopped."""
         lists = [data.images for data in (self.train_dataset, self.eval_dataset)]
         return {
             "input": self.input.totals(self.cost.clock.seconds),
@@ -208,7 +208,7 @@ class MAETrainer(ResumingTrainer):
         }
 
     def guard_results(self) -> dict[str, Any]:
-        """What the numerical guards did so far, for the record."""
+        """The actions of the numerical guards so far, for the record."""
         of_R = self.decorrelation.shares.results() if self.decorrelation is not None else {}
         return {"guards": self.skipped_steps() | of_R}
 
@@ -220,9 +220,9 @@ class MAETrainer(ResumingTrainer):
         return loss
 
     def note_evaluation(self, eval_loss: float) -> None:
-        """Add an evaluation now to the record, and write it for whoever watches the run.
+        """Add an evaluation to the record now, and write it for anyone who watches the run.
 
-        Rows are of training: weights that have come back from a checkpoint have their row already.
+        Only evaluations in training add rows: weights restored from a checkpoint already have theirs.
         """
         row = self.evaluation_row(eval_loss)
         self._measured = {self.weights_step: eval_loss}
@@ -233,7 +233,8 @@ class MAETrainer(ResumingTrainer):
             self.record.write(self.run_folder / RECORD)
 
     def evaluation_row(self, eval_loss: float) -> dict[str, Any]:
-        """The record's row for an evaluation now; the training loss is the mean of the finite ones since the last."""
+        """The record's row for an evaluation now; the training loss is the mean of the finite losses since the last
+        row."""
         row: dict[str, Any] = {
             "step": self.state.global_step,
             "epoch": self.state.epoch,
@@ -249,7 +250,7 @@ class MAETrainer(ResumingTrainer):
         if count:
             row["train_loss"] = total / count
         self._losses = torch.zeros_like(self._losses)
-        if self._probe_batch is None:  # this rank's share has no readable image, or none at all
+        if self._probe_batch is None:  # this rank's share has no readable image
             self._probe_batch = evaluation_collate([self.eval_dataset[0]])
         layers = measure_correlations(
             self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self._probe_batch
@@ -260,7 +261,7 @@ class MAETrainer(ResumingTrainer):
         self.record.results |= self.cost.costs(self.args) | self.input_results() | self.guard_results()
 
     def model_figure(self) -> dict[str, Any]:
-        """Step and, if these weights were evaluated in training, loss of the model as it is: `model` of the record."""
+        """Step of the current model and, if training evaluated it, its loss: `model` in the record."""
         losses = {row["step"]: row["eval_loss"] for row in self.record.rows} | self._measured
         step = self.weights_step
         return {"step": step} | ({"eval_loss": losses[step]} if step in losses else {})
@@ -268,7 +269,7 @@ class MAETrainer(ResumingTrainer):
     def batch_found(self, asked: int, found: int) -> None:
         if isinstance(self.args, PretrainingArguments):
             self.args.scale_learning_rate()
-        self._preset()  # attempts with another batch have trained nothing
+        self._preset()  # attempts with other batch sizes do not count as training
         self.record.data["feeding"] = feeding(self.sampler, self.args)
         self.record.arguments |= {
             "per_device_train_batch_size": found, "learning_rate": self.args.learning_rate

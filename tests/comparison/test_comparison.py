@@ -1,4 +1,4 @@
-"""Plans become runs, each once, on its own; what fails, is interrupted or differs is told apart."""
+"""Plans become runs, each made once and separately; failed, interrupted and differing runs are told apart."""
 
 import json
 import re
@@ -329,7 +329,7 @@ def test_finished_runs_are_taken_as_they_are(tmp_path):
     assert content["command"].startswith("python training_scripts/run_comparison.py --runs ")
     runs[0].record.results.pop("finished")
     runs[0].record.write(Path(folders[0]) / "run.json")
-    with pytest.raises(ValueError, match="has not finished; start it again"):
+    with pytest.raises(ValueError, match="has not finished; repeat its command"):
         collect_runs(folders)
 
 

@@ -1,4 +1,4 @@
-"""Statistics agree with SciPy and R on known data, and say nothing where there is nothing to say."""
+"""Statistics agree with SciPy and R on known data, and return None where they are undefined."""
 
 import math
 

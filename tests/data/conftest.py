@@ -1,4 +1,4 @@
-"""Photographs in the forms in which data sets come, and runs in processes of their own."""
+"""Photographs in all forms of data sets, and runs in separate processes."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Loads data sets in a process of its own, whose Hub is named by HF_ENDPOINT; run by `test_hub_data.py`.
+"""Loads data sets in a separate process, from the Hub that HF_ENDPOINT names; run by `test_hub_data.py`.
 
 Reads a JSON list of `ImageSource` fields on stdin and writes one JSON line each: what was loaded, or the error.
 """

@@ -1,4 +1,4 @@
-"""Whatever stands in a recipe, a config.json, a run.json or on the command line: it is taken, or refused in one line.
+"""Any content of a recipe, config.json, run.json or command line is either accepted or refused in one line.
 
 Cases are valid inputs with something changed: values of other types, absurd numbers, unknown and missing keys, nesting,
 Unicode, tags. Refusal is a UserError of one line, or argparse's exit status 2; never another exception.

@@ -95,7 +95,7 @@ def table(values, kind=None):
         ([0, -1, 1], datasets.ClassLabel(names=["a", "b"]), "1 of 3 images have no label"),  # as the Hub's test sets
         ([1.0, 2.5], None, "column 'label' holds 2.5; a label is a name or a whole number"),
         ([["a"], ["a", "b"]], None, "give each image one class, a name or a number"),
-        (["Cat", "cat", "dog"], None, "the classes 'Cat', 'cat' differ in case or spaces"),
+        (["Cat", "cat", "dog"], None, "the classes 'Cat', 'cat' differ only in case or spaces"),
     ],
 )
 def test_labels_that_are_none_are_refused(values, kind, message):
@@ -122,7 +122,7 @@ def test_whole_numbers_may_come_as_floats_and_truth_values_as_they_are():
         ('path,class\n"images/0.png,a\n', "cannot be read as a CSV file"),
         ("path,class\n" + rows(["a", ""]), "1 of 2 images have no label in column 'label', the first in row 1"),
         ("path,class\n" + rows("aaaa"), "the training images have 1 class .a.; a classifier needs two"),
-        ("path,class\n" + rows("abcd"), "no class of the 4 images has two"),
+        ("path,class\n" + rows("abcd"), "none of the 4 classes has two images"),
     ],
 )
 def test_csv_files_that_cannot_be_are_refused_by_one_line(eight, text, message):
@@ -147,7 +147,7 @@ def test_classes_that_training_lacks_and_flags_that_do_not_fit(eight):
     ):
         with pytest.raises(UserError, match=message):
             load_classified(source(eight, train, **options))
-    with pytest.raises(UserError, match="have masks and no class"):
+    with pytest.raises(UserError, match="have masks but no class"):
         ClassSource(dataset_name="wire_bonding")
 
 

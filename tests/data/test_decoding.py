@@ -58,7 +58,7 @@ def test_training_puts_the_next_image_in_place_and_evaluation_leaves_it_out():
     assert evaluation_collate([evaluation[index] for index in range(5)])["pixel_values"].shape == (2, 3, 16, 16)
     assert evaluation_collate([None, None]) == {}
     names = [f"bad.jpg (image {index})" for index in (1, 2, 4)]
-    assert data.images.unreadable_images() == dict.fromkeys(names, "it is no picture")
+    assert data.images.unreadable_images() == dict.fromkeys(names, "it is not a picture")
 
 
 def test_too_many_or_nothing_but_unreadable_images_end_the_run():

@@ -1,4 +1,4 @@
-"""A folder as it is found in the wild trains to its end; run.json says what could not be read, each once, and why."""
+"""Training survives a folder as found in the wild; run.json lists each unreadable image once, with the reason."""
 
 import io
 import json
@@ -81,8 +81,8 @@ READ = {  # what must be read, and the height and width it has
 SKIPPED = {  # what cannot be read, and a word of the reason
     "truncated.jpg": (encoded(picture(), "JPEG")[:700], "truncated"),
     "cut.png": (encoded(picture(), "PNG")[:3000], "truncated|broken"),
-    "zero.jpg": (b"", "no picture"),
-    "text.jpg": (b"Dear colleague, the images are on the other disk.", "no picture"),
+    "zero.jpg": (b"", "not a picture"),
+    "text.jpg": (b"Dear colleague, the images are on the other disk.", "not a picture"),
     "bomb.png": (png_claiming(60_000, 60_000), "decompression bomb"),
     "tiff_bomb.tif": (tiff_claiming(2**31, compression="zlib"), "more than 536870912"),
     "npy_bomb.npy": (npy_claiming(10**6, 10**6, 3), "length is greater than file size"),

@@ -32,7 +32,7 @@ def hub(tmp_path, photographs, write) -> Iterator[HubServer]:
 @pytest.fixture
 def ask(hub, tmp_path):
     def start(*sources: dict[str, Any], home: str = "home") -> list[dict[str, Any]]:
-        """What a process of its own finds for each source."""
+        """What a separate process finds for each source."""
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("hub_client.py"))],
             input=json.dumps(sources),
@@ -89,15 +89,15 @@ def test_refusals_name_the_page_to_visit_and_the_remedy(hub, ask):
 LASTING = {
     403: "the Hub forbids reading {} (403)",
     404: "a file of data set {} is gone (404)",
-    429: "the Hub limits the rate of requests for {} (429): wait some minutes, then run the same command again",
-    500: "the Hub fails for {} (500), and did at every repetition; run the same command again",
+    429: "the Hub limits the rate of requests for {} (429): wait a few minutes, then run the same command again",
+    500: "the Hub fails for {} (500), even after several retries; run the same command again",
     None: "the connection to the Hub broke while reading {}",
 }
 
 
 @pytest.mark.slow
 def test_what_passes_is_tried_again_and_what_stays_ends_in_one_line(hub, ask, tmp_path):
-    """Failures of the third and fourth file; when the Hub is back, the same command goes on and needs only the rest."""
+    """The third and fourth file fail; when the Hub is back, the same command resumes and needs only the rest."""
     files = hub.repos["dataset", "me/open"].files
     for status in (429, 503, None):
         hub.add(f"passing/{status}", files)

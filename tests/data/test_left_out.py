@@ -254,7 +254,7 @@ def test_a_class_called_train_is_no_split(tmp_path, streaming, caplog):
     folder = picture_folders(tmp_path / "classes", train=3, bus=10, car=7)
     used, left_out = loaded(folder, tmp_path / "cache", streaming=streaming)
     assert (used, left_out["count"]) == (20, 0)
-    assert "classes/train is not taken for a split, because pictures lie beside it (bus/, car/)" in caplog.text
+    assert "classes/train is not used as a split, because pictures lie beside it (bus/, car/)" in caplog.text
     assert left_out["notes"] and "--train_dir" in left_out["notes"][0]
 
 
@@ -264,9 +264,9 @@ def test_pictures_of_a_split_that_is_not_used_are_counted(tmp_path, streaming, c
     used, left_out = loaded(folder, tmp_path / "cache", streaming=streaming)
     assert used == 5
     assert left_out["reasons"] == {
-        "images of a split that is neither trained nor validated on": {"count": 4, "examples": ["test"]}
+        "images of a split used for neither training nor validation": {"count": 4, "examples": ["test"]}
     }
-    assert "4 left out: images of a split that is neither trained nor validated on; e.g. test" in caplog.text
+    assert "4 left out: images of a split used for neither training nor validation; e.g. test" in caplog.text
 
 
 def test_names_of_shards():
@@ -342,7 +342,7 @@ def test_masks_that_lie_with_the_images_of_another_folder_are_counted(tmp_path):
     pairing = pair_folders(str(tmp_path / "images"), str(tmp_path / "masks"), "_mask")
     assert list(pairing.pairs["train"]) == ["a", "b"]
     assert pairing.left_out.record()["reasons"] == {
-        "masks, by their --mask_suffix": {"count": 1, "examples": [str(tmp_path / "images" / "a_mask.png")]}
+        "masks, recognised by their --mask_suffix": {"count": 1, "examples": [str(tmp_path / "images" / "a_mask.png")]}
     }
 
 
@@ -355,5 +355,5 @@ def test_the_record_comes_back(tmp_path):
     left_out = open_folder(folder).left_out
     assert LeftOut.of(json.loads(json.dumps(left_out.record()))) == left_out
     assert left_out.lines() == [
-        "1 left out: .heic files, a kind that is not read; convert images to PNG or TIFF; e.g. x.heic"
+        "1 left out: .heic files, which are not supported; convert images to PNG or TIFF; e.g. x.heic"
     ]

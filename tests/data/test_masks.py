@@ -1,4 +1,4 @@
-"""What masks mean, whoever wrote them: one meaning for a set, or a refusal that says what to do."""
+"""The meaning of masks from any program: one meaning for a set, or a refusal that says what to do."""
 
 import json
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_whole_numbers_are_ids_and_two_values_are_binary(tmp_path, numbers, writ
 
 def test_palettes_that_differ_are_read_as_colours_or_refused(capsys):
     drawn = write(lambda number, ids: with_palette(ids, [[0, 1, 2], [2, 0, 1], [1, 2, 0]][number % 3]))
-    with pytest.raises(ValueError, match=r"an id has different colours, e\.g\. masks/.*pass --palette FILE"):
+    with pytest.raises(ValueError, match=r"give an id different colours, e\.g\. masks/.*pass --palette FILE"):
         labelled()
     out = report(capsys)
     assert "the masks hold 3 colours, not ids" in out
@@ -144,7 +144,7 @@ def test_palettes_that_are_cut_short_agree(capsys):
 def test_one_bit_beside_0_and_255(capsys):
     drawn = write(lambda n, ids: Image.fromarray((ids > 0).astype(np.uint8) * 255).convert("1" if n % 2 else "L"))
     drawn = [ids > 0 for ids in drawn]
-    with pytest.raises(ValueError, match=r"3 masks have 1 bit a pixel.*others hold 255.*pass --palette binary"):
+    with pytest.raises(ValueError, match=r"3 masks have 1 bit per pixel.*others hold 255.*pass --palette binary"):
         labelled()
     out = report(capsys)
     assert "palette: binary" in out and "255 (ignored)" not in out and "PROBLEM" not in out
@@ -196,7 +196,7 @@ def test_float_ids(capsys):
 
 def test_binary_masks_of_different_values():
     write(lambda n, ids: png((ids > 0).astype(np.uint8) * (1 if n % 2 else 2)))
-    with pytest.raises(ValueError, match=r"holds 2 beside 0, masks/.\.png 1: these are more than two values"):
+    with pytest.raises(ValueError, match=r"holds 2 besides 0, masks/.\.png 1: these are more than two values"):
         labelled(palette="binary", num_labels=None)
 
 
@@ -244,7 +244,9 @@ def test_names_move_with_ids(capsys):
     assert source(palette="palette.yaml").class_names() == moved
     assert source(id2label="names.json", num_labels=2).class_names() == moved
     assert source(id2label="names.json", num_labels=3).class_names() == dict(enumerate(names))  # of the ids that remain
-    with pytest.raises(ValueError, match=r"--num_labels 3 if .* remain, --num_labels 2 if the first, 'background'"):
+    with pytest.raises(
+        ValueError, match=r"--num_labels 3 if .* remaining classes, or --num_labels 2 if the first, 'background'"
+    ):
         source(id2label="names.json").class_names()
     drawn = write(lambda n, ids: png(ids))
     train, _ = load_labelled_images(source(palette="palette.yaml"))

@@ -1,4 +1,4 @@
-"""Every kind of file comes back as it was, written by another library than the one that reads it where there is one."""
+"""Every kind of file is read back unchanged; if possible, another library than the reader wrote it."""
 
 import io
 import struct
@@ -134,7 +134,7 @@ def test_a_large_image_is_not_read_as_a_whole(tmp_path):
 
 def test_a_stack_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((3, 2, 8, 8), np.uint8), imagej=True, metadata={"axes": "ZCYX"})
-    with pytest.raises(UnreadableImageError, match=r"shape \(3, 2, 8, 8\) is no image.*files of their own"):
+    with pytest.raises(UnreadableImageError, match=r"shape \(3, 2, 8, 8\) is not an image.*separate files"):
         decode({"bytes": None, "path": str(tmp_path / "a.tif")}, None, "a")
 
 
@@ -247,9 +247,9 @@ def test_a_file_per_channel(tmp_path, patterns):
     path.unlink()
     with pytest.raises(ValueError, match=r"1 of the 3 samples in .* have no file .*, e\.g\. .*lot/2"):
         open_pictures(folder).pictures(patterns)
-    with pytest.raises(ValueError, match="write one \\* for what names the sample"):
+    with pytest.raises(ValueError, match="write one \\* for the name of the sample"):
         open_pictures(folder).pictures(["a.png", "b.png"])
-    with pytest.raises(ValueError, match="fits none of the 5 files"):
+    with pytest.raises(ValueError, match="matches none of the 5 files"):
         open_pictures(folder).pictures(["*_x.png"])
 
 
@@ -262,7 +262,7 @@ def test_channels_that_do_not_fit_together_are_refused(tmp_path):
 
 
 def ome_set(folder, planes):
-    """An OME-TIFF of a file per channel, as microscopes write them: the description of all stands in each file."""
+    """An OME-TIFF with one file per channel, as microscopes write it: each file describes all of them."""
     names = [f"a_ch{channel}.ome.tif" for channel in range(len(planes))]
     blocks = "".join(
         f'<TiffData FirstC="{c}" FirstZ="0" FirstT="0" IFD="0" PlaneCount="1">'
@@ -283,7 +283,7 @@ def ome_set(folder, planes):
 
 
 def test_an_ome_tiff_of_a_file_per_channel(tmp_path):
-    """A file of it is no image of its own, nor all of them; joined by --channel_files they are one image."""
+    """Neither one of its files nor all of them are separate images; joined by --channel_files they are one image."""
     planes = pixels(np.uint16, 2, 24, 40)
     first, second = (str(tmp_path / name) for name in ome_set(tmp_path, planes))
     for value in ({"bytes": None, "path": first}, {"bytes": Path(second).read_bytes(), "path": None}):

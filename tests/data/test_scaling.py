@@ -1,4 +1,4 @@
-"""Runs in processes of their own: several ranks, kills and resumes, a Hub that fails while training."""
+"""Runs in separate processes: several ranks, kills and resumes, a Hub that fails during training."""
 
 import numpy as np
 import pytest
@@ -87,7 +87,7 @@ def test_a_killed_streamed_run_goes_on_as_if_nothing_had_happened(train, write, 
 
 @pytest.mark.slow
 def test_a_streamed_run_goes_on_with_other_processes(train, write, photographs, tmp_path):
-    """Two processes with a worker begin, one without goes on: each image once an epoch, in the order of the first."""
+    """Two processes with a worker start, one without resumes: each image once per epoch, in the order of the first."""
     folder = write(tmp_path / "data", "webdataset", photographs)
     saved = ("--num_train_epochs", "1", "--streaming", "--save_strategy", "steps", "--save_steps", "4")
     saved += ("--per_device_train_batch_size", "4")

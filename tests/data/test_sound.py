@@ -54,7 +54,7 @@ def test_silence_short_and_damaged_sounds():
     assert log_mel(content(np.zeros((16_000, 1)), 16_000)).max() == 0.0
     assert log_mel(content(tone(440)[:10], 16_000)).shape[0] == BANDS
     for bad in (content(tone(440), 16_000, "FLAC")[:30], content(np.zeros((0, 1)), 16_000)):
-        with pytest.raises(ValueError, match=r"damaged|no sound"):
+        with pytest.raises(ValueError, match=r"damaged|expected at least one"):
             read_picture(bad)
 
 

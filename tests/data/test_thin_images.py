@@ -75,8 +75,8 @@ def strips(folder, size, spot, count=6):
 @pytest.mark.parametrize(
     ("size", "spot", "long_edge", "why"),
     [
-        ((128, 1024), 12, 0, "images are long and thin, made smaller to 128 pixels they would be 16 high"),
-        ((256, 400), 4, 0, "made smaller to 256 pixels the smallest objects (4.0 pixels thick) would be 2.6"),
+        ((128, 1024), 12, 0, "images are long and thin; scaled down to 128 pixels they would be 16 high"),
+        ((256, 400), 4, 0, "scaled down to 256 pixels the smallest objects (4.0 pixels thick) would be 2.6"),
         ((256, 400), 40, 256, "the smallest objects (40.0 pixels thick) are then 25.6"),
     ],
 )

@@ -242,7 +242,7 @@ def test_a_codec_that_gives_something_else_than_the_page_states_is_refused(tmp_p
     whole = tifffile.TiffPageSeries.asarray
     for change in (lambda a: a[..., 0], lambda a: a.astype(np.uint8)):
         monkeypatch.setattr(tifffile.TiffPageSeries, "asarray", lambda self, change=change: change(whole(self)))
-        with pytest.raises(UnreadableImageError, match=r"but its pages state uint16 of \(12, 20, 2\)"):
+        with pytest.raises(UnreadableImageError, match=r"but its pages declare uint16 of \(12, 20, 2\)"):
             decode({"bytes": None, "path": str(tmp_path / "a.tif")}, None, "a")
 
 

@@ -1,4 +1,4 @@
-"""A pre-training run that writes down what each step saw; run as a process of its own, with TRACE naming a folder.
+"""A pre-training run that records what each step saw; run as a separate process, with TRACE naming a folder.
 
 Each rank appends a line a step to `TRACE/rank-R.jsonl`: the images as (epoch, index), the loss, a digest of every R.
 With KILL_AT=N the process kills itself (SIGKILL) when step N begins; with SLEEP=0 the Hub client does not pause between

@@ -237,5 +237,5 @@ def test_other_files_are_no_tables(folder, capsys):
     with pytest.raises(SystemExit):
         embed(folder)
     assert "is not a table of `hf-dbp embed`" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="there is no such table; write it by hf-dbp embed VIT IMAGES -o"):
+    with pytest.raises(ValueError, match="there is no such table; write it with hf-dbp embed VIT IMAGES -o"):
         read_embeddings(folder / "none.parquet")

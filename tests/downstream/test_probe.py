@@ -57,7 +57,7 @@ def test_every_class_is_split_alike_and_one_image_is_trained_on(seed):
 
 def test_single_images_cannot_be_split():
     with pytest.raises(
-        ValueError, match=r"no class of the 3 images has two, .*; add images, or give .*--validation_dir"
+        ValueError, match=r"none of the 3 classes has two images, .*; add images, or give .*--validation_dir"
     ):
         split_classes(["a", "b", "c"], 0.2, 0)
 
@@ -178,7 +178,7 @@ def test_two_channels_of_sixteen_bits(folder):
         ("absent", "--validation_dir", "there is no such folder"),
         ("empty", "--train_dir", "holds nothing; expected pictures"),
         ("images/dark", "--train_dir", "15 of 15 pictures lie in no class folder"),
-        ("images/dark", "--validation_dir", "put each class into a folder of its own"),
+        ("images/dark", "--validation_dir", "give each class its own folder"),
     ],
 )
 def test_folders_without_classes_end_with_one_line(folder, capsys, path, flag, message):
@@ -193,7 +193,7 @@ def test_a_class_that_training_lacks_is_named_with_what_to_do(folder, capsys):
     with pytest.raises(SystemExit):
         probed(folder, "--validation_dir", str(folder / "shown"))
     message = capsys.readouterr().err
-    assert "1 test classes are not in training, e.g. 'night'; add images of them to training or take" in message
+    assert "1 test classes are not in training, e.g. 'night'; add images of them to training or remove" in message
     with pytest.raises(SystemExit):
         probed(folder, "--validation_dir", str(folder / "shown"), "--max_train_samples", "20")
     assert "'night'; raise --max_train_samples 20, or add images" in capsys.readouterr().err

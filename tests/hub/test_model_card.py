@@ -205,12 +205,12 @@ def test_a_pipeline_is_promised_where_one_works(tmp_path, kind, channels, dtype)
     card = written(tmp_path, kind, channels, dtype)
     tag = "image-segmentation" if kind == "upernet" else "image-feature-extraction"
     if (channels, dtype) == (3, "uint8"):
-        assert card.data.pipeline_tag == tag and "pipelines of transformers" not in card.text
+        assert card.data.pipeline_tag == tag and "transformers' pipelines" not in card.text
         works = pipeline(tag, model=str(tmp_path), device="cpu")
         for picture in PICTURES.values():
             works(picture)
         return
-    assert card.data.pipeline_tag is None and "pipelines of transformers" in card.text
+    assert card.data.pipeline_tag is None and "transformers' pipelines" in card.text
     if channels != 3:
         with pytest.raises(Exception):  # noqa: B017  # whatever transformers stumbles over
             pipeline(tag, model=str(tmp_path), device="cpu")(PICTURES["RGB"])

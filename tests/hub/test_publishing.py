@@ -196,7 +196,7 @@ def test_an_upload_that_is_cut_off_leaves_all_or_nothing_and_completes_when_repe
     ended = pushed.ended["commit cut"]
     folder = pushed.folder / "me" / "cut"
     assert ended.status == 2
-    assert ended.error.startswith(f"error: the connection to the Hub at {pushed.hub.url} failed or broke off")
+    assert ended.error.startswith(f"error: the connection to the Hub at {pushed.hub.url} failed or broke")
     assert f"; nothing is lost; push again with: hf upload me/cut {folder} . --include README.md " in ended.error
     assert pushed.ended["commit again"].status == 0, pushed.ended["commit again"].output
     assert len(pushed.hub.repositories["me/cut"].commits) == 2

@@ -18,4 +18,4 @@ def test_a_branch_is_made_and_a_pull_request_must_be_there(tmp_path):
     posted = [path for method, path in requests if method == "POST"]
     assert posted.index("/api/models/me/vit/branch/dev") < posted.index("/api/models/me/vit/commit/dev")
     assert refused.status == 2 and "training begins" not in refused.output
-    assert "there is no repository or branch of that name: me/vit" in refused.error
+    assert "there is no repository or branch with that name: me/vit" in refused.error

@@ -68,7 +68,7 @@ def test_a_vit_gives_its_encoder_and_its_positions_resampled(mae_config, tmp_pat
 def test_another_patch_or_another_model_is_refused(mae_config, tmp_path):
     source = DBPViTMAEForPreTraining(mae_config())
     source.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has patch_size 8, the model to train 16"):
+    with pytest.raises(ValueError, match="has patch_size 8, but the model to train has 16"):
         warm_start_(fresh(mae_config, patch_size=16), str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "beit"}')
     with pytest.raises(ValueError, match="holds a 'beit' model; give a ViT-MAE or a ViT"):

@@ -110,7 +110,7 @@ def test_masks_that_do_not_match_by_name(capsys):
         labelled()
     assert len(labelled(mask_suffix="_gt")[0]) == 5
     Path("masks/0_gt.png").rename("masks/other_gt.png")
-    with pytest.raises(ValueError, match=r"1 of the 6 masks .* 'other' .*name each mask as its image"):
+    with pytest.raises(ValueError, match=r"1 of the 6 masks .* 'other' .*name each mask like its image"):
         labelled(mask_suffix="_gt")
 
 
@@ -127,7 +127,7 @@ def test_colour_masks_taken_for_indices(capsys):
     train, _ = labelled(palette="outputs/inspection/palette.yaml", num_labels=None)
     assert set(np.unique(train[0][1])) == {0, 1, 2}
     Path("palette.yaml").write_text('a: "#000000"\nb: [255, 0, 0]\n')
-    with pytest.raises(ValueError, match=r"masks/\d\.png\): .*1 colours without a class, above all #008000: add"):
+    with pytest.raises(ValueError, match=r"masks/\d\.png\): .*1 colours without a class, mainly #008000: add"):
         labelled(palette="palette.yaml")
 
 
@@ -153,9 +153,7 @@ def test_masks_of_0_and_255_taken_for_indices(capsys):
 
 def test_jpeg_masks(capsys):
     write(mask=lambda n: cv2.GaussianBlur(np.kron(RNG.integers(0, 255, (8, 10, 3)), np.ones((4, 4, 1))), (0, 0), 1.5))
-    assert "different values, as JPEG or smooth scaling makes them: save masks as PNG" in report(
-        capsys, "--masks", "masks"
-    )
+    assert "different values, as from JPEG or smooth scaling: save masks as PNG" in report(capsys, "--masks", "masks")
 
 
 def rare_class(*holders):
@@ -191,7 +189,7 @@ def test_a_class_in_one_mask_is_learned_and_what_training_says_of_it_is_said(cap
 def test_masks_smaller_than_images(capsys):
     write(mask_size=(16, 20))
     out = report(capsys, "--masks", "masks")
-    assert "6 masks are of another size than their images, with which they will be left out of fine-tuning" in out
+    assert "6 masks differ in size from their images; both will be left out of fine-tuning" in out
     with pytest.raises(
         ValueError, match=r"masks/.*has 16 x 20 pixels .* the image 32 x 40; .*scale it without"
     ) as error:
@@ -202,9 +200,9 @@ def test_masks_smaller_than_images(capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- a", "no mapping of class names"),
-        ("a: '#12'", "'#12' is no colour"),
-        ("a: -3", "-3 is no colour"),
+        ("- a", "not a mapping of class names"),
+        ("a: '#12'", "'#12' is not a colour"),
+        ("a: -3", "-3 is not a colour"),
         ("a: 0\nb: '#000000'", "#000000 has two names"),
         ("a: [", "cannot be read"),
     ],
@@ -281,7 +279,7 @@ def test_splits_without_masks_or_without_a_class(capsys, caplog):
     train, validation = labelled()
     assert [len(train), len(validation)] == [5, 1]  # set aside from those of `train`
     assert "2 left out: images without a mask, of the 2 in images (validation)" in caplog.text
-    assert "masks      6; 2 images have none and only pre-train" in report(capsys, "--masks", "masks")
+    assert "masks      6; 2 images have none and are used only for pre-training" in report(capsys, "--masks", "masks")
     Path("masks/test").mkdir()
     Path("masks/train/0.png").rename("masks/test/0.png")
     message = "masks has the folders train, test, images has train, validation: give both the same"
@@ -306,7 +304,7 @@ def test_the_range_of_the_values_and_what_is_done_with_it(capsys):
     far[3, 3] = np.nan
     np.save("images/1.npy", far)
     out = report(capsys)
-    assert "values of float32 reach from -9999 to" in out and "outliers, or marks of missing data" in out
+    assert "values of float32 reach from -9999 to" in out and "outliers, or markers of missing data" in out
     assert "images/1.npy: 1 of its values (0.078%) are NaN or infinite" in out
 
 
@@ -319,7 +317,7 @@ def test_photographs_turned_by_exif_whose_masks_are_not(capsys, caplog, orientat
         exif = Image.Exif()
         exif[0x0112] = orientation if number < 2 else 1
         Image.fromarray(RNG.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(f"images/{number}.jpg", exif=exif)
-    message = "2 images are turned upright by their EXIF data, e.g. images/0.jpg, their masks have none"
+    message = "2 images are turned upright by their EXIF data, e.g. images/0.jpg, but their masks have none"
     out = report(capsys, "--masks", "masks")
     assert message in out and out.count("EXIF") == 1
     labelled(train_val_split=0.2, seed=3)
@@ -395,8 +393,8 @@ def test_what_cannot_be_inspected(capsys):
     for flags, message in (
         ([], "name what to inspect: a folder, or --dataset_name HUB_ID (not both)"),
         (["table", "--dataset_name", "wire_bonding"], "(not both)"),
-        (["--dataset_name", "wire_bonding", "--masks", "masks"], "--masks belongs to a folder of pictures"),
-        (["table", "--masks", "table"], "say by --mask_suffix"),
+        (["--dataset_name", "wire_bonding", "--masks", "masks"], "--masks is for a folder of pictures"),
+        (["table", "--masks", "table"], "e.g. --mask_suffix _mask"),
         (["table", "--image_column_name", "photo"], "no column 'photo'"),
     ):
         with pytest.raises(SystemExit):
@@ -416,7 +414,7 @@ def test_aspect_by_both_sides_and_the_smallest_objects(capsys):
             cv2.imwrite(f"{folder}/{number}.png", array)
     out = report(capsys, "--masks", "masks")
     assert "the long side is 20 times the short one (1 to 20); sides of 32 and 640 pixels (medians)" in out
-    assert "objects    4 outside the commonest class; the smallest are 4.0 pixels thick" in out
+    assert "objects    4 outside the most common class; the smallest are 4.0 pixels thick" in out
     assert "native resolution (long_edge: 0), crops of 32: 3 of 4 images are long and thin" in out
 
 

@@ -214,6 +214,6 @@ def test_a_budget_too_short_for_the_start_is_refused():
 
 def test_another_schedule_is_refused(tmp_path, clock, capsys):
     callback = BudgetCallback(10.0, began=0.0)
-    with pytest.raises(ValueError, match="lays its own schedule: leave out --lr_scheduler_type reduce"):
+    with pytest.raises(ValueError, match="has its own schedule: leave out --lr_scheduler_type reduce"):
         callback.on_train_begin(SimpleNamespace(lr_scheduler_type="reduce"), None, None, lr_scheduler=object())
     assert math.isfinite(callback.elapsed())

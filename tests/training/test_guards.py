@@ -206,7 +206,7 @@ def test_five_in_a_row_stop_the_run_and_leave_good_checkpoints(tmp_path, capsys,
         main(flags(tmp_path))
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "5 steps in a row up to step 7 met a loss that is not finite" in error
+    assert "5 steps in a row up to step 7 had a loss that is not finite" in error
     assert f"first in {LAYER}.decorrelation.R" in error
     assert "lower --learning_rate" in error
     assert not changed(before[2], before[6])

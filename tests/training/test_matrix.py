@@ -1,4 +1,4 @@
-"""Drawn runs: whatever the settings, what lies on disk is what the run says.
+"""Random runs: for any settings, the files on disk match what the run reports.
 
 Settings of evaluation, saving, best checkpoint, stop and resume, accumulation, optimizer and schedule are drawn for
 four Trainers: the command of pre-training, README's `ResumingTrainer`, a stock Trainer with our callback, and the
@@ -265,7 +265,7 @@ def python_trainer(folder, given, kind=ResumingTrainer, **more):
 
 
 def figure_of(folder, given):
-    """The loss of the weights in a folder, by a Trainer of its own."""
+    """The loss of the weights in a folder, from a separate Trainer."""
     with tempfile.TemporaryDirectory() as apart:
         other = python_trainer(Path(apart), given)
         other.model.load_state_dict(DBPViTMAEForPreTraining.from_pretrained(folder).state_dict())

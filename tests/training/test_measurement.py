@@ -1,4 +1,4 @@
-"""The clocks count training alone, go on after a resume, and cost next to nothing."""
+"""The clocks count training alone, continue after a resume, and cost next to nothing."""
 
 import shutil
 import time
@@ -169,7 +169,7 @@ def test_resumed_runs_add_up(tmp_path, timed_training):
 
 
 def test_measuring_costs_less_than_a_hundredth():
-    """Processor time of codecarbon, its thread included, over training whose own time is none."""
+    """Processor time of codecarbon, including its thread, during training that itself takes none."""
     clock = TrainingClock(EnergyMeter())
     before = time.process_time()
     clock.start()

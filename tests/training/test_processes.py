@@ -51,24 +51,24 @@ def launch(tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_would_train_apart_are_refused(tmp_path):
-    """Without --use_cpu accelerate leaves a launcher's processes alone where there is no GPU."""
+    """Without a GPU and --use_cpu, accelerate does not join a launcher's processes."""
     script = str(ROOT / "training_scripts" / "run_dbp_mae.py")
     done = subprocess.run(
         [*LAUNCHER, script, *flags(tmp_path, use_cpu=None)], env=os.environ | ENVIRONMENT,
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "2 processes, and not a GPU for each: they would train apart; add --use_cpu" in done.stderr
+    assert "2 processes but not one GPU for each: they would train separately; add --use_cpu" in done.stderr
     assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
 def test_two_processes_stop_together_name_a_dead_one_and_go_on(launch):
-    """A signal that only one of them receives; then one that is killed; then the run goes on to its end."""
+    """Only one of them receives a signal; then one is killed; then the run resumes and finishes."""
     _, errors, stopped = launch(signal.SIGTERM)
     assert "AssertionError" not in errors
     assert errors.count("stopped by SIGTERM after step") == 1
-    assert f"the same command goes on from {stopped}" in errors
+    assert f"the same command resumes from {stopped}" in errors
     assert {file.name for file in stopped.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     status, errors, killed = launch(signal.SIGKILL)
     assert status != 0 and int(killed.name[11:]) > int(stopped.name[11:])

@@ -1,4 +1,4 @@
-"""README's Trainer in a script of its own, on images with labels as data sets on the Hub have them."""
+"""README's Trainer in a separate script, on labelled images as in data sets on the Hub."""
 
 import json
 import os

@@ -34,7 +34,7 @@ STEPS = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "s
 
 
 def state_of(folder):
-    """Everything in a checkpoint that training goes on from: weights with every R, optimizer, schedule."""
+    """Everything in a checkpoint that training resumes from: weights with every R, optimizer, schedule."""
     files = (torch.load(folder / name, weights_only=True) for name in ("optimizer.pt", "scheduler.pt"))
     return [load_file(next(folder.glob("*.safetensors"))), *files]
 
@@ -110,7 +110,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, undisturbed, caps
     assert stopped.value.code == 128 + number
     folder = tmp_path / f"checkpoint-{step + 1}"
     assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        f"stopped by {number.name} after step {step + 1} of 10; the same command goes on from {folder}"
+        f"stopped by {number.name} after step {step + 1} of 10; the same command resumes from {folder}"
     )
     assert signal.getsignal(number) is handler
     assert last_checkpoint(tmp_path) == str(folder)
@@ -143,7 +143,7 @@ ResumingTrainer.training_step = training_step
 
 @contextmanager
 def own_group(folder, changes, **options):
-    """The command with two workers, in a process group of its own."""
+    """The command with two workers, in its own process group."""
     code = f"import sys, time\nfrom hf_dbp.pretraining import main\n{changes}\nmain(sys.argv[1:])"
     run = subprocess.Popen(
         [
@@ -184,7 +184,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path, change
         os.killpg(run.pid, signal.SIGTERM)
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 143, errors[-2000:]
-    assert "the same command goes on from" in errors.strip().splitlines()[-1]
+    assert "the same command resumes from" in errors.strip().splitlines()[-1]
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one processor
@@ -232,7 +232,7 @@ def test_fine_tuning_stops_and_goes_on_too(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 5
     assert equal(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
-    with pytest.raises(ValueError, match="no whole checkpoint in"):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         segmentation_trainer(tmp_path / "other", **options).train(resume_from_checkpoint=True)
 
 
@@ -304,7 +304,7 @@ def test_a_run_goes_on_past_half_a_checkpoint_and_keeps_the_good_ones(tmp_path, 
     shutil.copytree(run / "checkpoint-8", run / "checkpoint-99")
     (run / UNFINISHED / "checkpoint-7").mkdir(parents=True)
     resumed = main(flags(run, **STEPS, save_total_limit=3))
-    assert f"{run / 'checkpoint-8'} is passed over: model" in caplog.text
+    assert f"{run / 'checkpoint-8'} is skipped: model" in caplog.text
     assert losses(resumed) == undisturbed[0]
     assert equal(state_of(run / "checkpoint-10"), undisturbed[1])
     assert [*whole_checkpoints(run)] == [4, 8, 10]
@@ -326,7 +326,7 @@ def test_a_named_checkpoint_must_be_whole(tmp_path, stopped_run, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(flags(tmp_path / "other", resume_from_checkpoint=run / name, **STEPS))
         assert stopped.value.code == 2
-        assert f"is not whole: {problem}" in capsys.readouterr().err.splitlines()[-1]
+        assert f"is incomplete: {problem}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_finished_run_takes_no_further_step(tmp_path, undisturbed):

@@ -66,7 +66,7 @@ def rates(folder):
 
 
 def measured(folder, tmp_path, **data):
-    """The validation loss of the weights in a folder, found by a command of its own."""
+    """The validation loss of the weights in a folder, found by a separate command."""
     main(flags(tmp_path / "again", do_train=None, model_name_or_path=folder, config_overrides=None, **data))
     return json.loads((tmp_path / "again" / "eval_results.json").read_text())["eval_loss"]
 
@@ -159,7 +159,10 @@ def test_a_checkpoint_of_the_model_alone_goes_on_with_its_schedule(tmp_path, cap
         main(flags(tmp_path, **settings))
     main(flags(tmp_path, **settings))
     assert rates(tmp_path) == pytest.approx([cosine(1e-3, step, 4, 8) for step in range(8)])
-    assert "lacks optimizer.pt and scheduler.pt (--save_only_model): the optimizer begins afresh" in caplog.text
+    assert (
+        "lacks optimizer.pt and scheduler.pt (--save_only_model): the optimizer starts without its moments"
+        in caplog.text
+    )
     rows = json.loads((tmp_path / "run.json").read_text())["asked_used"]
     assert rows["optimizer state at step 5"]["asked"] == ["optimizer.pt", "scheduler.pt"]
 
@@ -174,7 +177,7 @@ def test_a_schedule_that_follows_the_loss_is_not_guessed(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(flags(tmp_path, **settings))
     assert stop.value.code == 2
-    assert "from which --lr_scheduler_type" in capsys.readouterr().err
+    assert "which --lr_scheduler_type" in capsys.readouterr().err
 
 
 def test_a_plateau_goes_on_with_the_settings_of_now(tmp_path):
@@ -286,7 +289,7 @@ def test_the_batch_that_fits_is_the_one_recorded(tmp_path, monkeypatch):
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path, mae_config):
     mae_trainer(tmp_path, mae_config(num_hidden_layers=1)).train()
     again = mae_trainer(tmp_path, mae_config(num_hidden_layers=1), learning_rate=1e-3)
-    with pytest.raises(ValueError, match="holds checkpoints of another run, up to step 6: go on from them with"):
+    with pytest.raises(ValueError, match="holds checkpoints of another run, up to step 6: resume from them with"):
         again.train()
     assert again.state.global_step == 0
 
@@ -338,7 +341,7 @@ def test_r_is_guarded_in_readmes_trainer_and_in_a_stock_one(tmp_path, mae_config
         plain(tmp_path, mae_config(), Trainer, [Spoil(), of_r, GuardCallback(decorrelation=of_r)], max_steps=12),
     ]
     for trainer in trainers:
-        with pytest.raises(NonFiniteError, match="5 steps in a row up to step 6 met a R that is not finite"):
+        with pytest.raises(NonFiniteError, match="5 steps in a row up to step 6 had a R that is not finite"):
             trainer.train()
 
 

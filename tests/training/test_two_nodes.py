@@ -51,7 +51,7 @@ def hosts():
 
 
 def vanish(host):
-    """Kill everything that runs on a host; a launcher's processes are in groups of their own."""
+    """Kill everything that runs on a host; a launcher's processes have their own groups."""
     for process in ip("netns", "pids", host).stdout.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(process), signal.SIGKILL)

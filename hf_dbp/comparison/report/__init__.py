@@ -28,17 +28,17 @@ def write_report(
     random: Mapping[str, Sequence[dict[str, Any]]] | None = None,
     step_times: dict[str, list[float]] | None = None,
 ) -> Path:
-    """Write `README.md` with its figures, `report.html` and `report.json`; returns the path of the HTML page.
+    """Write `README.md` with its figures, `report.html` and `report.json`; return the path of the HTML page.
 
     Args:
-        folder: where to.
+        folder: output folder.
         plan: what was planned.
         runs: its runs, at least one of them finished.
-        command: what made the report.
-        note: a sentence on what else the machine did.
+        command: the command that made the report.
+        note: a sentence on what else the machine was doing.
         jobs: how many runs ran at a time.
-        random: of each head, `eval.json` contents of fine-tunings from random weights.
-        step_times: seconds of each variant's step, taken in turns by one process.
+        random: for each head, `eval.json` contents of fine-tuning from random weights.
+        step_times: seconds of each variant's step, measured in turn by one process.
     """
     folder.mkdir(parents=True, exist_ok=True)
     analysis = analyse(plan, runs, random)

@@ -1,10 +1,10 @@
-"""Every figure of a comparison's report, computed from the runs' records: what `report.json` holds.
+"""Every figure of a comparison's report, computed from the runs' records: the content of `report.json`.
 
 - *Best* is the lowest loss of a run, *final* its last, *equal time* its loss when the baseline of the same seed has
-  ended (the last one if the run ended sooner).
+  ended (its last loss if it ended earlier).
 - *To target*: steps, seconds, kWh and CO2e until the validation loss first meets the best one of the baseline of the
   same seed, on straight lines between evaluations. Seeds that never meet it are counted and left out of the means.
-- *Step overhead* compares medians of step times, which hardly depend on what else the machine did for a while.
+- *Step overhead* compares medians of step times, which temporary load on the machine hardly affects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_dbp.comparison.statistics import Mean, crossing, mean_interval, paired_t
 
 __all__ = ["COSTS", "analyse", "chosen_runs", "points"]
 
-#: what a run pays -> key in its rows
+#: cost of a run -> key in its rows
 COSTS = {"steps": "step", "seconds": "train_seconds", "kWh": "kwh", "kg CO2e": "co2e_kg"}
 LOSSES = {"validation": "eval_loss", "training": "train_loss"}
 
@@ -52,7 +52,7 @@ def analyse(
     Args:
         plan: what was planned.
         runs: its runs, failed ones included.
-        random: of each head, `eval.json` contents of fine-tunings from random weights.
+        random: for each head, `eval.json` contents of fine-tuning from random weights.
     """
     chosen = chosen_runs(runs)
     pairs = [(a, b) for a, others in plan.against.items() for b in others if a in chosen and b in chosen]
@@ -99,7 +99,7 @@ def last_row(run: Run, key: str) -> dict[str, Any] | None:
 
 
 def field_of(pick: Callable[[Run, str], dict[str, Any] | None], key: str, field: str) -> Callable[[Run], float | None]:
-    """The figure that is ``field`` of the row that ``pick`` takes for ``key``."""
+    """A function that returns ``field`` of the row that ``pick`` takes for ``key``."""
 
     def figure(run: Run) -> float | None:
         row = pick(run, key)
@@ -109,7 +109,7 @@ def field_of(pick: Callable[[Run, str], dict[str, Any] | None], key: str, field:
 
 
 def at_time(baseline: RunsBySeed, field: str) -> Callable[[Run], float | None]:
-    """The figure that is ``field`` when the baseline of the same seed has ended."""
+    """A function that returns ``field`` at the time when the baseline of the same seed ended."""
 
     def figure(run: Run) -> float | None:
         other = baseline.get(run.planned.seed)
@@ -136,7 +136,7 @@ def result_of(name: str) -> Callable[[Run], float | None]:
 
 
 def variant_figures(by_seed: RunsBySeed, baseline: RunsBySeed) -> dict[str, Any]:
-    """One variant's means over its seeds: the rows of the paper's Table 1, and what its runs cost."""
+    """One variant's means over its seeds: the rows of the paper's Table 1, and the cost of its runs."""
     table = {
         name: {
             moment: {"loss": over(by_seed, loss), "epoch": over(by_seed, epoch)}
@@ -187,13 +187,13 @@ def compare(a: str, baseline: RunsBySeed, b: str, other: RunsBySeed) -> dict[str
 
 
 def test(values: Sequence[tuple[float | None, float | None]]) -> Any:
-    """Paired comparison of the pairs of which both are finite numbers; None if there are none."""
+    """Paired comparison of the pairs with two finite numbers; None if there are none."""
     pairs = [(x, y) for x, y in values if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
     return paired_test([x for x, _ in pairs], [y for _, y in pairs]) if pairs else None
 
 
 def to_target(baseline: RunsBySeed, other: RunsBySeed, seeds: Sequence[int]) -> dict[str, Any]:
-    """What both pay until the baseline's best validation loss of the same seed."""
+    """The cost of both until the baseline's best validation loss of the same seed."""
     targets = {seed: best for seed in seeds if (best := baseline[seed].best_loss) is not None}
 
     def paid(run: Run, key: str) -> float | None:
@@ -210,8 +210,8 @@ def to_target(baseline: RunsBySeed, other: RunsBySeed, seeds: Sequence[int]) -> 
 def head_figures(
     name: str, chosen: dict[str, RunsBySeed], pairs: Sequence[tuple[str, str]], random: Sequence[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """The first metric of a head for the variants' encoders and random weights, and its others by name; None where
-    there is no evaluation."""
+    """The first metric of a head for the variants' encoders and random weights, and its other metrics by name; None
+    without evaluations."""
     evaluations = [run.heads[name] for by_seed in chosen.values() for run in by_seed.values() if name in run.heads]
     if not evaluations:
         return None
@@ -271,7 +271,7 @@ def setting_of(chosen: dict[str, RunsBySeed]) -> dict[str, Any]:
 
 
 def plain(figures: dict[str, Any]) -> dict[str, Any]:
-    """The same with dataclasses as mappings, throughout."""
+    """The figures with all dataclasses as mappings."""
 
     def item(value: Any) -> Any:
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The figures of a comparison: curves, what reaching the target cost, correlations, mean IoU, and grids of settings.
+"""The charts of a comparison: curves, the cost of reaching the target, correlations, mean IoU, and grids of settings.
 
 A curve is the mean over a variant's seeds, shaded by one standard deviation where there are several.
 """
@@ -30,7 +30,7 @@ def color(index: int) -> str:
 
 
 def draw_mean(axis: Axes, curves: Sequence[Curve], label: str, index: int) -> None:
-    """Draw the mean of curves over the range that they share, on straight lines between their points."""
+    """Draw the mean of curves over their common range, linear between their points."""
     finite = [[point for point in curve if math.isfinite(point[1])] for curve in curves]
     finite = [curve for curve in finite if curve]
     if not finite:
@@ -50,7 +50,7 @@ def draw_mean(axis: Axes, curves: Sequence[Curve], label: str, index: int) -> No
 def loss_chart(chosen: dict[str, RunsBySeed], x: str, unit: str, scale: float, name: str) -> Picture:
     """Validation and training loss over ``x``: the whole run above, its beginning enlarged below.
 
-    The beginning is the first tenth, or as much as holds `EVALUATIONS` evaluations.
+    The beginning is the first tenth, or enough to hold `EVALUATIONS` evaluations.
     """
     figure = Figure(figsize=(9, 7), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -72,7 +72,7 @@ def loss_chart(chosen: dict[str, RunsBySeed], x: str, unit: str, scale: float, n
 
 
 def zoom(axis: Axes, end: float) -> None:
-    """Show what is drawn up to ``end``."""
+    """Limit the axis to ``end``."""
     lines = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axis.lines]
     values = np.concatenate([y[x <= end] for x, y in lines]) if lines else np.empty(0)
     if values.size > 1:
@@ -82,7 +82,7 @@ def zoom(axis: Axes, end: float) -> None:
 
 
 def target_chart(comparisons: Sequence[dict[str, Any]]) -> Picture | None:
-    """Bars of steps, time, energy and emissions until the baseline's best loss; None where nobody reached it."""
+    """Bars of steps, time, energy and emissions until the baseline's best loss; None if no run reached it."""
     shown = [row for row in comparisons if row["target"]["costs"]["steps"] is not None]
     if not shown:
         return None

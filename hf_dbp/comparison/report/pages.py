@@ -1,6 +1,6 @@
 """A report's blocks (headings, paragraphs, tables, figures) as Markdown with files beside it and as one HTML page.
 
-The HTML page needs nothing but itself: figures are embedded as SVG, styles are in the page, there is no script.
+The HTML page is self-contained: figures are embedded as SVG, styles are in the page, and there is no script.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Table:
 
 @dataclass
 class Picture:
-    """A figure; ``name`` is that of its files."""
+    """A figure; ``name`` is the name of its files."""
 
     name: str
     caption: str
@@ -76,7 +76,7 @@ Block = Heading | Paragraph | Items | Code | Table | Picture
 
 
 def rendered(figure: Figure, kind: str) -> bytes:
-    """The figure as PNG or SVG, the same bytes at every call."""
+    """The figure as PNG or SVG, with the same bytes at every call."""
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "hf_dbp", "svg.fonttype": "path"}):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}

@@ -12,7 +12,7 @@ DATA_KEYS = ("source", "train_images", "validation_images", "size", "channels", 
 
 
 def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
-    """What a reader must know to judge the figures, found in the runs themselves."""
+    """Caveats that the runs themselves reveal."""
     found = []
     for run in runs:
         name = run.planned.name
@@ -43,7 +43,7 @@ def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> l
 
 
 def left_out(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
-    """Finished runs at a setting that was not chosen, but for those that the search with the first seed is made of."""
+    """Finished runs at a setting that was not chosen, except those of the search with the first seed."""
     found = []
     for run in runs:
         by_seed = chosen.get(run.planned.variant, {})

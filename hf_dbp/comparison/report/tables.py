@@ -1,4 +1,4 @@
-"""The report's text and tables, in words and cells, from the figures of `analyse`."""
+"""The report's text and tables, from the figures of `analyse`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Figures = dict[str, Any]
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many significant digits; a dash for none."""
+    """A number with ``digits`` significant digits; a dash for None."""
     if value is None:
         return NONE
     text = f"{value:.{digits}g}"
@@ -91,18 +91,18 @@ def reached(target: Figures) -> str:
 
 
 def introduction(analysis: Figures, command: str, note: str, jobs: int) -> list[Block]:
-    """Headline, command, and on what it was measured."""
+    """Headline, command, caveats, and the circumstances of the measurement."""
     lines = circumstances(analysis, jobs)
     if note:
         lines.append(f"Beside the runs: {note}")
     blocks: list[Block] = [Heading(analysis["title"], 1), Items(headline(analysis)), Code(command), Items(lines)]
     if analysis["remarks"]:
-        blocks += [Heading("To be borne in mind"), Items(analysis["remarks"])]
+        blocks += [Heading("Caveats"), Items(analysis["remarks"])]
     return blocks
 
 
 def circumstances(analysis: Figures, jobs: int) -> list[str]:
-    """Data, length, machine, energy and code in sentences."""
+    """Sentences on data, length, machine, energy and code."""
     where = analysis["setting"]
     hardware, data, energy, arguments = (where[key] for key in ("hardware", "data", "energy", "arguments"))
     devices = plural(hardware["gpus"], "GPU") if "gpus" in hardware else plural(hardware["cores"], "core")
@@ -126,7 +126,7 @@ def circumstances(analysis: Figures, jobs: int) -> list[str]:
 
 
 def data_line(data: Figures) -> str:
-    """What the runs' data were; of another script's record whatever it says."""
+    """A sentence on the runs' data; for another script's record, whatever it says."""
     if "train_images" not in data:
         return "Data: " + (", ".join(f"{name} {value}" for name, value in data.items()) or "not recorded") + "."
     size = " x ".join(map(str, data.get("size", [])))
@@ -137,7 +137,7 @@ def data_line(data: Figures) -> str:
 
 
 def length(arguments: Figures, unit: str) -> str:
-    """Steps or epochs, and the batch; of another script's record what it says."""
+    """Steps or epochs, and the batch size; for another script's record, whatever it says."""
     steps, epochs = arguments["max_steps"], arguments["num_train_epochs"]
     if not epochs and not steps:
         return "not recorded"
@@ -146,7 +146,7 @@ def length(arguments: Figures, unit: str) -> str:
 
 
 def search_table(analysis: Figures) -> list[Block]:
-    """What every variant was given to choose from, and what it chose."""
+    """The settings that every variant could choose from, and its choice."""
     best = {name: figures["setting"] for name, figures in analysis["variants"].items()}
     rows = []
     for row in analysis["search"]:
@@ -167,7 +167,7 @@ def search_table(analysis: Figures) -> list[Block]:
 
 
 def result_tables(analysis: Figures) -> list[Block]:
-    """The paper's Table 1, costs, tests, what the target takes, and the heads."""
+    """The paper's Table 1, costs, tests, the cost of the target, and the heads."""
     blocks: list[Block] = [Heading("Results"), table_one(analysis), costs_table(analysis)]
     if analysis["comparisons"]:
         blocks += [target_table(analysis), tests_table(analysis)]
@@ -242,7 +242,7 @@ def head_tables(name: str, figures: Figures) -> list[Block]:
         if own is figures:
             caption += (
                 f" on {data['source']} ({data['train_images']} training and {data['validation_images']} "
-                f"validation images); the commonest class everywhere scores {number(figures[head.guess])}"
+                f"validation images); always predicting the most common class scores {number(figures[head.guess])}"
             )
         means = [[one, mean(value), str(value["n"])] for one, value in own["variants"].items() if value is not None]
         tests = [
@@ -259,7 +259,7 @@ def head_tables(name: str, figures: Figures) -> list[Block]:
 
 
 def method_notes(num_seeds: int) -> list[Block]:
-    """How the figures came about."""
+    """How the figures were measured."""
     choice = (
         " Each variant's setting was chosen on the seeds that all its settings have; they count among the pairs."
         if num_seeds > 1

@@ -1,23 +1,24 @@
 """The yardstick: what a variant saves, from complete schedules of a baseline at several lengths.
 
-The middle of one run's schedule and the end of another's cannot be compared fairly: the learning rate is still high in
-the one. So the baseline runs complete schedules of several lengths, and each seed's ends make a curve over the length:
+Comparing the middle of one run's schedule with the end of another's is unfair, because the learning rate in the middle
+is still high. So the baseline runs complete schedules of several lengths, and each seed's final values form a curve
+over the length:
 
     equal length   where that curve first reaches the end of the other variant's run of T steps, same seed, on straight
                    lines between lengths
     steps saved    1 - T / (equal length)
     time saved     1 - T (step time of the other) / ((equal length) (step time of the baseline))
 
-for the validation loss and, where encoders were probed, for the error of k nearest neighbours and of the linear probe.
-CO2e is taken as proportional to time: the same machine draws the same power. T is one number for all seeds. A seed
-whose target the baseline reaches at no length counts with the longest one (the saving is *at least* that); a seed whose
-target the shortest length already meets has no figure.
+for the validation loss and, if encoders were probed, for the error of k nearest neighbours and of the linear probe.
+CO2e is taken as proportional to time, because the same machine draws the same power. T is the same for all seeds. If
+the baseline reaches a seed's target at no length, the longest one is used (the saving is *at least* that); if the
+shortest length already meets it, the seed has no figure.
 
-The headline is the smallest of the savings. There is none where the best setting of either side lies at the edge of
-what was tried, the sides had unequal numbers of settings to choose from, a seed has no figure, there is one seed, or
-the encoders were not probed.
+The headline is the smallest of the savings. There is none if the best setting of either side lies at the edge of those
+tried, the sides had different numbers of settings to choose from, a seed has no figure, there is only one seed, or the
+encoders were not probed.
 
-`margins` judge one stopping step for all seeds: (baseline's mean end - other's mean end) * sqrt(n) / (sd of the other's
+`margins` use one stopping step for all seeds: (baseline's mean end - other's mean end) * sqrt(n) / (sd of the other's
 ends), for each length of the baseline.
 """
 
@@ -44,7 +45,7 @@ Ends = dict[int, dict[int, float]]  # length -> seed -> figure at the end
 
 
 def probe_error(kind: str) -> Callable[[Run], float | None]:
-    """The figure that is the share of test images that the probe gets wrong."""
+    """A function that returns the share of test images that the probe gets wrong."""
 
     def figure(run: Run) -> float | None:
         return None if run.probe is None else 1.0 - float(run.probe[kind]["accuracy"])
@@ -67,15 +68,15 @@ def end_step(run: Run) -> int:
 def yardstick_figures(
     plan: Plan, runs: Sequence[Run], step_times: dict[str, list[float]] | None = None
 ) -> Figures | None:
-    """The savings of every pair of which the baseline has schedules of other lengths, and the probe of all variants.
+    """The savings of every pair whose baseline has schedules of other lengths, and the probe of all variants.
 
     Args:
         plan: what was planned.
         runs: its runs, those of other lengths included.
-        step_times: seconds of each variant's step, taken in turns; None to take the runs' own clocks.
+        step_times: seconds of each variant's step, measured in turn; None to use the runs' own clocks.
 
     Returns:
-        None where the plan has neither other lengths nor a probe.
+        The figures; None if the plan has neither other lengths nor a probe.
     """
     if not plan.lengths and plan.probe is None:
         return None
@@ -102,7 +103,7 @@ def summary(by_seed: RunsBySeed, figure: Callable[[Run], float | None]) -> Figur
 def pair_figures(
     plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed], a: str, b: str, times: dict[str, list[float]] | None
 ) -> Figures:
-    """One variant ``b`` against the baseline ``a``: savings by each quality, and the headline or why there is none."""
+    """Variant ``b`` against the baseline ``a``: savings by each quality, and the headline or why there is none."""
     ratio = step_ratio(chosen[a], chosen[b], (times[a], times[b]) if times else None)
     savings = {}
     for name, figure in QUALITIES.items():
@@ -129,7 +130,7 @@ def settings_tried(plan: Plan, variant: str) -> int:
 
 
 def step_ratio(baseline: RunsBySeed, other: RunsBySeed, times: tuple[list[float], list[float]] | None) -> Figures:
-    """Step time of the other as a multiple of the baseline's: over turns of one process, or over seeds of the runs."""
+    """Step time of the other as a multiple of the baseline's, over turns of one process or over seeds of the runs."""
     if times is not None:
         pairs, source = list(zip(*times, strict=True)), "in turns"
     else:
@@ -141,7 +142,7 @@ def step_ratio(baseline: RunsBySeed, other: RunsBySeed, times: tuple[list[float]
 
 
 def ends_of(runs: Sequence[Run], chosen: RunsBySeed, variant: str, figure: Callable[[Run], float | None]) -> Ends:
-    """What the variant's complete schedules end with, its own length included."""
+    """The final values of the variant's complete schedules, its own length included."""
     best = next(iter(chosen.values())).planned.searched
     longer = [
         run
@@ -160,7 +161,7 @@ def saving(
     runs: Sequence[Run], chosen: dict[str, RunsBySeed], a: str, b: str,
     figure: Callable[[Run], float | None], ratio: float,
 ) -> Figures | None:  # fmt: skip
-    """What ``b`` saves by one quality; None where no seed has it on both sides."""
+    """The saving of ``b`` by one quality; None if no seed has it on both sides."""
     ends, own = ends_of(runs, chosen[a], a, figure), ends_of([], chosen[b], b, figure)
     if len(own) != 1:
         return None
@@ -241,9 +242,9 @@ def yardstick_blocks(figures: Figures) -> list[Block]:
     if figures["probe"]:
         blocks.append(probe_table(figures["probe"]))
     note = (
-        "A baseline's schedules of other lengths are at the setting that was best at the plan's length. Equal "
-        "length: where the baseline's end, linear between lengths, first reaches the other's end of the same seed. "
-        "CO2e is taken as proportional to time. Intervals do not hold the uncertainty of the step times' ratio."
+        "A baseline's schedules of other lengths use the setting that was best at the plan's length. Equal length: "
+        "where the baseline's end, linear between lengths, first reaches the other's end of the same seed. CO2e is "
+        "taken as proportional to time. Intervals do not include the uncertainty of the ratio of step times."
     )
     return [*blocks, Items([note])]
 
@@ -277,7 +278,7 @@ def savings_table(pairs: Sequence[Figures]) -> Table:
         "time, CO2e saved [95 %]",
         "seeds",
     ]
-    return Table("What a variant saves; below zero is a loss.", header, rows)
+    return Table("What a variant saves; a value below zero is a loss.", header, rows)
 
 
 def ends_table(pairs: Sequence[Figures]) -> Table:
@@ -339,7 +340,7 @@ def accuracy(error: Figures | None) -> str:
 
 
 def yardstick_charts(figures: Figures) -> list[Picture]:
-    """The ends of each baseline by length, and the other variants' ends as lines, for each quality."""
+    """For each quality, the ends of each baseline by length, and the other variants' ends as lines."""
     if not figures["pairs"]:
         return []
     names = [name for name in QUALITIES if any(name in pair["savings"] for pair in figures["pairs"])]

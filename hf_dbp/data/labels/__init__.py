@@ -1,1 +1,1 @@
-"""Labels as people draw them, polygons in files of COCO, LabelMe, YOLO and CVAT, as index masks, and back."""
+"""Labels as people draw them (COCO, LabelMe, YOLO and CVAT files) to index masks, and back."""

@@ -1,13 +1,13 @@
 """Readers and writers of label files.
 
-    coco       one JSON file: images, annotations (polygons, or runs plain or packed), categories
-    labelme    a folder of JSON files, one an image: polygon, rectangle, circle and mask shapes
-    yolo       a folder of text files, one an image: class and polygon a line, shares of width and height; the names of
-               the classes in data.yaml (``names``) or classes.txt there or in the folder above
+    coco       one JSON file: images, annotations (polygons, or plain or packed runs), categories
+    labelme    a folder of JSON files, one per image: polygon, rectangle, circle and mask shapes
+    yolo       a folder of text files, one per image, with a class and a polygon per line as shares of width and height;
+               class names are in data.yaml (``names``) or classes.txt, there or in the folder above
     cvat       one XML file of "CVAT for images": polygon, box and mask shapes by z_order
 
-Class 0 is background (a class that is called so, `_background_` or class 0 is it), the others follow in the order of
-the file, of LabelMe by the alphabet. An image that is listed, or has its own file, and holds no shape is background.
+Class 0 is the background (a class called background or `_background_`, or class 0); the others follow in the order of
+the file, those of LabelMe sorted by name. An image that is listed, or has its own file, but no shape is all background.
 
 Shapes: H, W height and width; V vertices, (x, y) each.
 """
@@ -34,11 +34,11 @@ from hf_dbp.recipes import safe_yaml
 __all__ = ["BACKGROUND", "READERS", "coco_annotations", "label_format", "labelme_content", "read_labels", "unpacked"]
 
 BACKGROUND = ("background", "_background_")
-Found = tuple[list[Labelled], list[str]]  # the images, and the names of the classes without background
+Found = tuple[list[Labelled], list[str]]  # the images, and the class names without background
 
 
 def label_format(source: Path) -> str | None:
-    """``coco``, ``cvat``, ``labelme`` or ``yolo``; None for what is no source of labels, such as a folder of masks."""
+    """``coco``, ``cvat``, ``labelme`` or ``yolo``; None if it is not a source of labels, such as a folder of masks."""
     if source.is_file():
         return {".json": "coco", ".xml": "cvat"}.get(source.suffix.lower())
     kinds = {file.suffix.lower() for file in source.rglob("*") if file.is_file()} if source.is_dir() else set()
@@ -48,14 +48,14 @@ def label_format(source: Path) -> str | None:
 
 
 def read_labels(source: str, image_size: Callable[[str], tuple[int, int]]) -> Found:
-    """The labelled images of a file or folder, and the names of the classes without background.
+    """The labelled images of a file or folder, and the class names without background.
 
     Args:
         source: as in the module's docstring.
-        image_size: (height, width) of the image of a name, for formats that do not say it.
+        image_size: returns (height, width) of an image by name, for formats that do not state it.
 
     Raises:
-        UserError: no such labels, or one that cannot be read, named.
+        UserError: there are no such labels, or one cannot be read; the message names it.
     """
     kind = label_format(Path(source))
     if kind is None:
@@ -65,7 +65,7 @@ def read_labels(source: str, image_size: Callable[[str], tuple[int, int]]) -> Fo
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, ElementTree.ParseError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{source} is no file of {kind} labels: {type(error).__name__}: {error}") from error
+        raise UserError(f"{source} is not a file of {kind} labels: {type(error).__name__}: {error}") from error
 
 
 def points(values: Sequence[float]) -> NDArray[np.float64]:
@@ -97,8 +97,8 @@ def read_coco(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found
 
 
 def unpacked(text: str) -> list[int]:
-    """The run lengths in COCO's packed text: five bits a character, the least first; from the fourth on, differences
-    to the run before the last."""
+    """The run lengths in COCO's packed text: five bits per character, lowest first; from the fourth run on, differences
+    to the run two before."""
     runs: list[int] = []
     value = shift = 0
     for character in text:
@@ -166,7 +166,7 @@ def rectangle(x0: float, y0: float, x1: float, y1: float) -> NDArray[np.float64]
 
 
 def labelme_content(ids_HW: NDArray[Any], names: Mapping[int, str], image: str) -> dict[str, Any]:
-    """A LabelMe file of a mask; what lies in a hole is painted after what surrounds it, background too."""
+    """The LabelMe file of a mask; what lies in a hole, even background, is painted after what surrounds it."""
     shapes = [
         {"label": names[part.class_id] if part.class_id else BACKGROUND[1], "points": part.outer.tolist(),
          "group_id": None, "description": "", "shape_type": "polygon", "flags": {}, "mask": None}
@@ -196,7 +196,7 @@ def read_yolo(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Fou
             if not values:
                 continue
             if len(values) < 7 or len(values) % 2 == 0:
-                raise UserError(f"{file}, line {number}: a class and three points or more make an outline")
+                raise UserError(f"{file}, line {number}: an outline needs a class and at least three points")
             ring = points([float(value) for value in values[1:]]) * (width, height)
             shapes.append(Shape(names[int(values[0])], [ring]))
         images.append(Labelled(name, (height, width), shapes))
@@ -214,7 +214,7 @@ def yolo_names(folder: Path) -> dict[int, str]:
                 names = content["names"]
                 pairs = names.items() if isinstance(names, dict) else enumerate(names)
                 return {int(number): str(name) for number, name in pairs}
-    raise UserError(f"the names of the classes of {folder} are not known: put a data.yaml with `names` beside it")
+    raise UserError(f"the class names of {folder} are unknown: put a data.yaml with `names` beside it")
 
 
 # ---- CVAT ----
@@ -242,7 +242,7 @@ def cvat_shape(shape: ElementTree.Element, file: str) -> Shape:
     if shape.tag == "mask":
         height, width = int(given["height"]), int(given["width"])
         runs = [int(run) for run in given["rle"].split(",")]
-        values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)  # row after row, in its box
+        values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)  # row by row within its box
         return Shape(label, pixels=values.reshape(height, width), corner=(int(given["left"]), int(given["top"])))
     raise UserError(f"{file}: a shape of type {shape.tag!r} has no area; draw {label!r} as a polygon or mask")
 

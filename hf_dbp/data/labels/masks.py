@@ -1,4 +1,4 @@
-"""A source of labels as a folder of index masks: drawn once, kept in the cache, used like any folder of masks."""
+"""Turn labels into a folder of index masks: drawn once, kept in the cache, used like any folder of masks."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from hf_dbp.errors import UserError
 
 __all__ = ["NAMES", "is_labels", "mask_folder"]
 
-NAMES = "classes.json"  # in the folder: names by class id, background first
-VERSION = 1  # of what is written
+NAMES = "classes.json"  # file in that folder: names by class id, background first
+VERSION = 1  # version of the written files
 
 
 def is_labels(source: str) -> bool:
-    """Whether this is a source of labels, not a folder of masks."""
+    """Whether ``source`` holds labels, not masks."""
     return label_format(Path(source)) is not None
 
 
 def mask_folder(
     source: str, image_dir: str, names: Sequence[str] | None = None, cache_dir: str | None = None
 ) -> tuple[str, list[str]]:
-    """The folder of the masks that labels mean, and the names of the classes by id.
+    """The folder of masks drawn from labels, and the class names by id.
 
     Args:
         source: file or folder of labels.
-        image_dir: folder of their images; masks are named as these.
-        names: of classes by id that are given already, background first; default: those of the labels.
-        cache_dir: where it is kept; default: the cache of `datasets`.
+        image_dir: folder of their images; masks get the same names.
+        names: given class names by id, background first; default: those of the labels.
+        cache_dir: where to keep the folder; default: the cache of `datasets`.
 
     Raises:
-        UserError: labels that cannot be read, of no image there, or of a class that is not among ``names``.
+        UserError: labels cannot be read, their image does not exist, or their class is not among ``names``.
     """
     folder = open_pictures(image_dir)
     files = {name: paths[0] for name, paths in folder.named(Path(image_dir), folder.files, None).items()}
@@ -61,11 +61,14 @@ def mask_folder(
 
 
 def draw(source: str, files: dict[str, str], names: Sequence[str] | None, kept: Path, target: Path) -> None:
-    """Write the masks aside, then rename their folder."""
+    """Write the masks to a temporary folder, then rename it."""
 
     def size_of(name: str) -> tuple[int, int]:
         if name not in files:
-            raise UserError(f"{source} labels {name!r}, but there is no image of that name, e.g. {next(iter(files))!r}")
+            raise UserError(
+                f"{source} labels {name!r}, but there is no image with that name; images are called "
+                f"{next(iter(files))!r} ..."
+            )
         shape = np.asarray(stored({"bytes": None, "path": files[name]})).shape
         return shape[0], shape[1]
 
@@ -74,7 +77,7 @@ def draw(source: str, files: dict[str, str], names: Sequence[str] | None, kept: 
     ids = {name: number for number, name in enumerate(classes)} | dict.fromkeys(("background", "_background_"), 0)
     unknown = sorted({shape.label for image in images for shape in image.shapes} - ids.keys())
     if unknown:
-        raise UserError(f"{source} holds the class {unknown[0]!r}, which is none of {', '.join(classes)}")
+        raise UserError(f"{source} holds the class {unknown[0]!r}, which is not one of {', '.join(classes)}")
     with tempfile.TemporaryDirectory(dir=kept) as aside:
         for image in tqdm(images, "Drawing masks", leave=False):
             name = named(image.file, files, source)
@@ -87,7 +90,7 @@ def draw(source: str, files: dict[str, str], names: Sequence[str] | None, kept: 
 
 
 def named(file: str, files: dict[str, str], source: str) -> str:
-    """The name of the image that labels speak of: by its path, else by its file name alone, if that is one's own."""
+    """The name of the image that labels refer to: by its path, else by its file name if that is unique."""
     path = PurePosixPath(file.replace("\\", "/"))
     for name in (str(path), str(path.with_suffix(""))):
         if name in files:

@@ -1,10 +1,10 @@
-"""Shapes and masks: polygons and runs to pixels, and pixels to outlines that give the same pixels again.
+"""Shapes and masks: polygons and runs to pixels, and pixels to outlines that reproduce them exactly.
 
 A pixel belongs to a polygon if its centre lies inside, by the even-odd rule; pixel (0, 0) covers the square from (0, 0)
-to (1, 1). Shapes are painted in their order, a later one over an earlier one; what none covers is class 0.
+to (1, 1). Shapes are painted in order, later ones over earlier ones; pixels that none covers are class 0.
 
-Outlines run along the edges of pixels, at whole coordinates, so any rule that goes by a pixel's centre fills them with
-exactly the pixels that they were traced around.
+Outlines run along the edges of pixels, at whole coordinates, so any rule that tests pixel centres fills them with
+exactly the pixels they were traced around.
 
 Shapes of arrays: H, W height and width; V vertices, (x, y) each.
 """
@@ -33,8 +33,8 @@ class Shape:
 
     Args:
         label: name of its class.
-        rings: polygons whose union it is.
-        pixels: its pixels, in place of polygons; (H, W), or a part of them that begins at ``corner``.
+        rings: polygons; the object is their union.
+        pixels: its pixels (H, W), instead of polygons, or a part of them that begins at ``corner``.
         corner: (left, top) of ``pixels``.
     """
 
@@ -46,7 +46,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-    """The shapes of one image: its file name as the labels have it, (height, width), and shapes in painting order."""
+    """The shapes of one image: its file name in the labels, (height, width), and shapes in painting order."""
 
     file: str
     size: tuple[int, int]
@@ -56,7 +56,7 @@ class Labelled:
 def filled(ring: Ring, size: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels (H, W) whose centres lie inside a polygon."""
     height, width = size
-    flips = np.zeros((height, width + 1), np.int32)  # where a row goes from outside to inside and back
+    flips = np.zeros((height, width + 1), np.int32)  # where a row enters or leaves the polygon
     for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
         if y0 == y1:
             continue
@@ -68,7 +68,7 @@ def filled(ring: Ring, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def painted(labelled: Labelled, ids: Mapping[str, int]) -> NDArray[np.int32]:
-    """The mask (H, W) of class ids. UserError for a shape that lies outside its image."""
+    """The mask (H, W) of class ids. UserError for a shape outside its image."""
     mask_HW = np.zeros(labelled.size, np.int32)
     for shape in labelled.shapes:
         if shape.pixels is not None:
@@ -86,7 +86,7 @@ def painted(labelled: Labelled, ids: Mapping[str, int]) -> NDArray[np.int32]:
 
 
 def from_runs(counts: Sequence[int], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels of run lengths. UserError if they do not add up to the image."""
+    """The pixels (H, W) of run lengths. UserError if they do not add up to the image."""
     if sum(counts) != size[0] * size[1] or min(counts, default=0) < 0:
         raise UserError(f"run lengths add up to {sum(counts)}, not to {size[0]} x {size[1]} pixels")
     values = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
@@ -114,7 +114,7 @@ class Part:
 
 
 def parts(ids_HW: NDArray[Any]) -> Iterator[Part]:
-    """The parts of all classes, those of class 0 only where others enclose them; larger outlines first."""
+    """The parts of all classes, larger outlines first; those of class 0 only if others enclose them."""
     found = []
     for class_id in np.unique(ids_HW):
         count, labels = cv2.connectedComponents((ids_HW == class_id).astype(np.uint8), connectivity=4)
@@ -134,13 +134,13 @@ def area(ring: Ring) -> float:
 
 
 def outlines(pixels_HW: NDArray[np.bool_]) -> list[Ring]:
-    """The closed outlines of pixels along their edges, corners alone; each has the pixels on its right.
+    """The corners of the closed outlines along the edges of pixels; each has its pixels on the right.
 
-    Where two pixels touch by a corner alone, the outline turns right: it stays with its own pixel.
+    Where two pixels touch only at a corner, the outline turns right and stays with its own pixel.
     """
     inside = np.pad(pixels_HW, 1).astype(np.int8)
     down, right = inside[1:, 1:-1] - inside[:-1, 1:-1], inside[1:-1, 1:] - inside[1:-1, :-1]
-    steps: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # from a corner to the next
+    steps: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)  # from each corner to the next
     for y, x in np.argwhere(down).tolist():
         start, end = ((x, y), (x + 1, y)) if down[y, x] > 0 else ((x + 1, y), (x, y))
         steps[start].append(end)
@@ -153,7 +153,7 @@ def outlines(pixels_HW: NDArray[np.bool_]) -> list[Ring]:
         before, at, ring = start, steps[start][0], [start]
         while True:
             following = max(steps[at], key=lambda end: turn(before, at, end))
-            if at == start and following == steps[start][0]:  # round once
+            if at == start and following == steps[start][0]:  # a full circle
                 break
             ring.append(at)
             before, at = at, following
@@ -171,6 +171,6 @@ def turn(before: tuple[int, int], at: tuple[int, int], after: tuple[int, int]) -
 
 
 def corners(ring: Ring) -> Ring:
-    """A ring without the vertices that lie on a straight line."""
+    """A ring without vertices in the middle of straight lines."""
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
     return np.asarray(ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]])

@@ -1,21 +1,21 @@
 """He et al.'s augmentation for fine-tuning: RandAugment and random erasing of an image, mixup and cutmix of a batch.
 
 RandAugment (Cubuk et al. 2020; the increasing set of timm, ``rand-m9-mstd0.5-inc1``): ``operations`` of the list below,
-each applied half of the time at magnitude m ~ N(9, 0.5) of 10. kornia does what is done to pixels; which operation,
-how strongly and to which side is drawn here, from the image's own generator: kornia draws from PyTorch's global one and
-alike for a whole batch, and its magnitudes are others.
+each applied half of the time at magnitude m ~ N(9, 0.5) of 10. kornia transforms the pixels; the operation, its
+strength and its direction are drawn here, from the image's own generator, because kornia draws from PyTorch's global
+generator and the same for a whole batch, and its magnitudes differ.
 
     autocontrast, invert; equalize, posterize (4 - 0.4 m bits), solarize (above 1 - m / 10), solarize_add (0.43 m / 10)
     brightness, contrast, color, sharpness (factor 1 +- 0.09 m); rotate (3 m degrees), shear_x, shear_y (0.03 m),
-    translate_x, translate_y (0.045 m of the side), with the mean of each channel where the image ends
+    translate_x, translate_y (0.045 m of the side), with the mean of each channel beyond the image
 
-Other images than RGB of 8 bits have fewer operations: ``color`` mixes RGB with its grey; ``equalize`` and ``posterize``
+Images other than 8-bit RGB have fewer operations: ``color`` mixes RGB with grey, and ``equalize`` and ``posterize``
 count in 256 steps. `operations_for` says what is left out. Float values outside the range of the data set are clipped.
 
 Random erasing (Zhong et al. 2020): with probability 0.25 a rectangle of 2 to 33 % of the view becomes normal noise.
 
-Mixing, of a batch and that batch in reverse order: half of the batches are mixed by mixup (Zhang et al. 2018), half by
-cutmix (Yun et al. 2019), with one lambda ~ Beta(alpha, alpha) for the batch,
+Mixing combines a batch with its reverse: half of the batches by mixup (Zhang et al. 2018), half by cutmix (Yun et al.
+2019), with one lambda ~ Beta(alpha, alpha) per batch,
 
     mixup   x <- lambda x + (1 - lambda) x'        cutmix   a box of 1 - lambda of the view comes from x'
     target  t <- lambda s(y) + (1 - lambda) s(y')  s(y) one-hot with smoothing e: 1 - e + e / K, elsewhere e / K
@@ -41,7 +41,7 @@ LEVELS = 10.0
 SPREAD, CHANCE = 0.5, 0.5  # of a magnitude; of an operation
 ERASED_AREA, ERASED_ASPECT, TRIES = (0.02, 1 / 3), (0.3, 1 / 0.3), 10
 
-#: from an image (1, C, H, W) in [0, 1] and a signed level, -1 to 1
+#: maps an image (1, C, H, W) in [0, 1] and a signed level, -1 to 1, to an image
 Operation = Callable[[Tensor, float], Tensor]
 
 
@@ -51,7 +51,7 @@ def autocontrast(image: Tensor, level: float) -> Tensor:
 
 
 def warped(image: Tensor, matrix: Sequence[Sequence[float]]) -> Tensor:
-    """The image moved about its centre by a 2 x 3 matrix in pixels; where it ends, the mean of each channel."""
+    """The image warped about its centre by a 2 x 3 matrix in pixels, with the mean of each channel beyond its edges."""
     height, width = image.shape[2:]
     (a, b, tx), (c, d, ty) = matrix
     x, y = (width - 1) / 2, (height - 1) / 2
@@ -65,7 +65,7 @@ def rotate(image: Tensor, level: float) -> Tensor:
     return warped(image, [[math.cos(angle), math.sin(angle), 0], [-math.sin(angle), math.cos(angle), 0]])
 
 
-#: name -> what it does; each has a sign where that makes a difference
+#: name -> operation; each has a sign if that makes a difference
 OPERATIONS: dict[str, Operation] = {
     "autocontrast": autocontrast,
     "equalize": lambda image, level: enhance.equalize(image),
@@ -86,7 +86,7 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def operations_for(channels: int, eight_bits: bool) -> tuple[list[str], dict[str, str]]:
-    """The operations for such images, and those that are left out, with the reason."""
+    """The operations for such images, and those left out, with the reason."""
     left_out = {}
     if channels != 3:
         left_out["color"] = f"for RGB alone, these images have {channels} channels"
@@ -98,13 +98,13 @@ def operations_for(channels: int, eight_bits: bool) -> tuple[list[str], dict[str
 def rand_augment(
     image_CHW: Tensor, names: Sequence[str], rng: np.random.Generator, *, operations: int, magnitude: float
 ) -> Tensor:
-    """The image in [0, 1] after some of the operations of these names.
+    """The image in [0, 1] after random operations from ``names``.
 
     Args:
         image_CHW: values outside [0, 1] are clipped.
-        names: of `OPERATIONS`.
+        names: names in `OPERATIONS`.
         rng: source of randomness.
-        operations: how many are drawn, with replacement.
+        operations: how many to draw, with replacement.
         magnitude: the mean of m, 0 to 10.
     """
     image = image_CHW[None].clamp(0, 1)
@@ -117,7 +117,7 @@ def rand_augment(
 
 
 def erased(pixels_CHW: Tensor, rng: np.random.Generator, chance: float) -> Tensor:
-    """Normalised pixels, with this chance a random rectangle of them normal noise."""
+    """Normalised pixels; with probability ``chance``, a random rectangle of them becomes normal noise."""
     channels, height, width = pixels_CHW.shape
     if rng.random() >= chance:
         return pixels_CHW
@@ -140,9 +140,9 @@ class Mixing:
 
     Args:
         classes: K.
-        mixup, cutmix: alpha of each; 0 for none. With both, half of the batches have the one, half the other.
+        mixup, cutmix: alpha of each; 0 for none. With both, half of the batches use one, half the other.
         smoothing: e.
-        weights: of the classes, multiplied into their part of the targets; None for none.
+        weights: class weights, multiplied into their part of the targets; None for none.
     """
 
     classes: int
@@ -174,10 +174,10 @@ class Mixing:
         return targets_BK * torch.tensor(self.weights, device=labels_B.device)[labels_B][:, None]
 
     def cut(self, pixels_BCHW: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, float]:
-        """The batch with a box of its reverse in it, and the share that is left of each image."""
+        """The batch with a box from its reverse pasted in, and the remaining share of each image."""
         height, width = pixels_BCHW.shape[2:]
         h, w = (int(side * math.sqrt(1 - share)) for side in (height, width))
-        y, x = int(rng.integers(height)), int(rng.integers(width))  # the centre: a box may end at the edge
+        y, x = int(rng.integers(height)), int(rng.integers(width))  # the centre: the edge may cut the box
         rows = slice(max(y - h // 2, 0), min(y + h // 2, height))
         columns = slice(max(x - w // 2, 0), min(x + w // 2, width))
         mixed = pixels_BCHW.clone()

@@ -1,4 +1,4 @@
-"""What an evaluation of a classifier found: the content of `eval.json`, and lines to print."""
+"""The results of evaluating a classifier: the content of `eval.json`, and lines to print."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def confusion(confusion_KK: NDArray[Any]) -> dict[str, Any]:
 
 
 def calibration(trainer: ClassificationTrainer) -> list[dict[str, float | int]]:
-    """Of each bin of confidence that has images: how many, their mean confidence and their accuracy."""
+    """For each bin of confidence that has images: their number, mean confidence and accuracy."""
     return [
         {"images": int(count), "confidence": float(confidence / count), "accuracy": float(right / count)}
         for count, confidence, right in trainer.tally.bins_3B.T
@@ -112,11 +112,11 @@ def accounts(
 
 
 def summary(record: Mapping[str, Any], folder: Path) -> str:
-    """What came out and where it lies, for the end of a run."""
+    """The results and where they are, to print at the end of a run."""
     low, high = record["accuracy_interval_95"]
     rows = [
         f"\nclassifier on {record['data']['source']}: {folder}",
-        f"  accuracy {record['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}; commonest class everywhere: "
+        f"  accuracy {record['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}; most common class everywhere: "
         f"{record['majority_class_accuracy']:.4f}), balanced {record['balanced_accuracy']:.4f}"
         + (f", top-5 {record['top5_accuracy']:.4f}" if "top5_accuracy" in record else ""),
         f"  calibration error {record['expected_calibration_error']:.4f}, loss {record['loss']:.4f}",

@@ -1,4 +1,4 @@
-"""Pictures of what a classifier does: the confusion matrix, its calibration, its most confident mistakes."""
+"""Pictures of a classifier's results: the confusion matrix, calibration, the most confident mistakes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_dbp.downstream.classification.views import CentralViews
 
 __all__ = ["plot_calibration", "plot_confusion", "plot_mistakes"]
 
-NUMBERED = 20  # classes up to which each cell has its count, and each row its name
+NUMBERED = 20  # maximum number of classes for which cells show counts and rows names
 
 
 def plot_confusion(
@@ -43,7 +43,8 @@ def plot_confusion(
 
 
 def plot_calibration(bins_3B: NDArray[Any], path: str | os.PathLike[str]) -> None:
-    """Write a PNG of accuracy by confidence, and how many images each bin has; the diagonal is perfect calibration."""
+    """Write a PNG of accuracy by confidence, and of the number of images per bin; the diagonal is perfect
+    calibration."""
     count_B, confidence_B, right_B = bins_3B
     there = count_B > 0
     figure = Figure(figsize=(5, 5), layout="constrained")
@@ -60,7 +61,7 @@ def plot_calibration(bins_3B: NDArray[Any], path: str | os.PathLike[str]) -> Non
 
 
 def plot_mistakes(mistakes: Sequence[Mistake], data: CentralViews, path: str | os.PathLike[str]) -> None:
-    """Write a PNG of the most confident mistakes, a caption each; without any, one that says so."""
+    """Write a PNG of the most confident mistakes, each with a caption, or a PNG that says there are none."""
     columns = 4
     rows = max(1, -(-len(mistakes) // columns))
     figure = Figure(figsize=(10, 2.9 * rows), layout="constrained")

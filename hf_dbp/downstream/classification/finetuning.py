@@ -1,10 +1,10 @@
-"""Fine-tuning a classifier, from flags to a folder: the main of `training_scripts/run_classification.py`.
+"""Fine-tune a classifier, from flags to a folder: the main of `training_scripts/run_classification.py`.
 
     hf-dbp classify IMAGES --model_name_or_path ENCODER --output_dir OUT --do_train
 
 The flow: flags and recipe -> images with classes -> stock classifier over the ViT -> trainer -> best checkpoint by
 accuracy, `eval.json`, pictures, card, and the Hub if asked for. Defaults are He et al.'s for ViT-Base (2022, table 9).
-What is wrong with flags, labels or images fails before training starts.
+Mistakes in flags, labels or images end the command before training starts.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ EVAL_RESULTS = "eval_results.json"
 
 
 def build_model(model_args: ModelArguments, names: Sequence[str], num_channels: int) -> BeitForImageClassification:
-    """A classifier over the chosen ViT. ValueError if the ViT does not fit the images."""
+    """A classifier over the chosen ViT. UserError if the ViT does not fit the images."""
     if model_args.model_name_or_path is not None:
         vit = load_vit(model_args.model_name_or_path, **model_args.hub_options)
         if model_args.from_scratch:
@@ -76,7 +76,7 @@ def view_size(model_args: ModelArguments, config: Any) -> tuple[int, int]:
 
 
 def model_to_evaluate(model_args: ModelArguments, args: ClassificationArguments) -> ModelArguments:
-    """With --do_eval alone: the classifier of --model_name_or_path, else the one of the run in output_dir."""
+    """For --do_eval alone: the classifier of --model_name_or_path, else that of the run in output_dir."""
     if args.push_to_hub:
         raise UserError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
     named = model_args.model_name_or_path
@@ -88,7 +88,7 @@ def model_to_evaluate(model_args: ModelArguments, args: ClassificationArguments)
         folder = str(model_folder(args.output_dir))
     except UserError as error:
         raise UserError(
-            f"no classifier to evaluate: {error}; train one with --do_train, or name one by --model_name_or_path"
+            f"no classifier to evaluate: {error}; train one with --do_train, or name one with --model_name_or_path"
         ) from error
     return dataclasses.replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
 
@@ -96,7 +96,7 @@ def model_to_evaluate(model_args: ModelArguments, args: ClassificationArguments)
 def evaluate_alone(
     model_args: ModelArguments, data_args: DataArguments, args: ClassificationArguments
 ) -> dict[str, Any]:
-    """Evaluate a trained classifier; returns what is also written to `eval_results.json`, and to nothing else."""
+    """Evaluate a trained classifier; write only `eval_results.json` and return its content."""
     model_args = model_to_evaluate(model_args, args)
     model_source, source = str(model_args.model_name_or_path), data_args.source(model_args.cache_dir, model_args.token)
     train, validation = load_classified(source)
@@ -116,7 +116,7 @@ def evaluate_alone(
 
 
 def named(model: PreTrainedModel, source: str, data: ClassifiedImages) -> None:
-    """Give images the ids that a model has for their classes. UserError for a class that it does not have."""
+    """Give images the model's ids for their classes. UserError for a class that the model lacks."""
     ids = {str(name): int(k) for k, name in model.config.id2label.items()}
     present = [data.names[k] for k in sorted(set(data.labels_N.tolist()))]
     unknown = [name for name in present if name not in ids]
@@ -128,9 +128,9 @@ def named(model: PreTrainedModel, source: str, data: ClassifiedImages) -> None:
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: ClassificationArguments) -> dict[str, Any]:
-    """Fine-tune, evaluate, save; returns what is also written to `output_dir/eval.json`.
+    """Fine-tune, evaluate and save; return the content of `output_dir/eval.json`.
 
-    Without ``do_train`` a trained classifier is evaluated, and nothing but `eval_results.json` written.
+    Without ``do_train``, only evaluate a trained classifier and write `eval_results.json`.
     """
     if not (args.do_train or args.do_eval):
         raise UserError("nothing to do: give --do_train, --do_eval or both")
@@ -172,7 +172,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: Classificati
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(args))
     history = [row for row in trainer.state.log_history if "eval_accuracy" in row]
-    metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
+    metrics = trainer.evaluate()  # the model is now the best checkpoint
     trainer.save_model()
     record = evaluation_record(trainer, metrics, source, history)
     if budget is not None:

@@ -1,6 +1,6 @@
-"""Figures of a classifier, streamed: accuracies, the scores of each class, calibration.
+"""Streamed figures of a classifier: accuracies, the scores of each class, calibration.
 
-With p_NK the probabilities of N images, y_N their classes, and n_KK[i, j] the images of class i taken for class j:
+With p_NK the probabilities of N images, y_N their classes, and n_KK[i, j] the images of class i predicted as class j:
 
     accuracy            sum_k n[k, k] / N                        top-1
     top-5 accuracy      the share of images whose class is among the five most probable; for more than 5 classes
@@ -30,7 +30,7 @@ from hf_dbp.errors import UserError
 
 __all__ = ["BINS", "ClassificationScores", "Scores", "Tally", "class_figures"]
 
-BINS = 15  # of the confidence
+BINS = 15  # of confidence
 TOP = 5
 
 
@@ -45,14 +45,14 @@ class Scores(TypedDict):
 
 
 class Tally:
-    """Counts from which every figure follows; those of several processes are added.
+    """Counts from which every figure follows; counts of several processes are added.
 
     Args:
         classes: K.
 
     Attributes:
         confusion_KK: images by true (rows) and predicted class.
-        bins_3B: of each bin of confidence: images, sum of the confidence, right ones.
+        bins_3B: for each bin of confidence: images, sum of the confidence, correct ones.
         rest: images whose class is among the five most probable, and the sum of the loss.
     """
 
@@ -77,7 +77,7 @@ class Tally:
         self.confusion_KK += pairs.bincount(minlength=self.confusion_KK.size).cpu().numpy().reshape(
             self.confusion_KK.shape
         )  # fmt: skip
-        bin_B = (confidence_B * BINS).ceil().long().clamp(1, BINS) - 1  # a bin holds its upper edge
+        bin_B = (confidence_B * BINS).ceil().long().clamp(1, BINS) - 1  # a bin includes its upper edge
         for row, weight_B in enumerate((torch.ones_like(confidence_B), confidence_B, hits_B.double())):
             self.bins_3B[row] += bin_B.bincount(weight_B, minlength=BINS).cpu().numpy()
         top_B = (chance_BK.topk(min(TOP, chance_BK.shape[1])).indices == labels_B[:, None]).any(dim=1)
@@ -89,7 +89,7 @@ class Tally:
 
     @classmethod
     def of(cls, vector: NDArray[np.float64], classes: int) -> Tally:
-        """The tally of such a vector."""
+        """The tally from such a vector."""
         tally = cls(classes)
         confusion, bins, tally.rest = np.split(vector, [classes**2, classes**2 + 3 * BINS])
         tally.confusion_KK, tally.bins_3B = confusion.reshape(classes, classes), bins.reshape(3, BINS)
@@ -115,7 +115,7 @@ class Tally:
 
 
 def class_figures(confusion_KK: NDArray[Any], names: dict[int, str]) -> dict[str, dict[str, float | int | None]]:
-    """Recall, precision, F1 and images of each class, by name; None where a denominator is 0."""
+    """Recall, precision, F1 and images of each class, by name; None if a denominator is 0."""
     hits_K, true_K, found_K = np.diag(confusion_KK), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
 
     def share(part: float, whole: float) -> float | None:
@@ -133,9 +133,9 @@ def class_figures(confusion_KK: NDArray[Any], names: dict[int, str]) -> dict[str
 
 
 class ClassificationScores(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    """The figures as an `evaluate.Metric` that needs no network: `add_batch` counts, `compute` scores and starts anew.
+    """The figures as an `evaluate.Metric` that needs no network: `add_batch` counts, `compute` scores and starts over.
 
-    With `num_process` > 1 the tallies of all processes meet on process 0 through evaluate's own exchange, as in
+    With `num_process` > 1, process 0 collects the tallies of all processes through evaluate's exchange, as in
     `hf_dbp.downstream.segmentation.mean_iou.MeanIoU`. Processes joined by torch.distributed add `tally.vector()`.
 
     Args:
@@ -161,7 +161,7 @@ class ClassificationScores(evaluate.Metric):  # type: ignore[misc]  # evaluate s
         self.tally.add(torch.as_tensor(predictions), torch.as_tensor(references))
 
     def compute(self, *, predictions: Tensor | None = None, references: Tensor | None = None) -> Scores | None:
-        """The figures of all batches since the last call, these included; None on processes other than 0."""
+        """The figures of all batches since the last call, including these; None on processes other than 0."""
         if predictions is not None and references is not None:
             self.add_batch(predictions=predictions, references=references)
         elif predictions is not None or references is not None:

@@ -1,16 +1,16 @@
-"""A stock classifier over a ViT: `BeitForImageClassification`, which is He et al.'s fine-tuning model to the letter.
+"""A stock classifier over a ViT: `BeitForImageClassification`, which is exactly He et al.'s fine-tuning model.
 
     logits = W LN(mean over the patch tokens) + b
 
-He et al. pool the mean of the patch tokens, norm it with a fresh LayerNorm in place of the encoder's last, and drop
-paths at random in training. Of the stock classes
+He et al. average the patch tokens, normalise the mean with a new LayerNorm in place of the encoder's last, and use drop
+path in training. Of the stock classes
 
 - `ViTForImageClassification` reads the class token and has no drop path;
 - `Dinov2ForImageClassification` reads class token and mean side by side, after the encoder's last norm;
 - `BeitForImageClassification` with ``use_mean_pooling`` is the formula above, with drop path, and
-  `hf_dbp.downstream.beit` brings a ViT's weights to it: hidden states are equal to rounding.
+  `hf_dbp.downstream.beit` loads a ViT's weights into it: hidden states are equal up to rounding.
 
-So a saved folder loads with `AutoModelForImageClassification` where hf_dbp is not installed.
+So a saved folder loads with `AutoModelForImageClassification` without hf_dbp.
 
 Shapes: D width; T patches.
 """
@@ -44,16 +44,16 @@ HEAD_STD = 2e-5  # He et al.'s
 def build_classifier(
     vit: ViTModel, names: Sequence[str], *, drop_path: float = 0.1, image_size: tuple[int, int] | None = None
 ) -> BeitForImageClassification:
-    """A classifier with a fresh head over the ViT's weights (copied).
+    """A classifier with a new head over the ViT's weights (copied).
 
     Args:
         vit: stock ViT of any patch size and number of channels.
-        names: of the classes.
-        drop_path: of the last layer; those before it have less, down to 0 at the first.
-        image_size: height and width that it will see; the positions are resampled for them. Default: the ViT's own.
+        names: class names.
+        drop_path: drop probability of the last layer; it falls to 0 at the first.
+        image_size: height and width of its input, for which the positions are resampled. Default: the ViT's own.
 
     Raises:
-        ValueError: patches do not tile that size.
+        UserError: patches do not tile that size.
     """
     patch = sides(vit.config.patch_size)[0]
     size = image_size or sides(vit.config.image_size)
@@ -72,10 +72,9 @@ def build_classifier(
 
 
 def load_classifier(source: str, **hub_options: Any) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """A trained classifier of any stock class, in a folder or on the Hub, and the content of its config.json.
+    """Load a trained classifier of any stock class from a folder or the Hub, and the content of its config.json.
 
-    Raises:
-        UserError: no classifier; see `hf_dbp.hub.untrusted`.
+    Raises: UserError: it is not a classifier; see `hf_dbp.hub.untrusted`.
     """
     content = read_config(source, **hub_options)
     architectures = content.get("architectures") or []

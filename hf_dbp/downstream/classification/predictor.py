@@ -1,11 +1,11 @@
-"""Classes of new images: `hf_dbp.downstream.predicting` for classifiers of `hf-dbp classify` and any stock one.
+"""Classes of new images: `hf_dbp.downstream.predicting` for classifiers from `hf-dbp classify` and any stock one.
 
-An image is seen as in evaluation: its largest central part of the view's aspect, at the size that the model's image
-processor says, with its mean and standard deviation. So predictions on the validation images give the accuracy of
-`eval.json`. Of a stock model whose processor squeezes oblong images into a square, those are cropped instead.
+The model sees an image as in evaluation: its largest central part with the view's aspect, at the size, mean and
+standard deviation of the model's image processor. So predictions on the validation images reproduce the accuracy of
+`eval.json`. If the processor of a stock model squeezes non-square images into a square, they are cropped instead.
 
-The table has a row for each image: the most probable class and its probability, the second and its own, and, for up to
-`COLUMNS` classes, the probability of each.
+The table has one row per image: the most probable class and the second, each with its probability, and, for up to
+`COLUMNS` classes, the probability of every class.
 
 Shapes: B images of a batch; K classes.
 """
@@ -33,21 +33,21 @@ from hf_dbp.hub.untrusted import read_json, read_statistics, read_value_range
 
 __all__ = ["Classified", "Classifier", "load"]
 
-COLUMNS = 50  # classes up to which each has a column
+COLUMNS = 50  # maximum number of classes with a column each
 BATCH = 32
 
 
 def load(
     model: str, *, batch_size: int | None = None, device: str | None = None, images: str | None = None, **others: Any
 ) -> Classifier:
-    """The predictor of a classifier.
+    """The predictor for a classifier.
 
     Args:
         model: folder or Hub id.
         batch_size: images of a forward pass.
         device: default: a GPU where there is one.
-        images: the folder of images, which is not needed.
-        others: settings of segmentation, none of which is set.
+        images: folder of the images; not used.
+        others: settings of segmentation, none of which may be set.
 
     Raises:
         UserError: what is wrong with model or settings.
@@ -66,7 +66,7 @@ def load(
 
 
 def processor_size(model: str) -> tuple[int, int]:
-    """Height and width that a model's image processor brings images to. UserError if it says none."""
+    """The height and width to which a model's image processor brings images. UserError if it names none."""
     found = read_json(model, "preprocessor_config.json")
     content = {} if found is None else found[1]
     size = content.get("crop_size") if content.get("do_center_crop") else None
@@ -83,13 +83,12 @@ def processor_size(model: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How an image is brought before the model.
+    """How an image is prepared for the model.
 
     Args:
         size: height and width.
-        channels: of the images.
-        mean, std: per channel, of values in [0, 1].
-        value_range: of float images.
+        channels: number of channels of the images. mean, std: per channel, of values in [0, 1].
+        value_range: range of float images.
         floats: whether the model was trained on float images, not on those of 8 or 16 bits.
     """
 
@@ -103,7 +102,7 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """An image on its way: its name, its file, its pixels (C, H, W)."""
+    """An opened image: its name, file and pixels (C, H, W)."""
 
     name: str
     file: str
@@ -123,7 +122,7 @@ class Classifier:
 
     Args:
         model: in eval mode, where it is to run.
-        view: what it sees of an image.
+        view: prepares images for it.
         settings: for the journal.
         batch_size: images of a forward pass.
     """
@@ -135,7 +134,7 @@ class Classifier:
         self.names: dict[int, str] = {int(k): str(name) for k, name in model.config.id2label.items()}
 
     def open(self, name: str, files: Sequence[str]) -> Opened:
-        """An image, ready for the model. UnreadableImageError if it cannot be read."""
+        """Open an image for the model. UnreadableImageError if it cannot be read."""
         value = {"bytes": None, "path": files[0], "more": list(files[1:])}
         image = decode(value, self.how.channels, files[0])
         if (image.dtype.kind == "f") != self.how.floats:
@@ -154,7 +153,7 @@ class Classifier:
             yield from map(Classified, batch, chance_BK)
 
     def write(self, result: Classified, folder: Path) -> list[dict[str, Any]]:
-        """The row of an image; there is no file to write."""
+        """Return the row of an image; there is no file to write."""
         best, second = result.chance_K.topk(2).indices.tolist()
         row = {
             "image": result.image.name, "file": result.image.file, "class_id": best, "class": self.names[best],
@@ -166,11 +165,11 @@ class Classifier:
         return [row]
 
     def finish(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
-        """How many images each class has."""
+        """Count the images of each class."""
         counts = Counter(row["class"] for row in rows)
         return {
             "files": [],
             "classes": self.names,
             "counts": {name: counts[name] for name in self.names.values()},
-            "next": "sort the table by probability: the least certain images are those to look at and to label",
+            "next": "sort the table by probability: look at and label the least certain images first",
         }

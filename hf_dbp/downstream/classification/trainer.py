@@ -1,9 +1,9 @@
 """`ClassificationTrainer`: transformers' Trainer for an image classifier.
 
 It adds what the stock Trainer lacks here:
-- mixup, cutmix, smoothed and weighted targets, drawn from (seed, step, micro-batch, process), so that a resumed run
-  mixes alike;
-- evaluation into counts: every image once whatever the number of processes, and no logits are kept;
+- mixup, cutmix, smoothed and weighted targets, drawn from (seed, step, micro-batch, process), so a resumed run draws
+  the same;
+- evaluation into counts: every image once for any number of processes, and no logits are kept;
 - what all fine-tuning shares (`FinetuningTrainer`): layer-wise learning rates, arguments in checkpoints, the clock.
 
 Shapes: B images of a batch; K classes.
@@ -30,13 +30,13 @@ from hf_dbp.errors import UserError
 
 __all__ = ["ClassificationTrainer", "Mistake"]
 
-MIX = 0x6D6978  # tells the draws of mixing from those of views
-SHOWN = 12  # mistakes that are kept
+MIX = 0x6D6978  # separates the draws of mixing from those of views
+SHOWN = 12  # mistakes kept
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Mistake:
-    """A wrong prediction: its probability, the validation image's index, the class taken and the true one."""
+    """A wrong prediction: its probability, the index of the validation image, the predicted and the true class."""
 
     confidence: float
     index: int
@@ -48,15 +48,15 @@ class ClassificationTrainer(FinetuningTrainer):
     """Trainer of a stock image classifier over a BEiT.
 
     Args:
-        mixing: what is done to a training batch; None to evaluate alone.
+        mixing: mixes a training batch; None to evaluate only.
         kwargs: as for `FinetuningTrainer`; `train_dataset` is a `TrainingViews`, `eval_dataset` a `CentralViews`.
 
     Attributes:
         tally: counts of the last evaluation.
-        mistakes: its most confident mistakes, the most confident first.
+        mistakes: its most confident mistakes, most confident first.
 
     Raises:
-        ValueError: fewer images than a step takes.
+        UserError: there are fewer images than a step takes.
     """
 
     groups = GROUPS
@@ -66,7 +66,7 @@ class ClassificationTrainer(FinetuningTrainer):
         super().__init__(**kwargs)
         self.tally = Tally(self.model.config.num_labels)
         self.mistakes: list[Mistake] = []
-        self._mixed = (-1, 0)  # step, and how many of its micro-batches are mixed
+        self._mixed = (-1, 0)  # step, and number of its micro-batches already mixed
 
     def check_batches(self) -> None:
         images, step = len(self.train_dataset), step_images(self.args)
@@ -91,7 +91,7 @@ class ClassificationTrainer(FinetuningTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """This micro-batch's part of the mean over the step's images of -sum_k t_k log p_k."""
+        """This micro-batch's share of the mean over the step's images of -sum_k t_k log p_k."""
         pixels_BCHW, targets_BK = inputs["pixel_values"], inputs["labels"]
         if self.mixing is not None and self.is_in_train:
             step, done = self.state.global_step, self._mixed[1] if self._mixed[0] == self.state.global_step else 0

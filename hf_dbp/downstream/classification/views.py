@@ -1,10 +1,10 @@
-"""What a classifier sees of its images: augmented views in training, the central square in evaluation.
+"""The input of a classifier: augmented views in training, the central part in evaluation.
 
 Training: random resized crop and flip, RandAugment, normalisation, random erasing. Every draw comes from (seed, epoch,
 image), as in pre-training: a resumed run, and any number of workers or processes, see the same views. With balanced
-sampling an image stands for one drawn at random from a class drawn at random.
+sampling, an index gives an image drawn from a randomly drawn class.
 
-Evaluation: the largest central part of the view's aspect, resized bicubic. The saved image processor does the same.
+Evaluation: the largest central part with the view's aspect, resized (bicubic). The saved image processor does the same.
 
 Shapes: H, W the view; C channels.
 """
@@ -34,14 +34,14 @@ __all__ = ["Augmentation", "CentralViews", "TrainingViews", "central_view", "ima
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How much of what; defaults are He et al.'s.
+    """The strength of each augmentation; defaults are He et al.'s.
 
     Args:
-        scale: least and largest share of an image's area that a view shows.
-        flip: chance of a horizontal flip.
-        operations: of RandAugment on an image; 0 for none.
-        magnitude: of RandAugment, 0 to 10.
-        erasing: chance of random erasing.
+        scale: smallest and largest share of an image's area that a view shows.
+        flip: probability of a horizontal flip.
+        operations: number of RandAugment operations per image; 0 for none.
+        magnitude: magnitude of RandAugment, 0 to 10.
+        erasing: probability of random erasing.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -57,13 +57,13 @@ class TrainingViews(torch.utils.data.Dataset[dict[str, Tensor]]):
     Args:
         data: the images and their classes.
         size: (height, width) of a view.
-        augmentation: how much of what.
+        augmentation: the strength of each augmentation.
         mean, std: per channel, in [0, 1].
-        seed: of all draws.
-        balanced: draw every class alike.
+        seed: seed of all draws.
+        balanced: draw every class equally often.
 
     Attributes:
-        left_out: operations of RandAugment that are not for such images, with the reason.
+        left_out: operations of RandAugment that do not suit such images, with the reason.
     """
 
     def __init__(
@@ -149,17 +149,17 @@ def central_view(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    """The largest central part of the view's aspect at its size, normalised: (C, H, W)."""
+    """The largest central part with the view's aspect, at the view's size, normalised: (C, H, W)."""
     box = center_box((image_HWC.shape[0], image_HWC.shape[1]), size)
     view = in_unit_range(resized(image_HWC, size, box), image_HWC.dtype, value_range)
     return normalized(view, np.asarray(mean, np.float32), np.asarray(std, np.float32))
 
 
 def image_processor(views: CentralViews) -> BeitImageProcessorPil:
-    """The stock image processor that brings an image to what evaluation sees.
+    """The stock image processor that prepares images as evaluation does.
 
-    It resizes the short side and crops the centre, of 8-bit images of 1 or 3 channels and square views alone; of others
-    it normalises, and they must be brought to the view's size before.
+    It resizes the short side and crops the centre only for 8-bit images with 1 or 3 channels and square views; others
+    it only normalises, so bring them to the view's size first.
     """
     dtype, (height, width) = views.images.readable(0).dtype, views.size
     scaling = processor_scaling(dtype, views.images.value_range, views.mean, views.std)

@@ -28,17 +28,17 @@ class DataArguments(LabelFlags, FolderFlags):
     long_edge: Annotated[int | None, Nature("training", "told")] = field(
         default=None,
         metadata={"help": "Scale images to this long edge (times 0.5 to 2 in training); 0: native resolution. "
-                  "Default: crop_size, as in the paper."},
+        "Default: crop_size, as in the paper."},
     )  # fmt: skip
 
     def source(self, cache_dir: str | None, token: str | None) -> SegmentationSource:
-        """The data flags without those of cropping. ValueError for values that cannot be."""
+        """The data flags except those of cropping. UserError for impossible values."""
         fields = fields_of(SegmentationSource, self)
         return SegmentationSource(**fields, cache_dir=cache_dir, token=token, seed=self.subset_seed)
 
     @property
     def scaled_long_edge(self) -> int | None:
-        """Long edge in pixels that images are scaled to; None for their native resolution."""
+        """Long edge in pixels to scale images to; None for native resolution."""
         return self.crop_size if self.long_edge is None else self.long_edge or None
 
 
@@ -56,11 +56,11 @@ class ModelArguments(EncoderArguments):
 
 @dataclass
 class FinetuningArguments(RunArguments):
-    """TrainingArguments with the paper's optimiser and schedule as defaults; the best checkpoint is by mean IoU."""
+    """TrainingArguments with the paper's optimiser and schedule as defaults; mean IoU decides the best checkpoint."""
 
     STOCK: ClassVar[dict[str, Nature]] = FINETUNED
 
-    output_dir: str = field(default="outputs/upernet", metadata={"help": "Where everything is written."})
+    output_dir: str = field(default="outputs/upernet", metadata={"help": "Folder for all output."})
     learning_rate: float = field(default=2.5e-5, metadata={"help": "Peak learning rate."})
     layer_decay: Annotated[
         float, Nature("training", "refused", card="factor of the learning rate per layer below the heads")
@@ -72,25 +72,30 @@ class FinetuningArguments(RunArguments):
         default=None, metadata={"help": "JSON; polynomial: to lr_end 0 with power 1."}
     )
     loss: Annotated[str, Nature("training", "told")] = field(
-        default="ce", metadata={"help": "Cross-entropy, or with soft Dice added: for small objects.", "choices": LOSSES}
+        default="ce",
+        metadata={"help": "Cross-entropy, or cross-entropy plus soft Dice, for small objects.", "choices": LOSSES},
     )
     class_weights: Annotated[str, Nature("training", "told")] = field(
         default="none",
         metadata={
-            "help": "Weights of the classes in the cross-entropy: by one over their share of the pixels, or its root.",
+            "help": "Weights of the classes in the cross-entropy: one over their share of the pixels, or its square "
+            "root.",
             "choices": list(WEIGHTS),
         },
     )
     rare_crops: Annotated[float, Nature("training", "told")] = field(
-        default=0.0, metadata={"help": "Share of the training crops that are drawn around a pixel of a rare class."}
+        default=0.0, metadata={"help": "Share of the training crops to draw around a pixel of a rare class."}
     )
     rare_classes: Annotated[list[str] | None, Nature("training", "told")] = field(
         default=None,
-        metadata={"help": "Names of the rare classes (default: those below a quarter of an even share of the pixels)."},
+        metadata={
+            "help": "Names of the rare classes (default: those with less than a quarter of an even share of the "
+            "pixels)."
+        },
     )
 
     detection_recall: Annotated[float, Nature("nothing")] = field(
-        default=0.95, metadata={"help": "Recall that the image-level threshold is chosen for: is there any defect?"}
+        default=0.95, metadata={"help": "Recall for which to choose the image-level threshold (is there any defect?)."}
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +104,7 @@ class FinetuningArguments(RunArguments):
         if not 0 <= self.rare_crops <= 1:
             raise UserError(f"--rare_crops is a share between 0 and 1, got {self.rare_crops}")
         if self.rare_classes and not self.rare_crops:
-            raise UserError("--rare_classes belongs to --rare_crops, the share of the crops; give both")
+            raise UserError("--rare_classes needs --rare_crops, the share of the crops; give both")
         self.metric_for_best_model, self.greater_is_better = "eval_mean_iou", True
         super().__post_init__()
         if self.lr_scheduler_type == "polynomial" and not self.lr_scheduler_kwargs:

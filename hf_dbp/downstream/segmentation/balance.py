@@ -1,4 +1,4 @@
-"""What lets rare classes count in a fine-tuning: the loss (`losses`) and the crops (`rare`) for the training masks."""
+"""Make rare classes count in fine-tuning: choose the loss (`losses`) and the crops (`rare`) for the training masks."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def balanced(
     rare_crops: float = 0.0,
     rare_classes: Sequence[str] | None = None,
 ) -> tuple[UperNetLoss | None, RareCrops | None]:
-    """The loss in place of the stock one, and the crops that hold rare classes; None where not asked for.
+    """The loss that replaces the stock one, and the crops around rare classes; None if not asked for.
 
     Args:
         model: the UperNet to train, unwrapped.
-        images: the training images; their masks are read once if weights or crops need it.
+        images: the training images; their masks are read once if weights or crops need them.
         loss, class_weights, rare_crops, rare_classes: the flags.
 
     Raises:
-        UserError: no such class, or none that is rare.
+        UserError: there is no such class, or none is rare.
     """
     weights, rare, names = None, None, model.config.id2label
     if rare_crops or class_weights != "none":

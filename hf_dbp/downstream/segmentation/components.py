@@ -1,7 +1,7 @@
-"""How many connected parts each class of a mask has, counted in bands of rows, so that memory does not grow.
+"""Count the connected parts of each class of a mask in bands of rows, so memory does not grow.
 
-Parts are 8-connected. In a band OpenCV labels them; those that touch a part of the band above are one with it: each
-such union takes one off the count.
+Parts are 8-connected. OpenCV labels them in each band; a part that touches one in the band above is united with it, and
+each such union subtracts one from the count.
 
 Shapes: K classes; H, W height and width; n rows of a band.
 """
@@ -30,7 +30,7 @@ class Components:
 
         Args:
             ids_HW: class ids.
-            band: pixels that are labelled at a time.
+            band: pixels labelled at a time.
         """
         rows = max(1, band // ids_HW.shape[1])
         for chosen in np.flatnonzero(class_pixels(ids_HW, len(self.counts_K))):
@@ -49,7 +49,7 @@ class Components:
 
 
 def class_pixels(ids_HW: NDArray[Any], classes: int) -> NDArray[np.int64]:
-    """The number of pixels of each class (K), row by row: bincount makes a copy of eight bytes per value."""
+    """The number of pixels of each class (K), counted row by row because bincount copies eight bytes per value."""
     pixels_K = np.zeros(classes, np.int64)
     for ids_W in ids_HW:
         pixels_K += np.bincount(ids_W, minlength=classes)
@@ -57,7 +57,7 @@ def class_pixels(ids_HW: NDArray[Any], classes: int) -> NDArray[np.int64]:
 
 
 def joined(above_W: NDArray[Any], below_W: NDArray[Any], parents: list[int]) -> int:
-    """Unite the parts of two rows that touch, corners included; returns how many unions that took."""
+    """Unite the parts of two rows that touch, corners included; return the number of unions."""
     width, pairs = len(above_W), []
     for shift in (-1, 0, 1):
         over, under = above_W[max(0, -shift) : width - max(0, shift)], below_W[max(0, shift) : width - max(0, -shift)]
@@ -73,7 +73,7 @@ def joined(above_W: NDArray[Any], below_W: NDArray[Any], parents: list[int]) -> 
 
 
 def root(part: int, parents: list[int]) -> int:
-    """The part that stands for all that were united with this one."""
+    """The representative of all parts united with this one."""
     while parents[part] != part:
         parents[part] = parents[parents[part]]
         part = parents[part]

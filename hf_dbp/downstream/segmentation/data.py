@@ -1,10 +1,11 @@
 """Labelled images for semantic segmentation: Hub sets, parquet folders, image and mask folders, `wire_bonding`.
 
 `load_labelled_images` makes the training and the validation list; `TrainingCrops` serves augmented crops of one. Masks
-hold one class id a pixel (index images; a palette is fine), or colours that a palette file explains. With label
-reduction id 0 becomes `ignore_index` and the others move down by one (ADE20K). Ids that are neither a class nor
-`ignore_index` are refused: all masks are looked at before training. An image or a mask that cannot be read, or does not
-fit the other, is skipped and counted: in training the next pair takes its place, evaluation leaves it out.
+hold one class id per pixel (index images, with or without a palette), or colours that a palette file explains. With
+label reduction, id 0 becomes `ignore_index` and the others move down by one (ADE20K). All masks are read before
+training, and ids that are neither a class nor `ignore_index` are refused. If an image or mask cannot be read or does
+not fit the other, the pair is skipped and counted: in training the next pair takes its place, and evaluation leaves it
+out.
 
 Shapes: H, W height and width; C channels.
 """
@@ -69,18 +70,18 @@ class LabelledImages:
     Args:
         samples: maps an index to a mapping from column to picture or array.
         columns: the columns of the image and of the mask.
-        num_channels: channels that images are brought to; None keeps 3 for pictures and an array's own.
+        num_channels: channels to convert images to; None means 3 for pictures and an array's own.
         num_labels, ignore_index, reduce_labels: as in `SegmentationSource`.
-        palette: what colours mean; None for masks of ids.
+        palette: the meaning of colours; None for masks of ids.
         name: what error messages call it.
         max_unreadable: how many pairs that cannot be read are tolerated.
 
     Attributes:
-        unreadable: those found so far.
+        unreadable: unreadable pairs found so far.
         left_out: what lies in the source and is not used; of the training images alone.
         value_range: of float images, see `hf_dbp.data.values`.
-        kind: of the values, as in `hf_dbp.data.images.ImageList`.
-        kinds: what the masks that `mask` has read show of their meaning, by name.
+        kind: kind of the values, as in `hf_dbp.data.images.ImageList`.
+        kinds: kinds of the masks that `mask` has read, by name.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class LabelledImages:
 
         Raises:
             UnreadableImageError: one of them cannot be read, or they differ in size.
-            ValueError: that is one too many; or the mask has colours or ids outside the classes.
+            ValueError: that is one too many, or the mask has colours or ids outside the classes.
         """
         try:
             return self._pair(index)
@@ -120,7 +121,7 @@ class LabelledImages:
             raise
 
     def readable(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
-        """Return the pair, or the next one that can be read. ValueError if none can."""
+        """Return the pair, or the next one that can be read. UserError if none can."""
         for offset in range(len(self)):
             try:
                 return self[(index + offset) % len(self)]
@@ -129,7 +130,7 @@ class LabelledImages:
         raise UserError(f"none of the {len(self)} pairs of image and mask can be read, the last: {last}")
 
     def unreadable_images(self) -> dict[str, str]:
-        """Image or mask of the unreadable pairs found so far, each with the reason."""
+        """The unreadable images or masks found so far, each with the reason."""
         found = {f"{self.name}, image {index}": "it could be read later" for index in self.unreadable.indices()}
         for index in self.unreadable.indices():
             try:
@@ -156,7 +157,7 @@ class LabelledImages:
         return images
 
     def mask(self, index: int) -> npt.NDArray[np.int32]:
-        """Return the mask alone. Errors as for the pair."""
+        """Return only the mask. Errors as for the pair."""
         try:
             return self._ids(self.samples[int(index)][self.columns[1]], index, noted=True)
         except UnreadableImageError as error:
@@ -193,19 +194,20 @@ class LabelledImages:
             raise UserError(
                 f"{where}: the mask holds ids {(np.unique(mask_HW[outside]) + shift)[:5].tolist()}, but ids run from "
                 f"{shift} to {self.num_labels - 1 + shift} and {self.ignore_index} is ignored; "
-                "correct --num_labels, --ignore_index or --reduce_labels, or the masks; of masks of two values, pass "
+                "correct --num_labels, --ignore_index or --reduce_labels, or the masks; for masks of two values, pass "
                 "--palette binary"
             )
         return mask_HW
 
 
 def path_of(value: Any) -> str:
-    """The file of a stored value; empty if it is none."""
+    """The file of a stored value; empty if there is none."""
     return str(value["path"] or "") if isinstance(value, dict) else ""
 
 
 class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Augmented crops, some for a rare class: pixel_values (C, S, S) and labels (S, S), indexed by (epoch, index)."""
+    """Augmented crops, some around a rare class: pixel_values (C, S, S) and labels (S, S), indexed by (epoch,
+    index)."""
 
     def __init__(
         self,
@@ -236,10 +238,10 @@ class TrainingCrops(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, LabelledImages]:
-    """Return the training and the validation images; the first of each is read, so that mistakes show at once.
+    """Return the training and the validation images; the first of each is read, so mistakes show at once.
 
     Raises:
-        ValueError: no such data or column, images and masks that do not pair, a wrong first image or mask.
+        UserError: there is no such data or column, images and masks do not pair, or the first image or mask is wrong.
     """
     left_out = LeftOut()
     if source.dataset_name == BUILT_IN:
@@ -277,15 +279,15 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
 
 
 def check_classes(train: LabelledImages, validation: LabelledImages, names: dict[int, str]) -> None:
-    """Read all masks and say what training would suffer from: a class that is missing, 0/255 taken for ids.
+    """Read all masks and report what would harm training: a missing class, or 0/255 taken for ids.
 
     Raises:
-        ValueError: a wrong mask, or masks that leave nothing to learn or to measure.
+        UserError: a mask is wrong, or the masks leave nothing to learn or to measure.
     """
     ids = max(train.num_labels, train.ignore_index + 1)
     found = []
     for images in (train, validation):
-        look = functools.partial(_ids_in, images, ids)  # in the threads, so that no mask waits to be counted
+        look = functools.partial(_ids_in, images, ids)  # counted in the threads, so no mask waits
         progress = tqdm(in_threads(look, range(len(images))), "Masks", len(images), leave=False)
         found.append(np.sum(list(progress), axis=0))
         if warning := unturned_masks(tuple(images.samples[i][c] for c in images.columns) for i in range(len(images))):
@@ -304,7 +306,7 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
         raise UserError(f"the masks of {validation.name} hold no class: give --validation_dir or another --subset_seed")
     for images, absent in zip((train, validation), missing, strict=True):
         if absent:
-            effect = "it cannot be learned" if images is train else "its IoU is not part of the mean, or 0"
+            effect = "it cannot be learned" if images is train else "its IoU is left out of the mean, or 0"
             logger.warning(
                 "%s: %s in none of the %d masks, so %s; choose another --subset_seed or give --validation_dir",
                 images.name, ", ".join(absent), len(images), effect,
@@ -317,7 +319,7 @@ def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool
         mask_HW = images.mask(index)
     except UnreadableImageError:
         return np.zeros(ids, np.bool_)
-    return np.bincount(mask_HW[mask_HW >= 0], minlength=ids)[:ids] > 0  # an ignore_index may be negative
+    return np.bincount(mask_HW[mask_HW >= 0], minlength=ids)[:ids] > 0  # ignore_index may be negative
 
 
 def built_in_pairs(source: SegmentationSource) -> dict[str, WireBonding]:
@@ -328,7 +330,7 @@ def built_in_pairs(source: SegmentationSource) -> dict[str, WireBonding]:
 
 
 def _encoded(data: datasets.Dataset, columns: tuple[str, str]) -> datasets.Dataset:
-    """The columns with pictures left encoded, so that a damaged one is met where it is decoded."""
+    """The columns with pictures kept encoded, so a damaged one is detected when it is decoded."""
     for column in columns:
         data = encoded_column(data, column)
     return data
@@ -347,7 +349,7 @@ def _find_columns(data: datasets.Dataset, source: SegmentationSource) -> tuple[s
 
 
 def mask_column(data: datasets.Dataset, image_column: str, wanted: str | None) -> str | None:
-    """The column of the masks: that of the name wanted, or else the first of the usual names that holds no numbers."""
+    """The column of the masks: the wanted one, or else the first of the usual names that does not hold numbers."""
     for column in (wanted,) if wanted else ANNOTATION_COLUMNS:
         if column in data.column_names and column != image_column:
             feature = data.features[column]
@@ -357,7 +359,7 @@ def mask_column(data: datasets.Dataset, image_column: str, wanted: str | None) -
 
 
 def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> dict[str, datasets.Dataset]:
-    """Split off a validation set where there is none, then draw the part of each that is asked for."""
+    """Split off a validation set if there is none, then draw the requested part of each."""
     train, validation = splits["train"], splits.get("validation")
     rows = np.arange(len(train))
     if validation is None:
@@ -365,7 +367,7 @@ def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> d
         validation = train.select(validation_rows)
     validation_rows = draw(np.arange(len(validation)), source.max_eval_samples, source.seed)
     rows = draw(rows, source.max_train_samples, source.seed)
-    if source.train_fraction < 1.0:  # the same images as pre-training chooses
+    if source.train_fraction < 1.0:  # the images that pre-training would choose
         column = find_column(train, source.image_column_name)
         keys = shared_keys(train.select_columns(column), column)[rows]
         rows = rows[chosen(keys, source.train_fraction, source.subset_seed)]

@@ -1,13 +1,13 @@
-"""Is there any? Image-level detection by a segmentation model, and how each validation image came out.
+"""Is there any? Image-level detection with a segmentation model, and the figures of each validation image.
 
-The score of an image is the greatest probability, over its pixels, that the pixel is of a class other than 0
-(background). With it as a detector of images that hold any such class:
+The score of an image is the highest probability, over its pixels, of any class but 0 (background). As a detector of
+images that hold such a class, it has:
 
-    ROC AUC    the chance that an image with a defect scores above one without, ties counting half
+    ROC AUC    the probability that an image with a defect scores above one without; ties count half
     threshold  the highest score at which at least the wanted share of the images with a defect is found
 
-Both need validation images of both kinds. A threshold is chosen on the validation images and holds for images like
-them: its figures on others are to be measured there.
+Both need validation images of both kinds. The threshold is chosen on the validation images and applies to similar
+images; measure its figures on others.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from hf_dbp.downstream.segmentation.inference import ImageCounts
 
 __all__ = ["ImageFigures", "detection", "image_figures", "worst_images"]
 
-RECALL = 0.95  # of the threshold, where nothing else is said
+RECALL = 0.95  # default recall of the threshold
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFigures:
-    """How one validation image came out.
+    """The figures of one validation image.
 
     Args:
-        index: its place in the validation list.
-        score: as in the module's docstring.
+        index: its position in the validation list.
+        score: see the module's docstring.
         holds_any: whether a labelled pixel is of a class other than 0.
-        right: share of its labelled pixels that are right; None without any.
-        mean_iou: over the classes that occur in it or in its prediction; None without any.
+        right: share of its labelled pixels that are correct; None if it has none.
+        mean_iou: mean over the classes in it or in its prediction; None if there are none.
     """
 
     index: int
@@ -59,7 +59,7 @@ def image_figures(counts: Mapping[int, ImageCounts]) -> list[ImageFigures]:
 
 
 def detection(images: Sequence[ImageFigures], recall: float = RECALL) -> dict[str, Any] | None:
-    """ROC AUC, and the threshold for a recall with what it does; None unless there are images of both kinds."""
+    """ROC AUC, and the threshold for a recall with its figures; None unless there are images of both kinds."""
     positive = np.array([image.score for image in images if image.holds_any])
     negative = np.array([image.score for image in images if not image.holds_any])
     if not (positive.size and negative.size):

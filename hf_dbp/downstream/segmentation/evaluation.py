@@ -1,4 +1,4 @@
-"""What an evaluation of a UperNet found: the scores of each class, the content of `eval.json`, and lines to print."""
+"""The results of evaluating a UperNet: the scores of each class, the content of `eval.json`, and lines to print."""
 
 import dataclasses
 import shlex
@@ -32,10 +32,10 @@ def class_scores(
     predicted_K: npt.NDArray[np.int64],
     names: Mapping[int, str],
 ) -> dict[str, dict[str, float | int | None]]:
-    """IoU, accuracy, precision, recall, Dice and pixels of each class, by name; None where a denominator is 0.
+    """IoU, accuracy, precision, recall, Dice and pixels of each class, by name; None if a denominator is 0.
 
-    With h the pixels of the class found, t its true and p its predicted pixels: precision h / p, recall (accuracy, too)
-    h / t, Dice 2 h / (t + p), IoU h / (t + p - h).
+    With h the correctly found pixels of a class, t its true and p its predicted pixels: precision h / p, recall (also
+    called accuracy) h / t, Dice 2 h / (t + p), IoU h / (t + p - h).
     """
     return {
         names[k]: {
@@ -55,9 +55,9 @@ def evaluation_record(
 ) -> dict[str, Any]:
     """The content of `eval.json`.
 
-    Scores are shares in [0, 1]; `per_class` has null where a class occurs neither in the labels nor in the predictions;
-    `majority_class_mean_iou` is what predicting the commonest class everywhere would score. Fine-tuning adds
-    `arguments`; `evaluations`, a row per evaluation during training; and what training alone cost.
+    Scores are shares in [0, 1]; `per_class` has null if a class occurs neither in the labels nor in the predictions;
+    `majority_class_mean_iou` is the score of predicting the most common class everywhere. Fine-tuning adds `arguments`;
+    `evaluations`, a row per evaluation during training; and what training alone cost.
     """
     assert trainer.scores is not None
     scores, pixels_K = trainer.scores, trainer.confusion_KK.sum(axis=1)
@@ -96,9 +96,9 @@ def _share(part: np.int64, whole: np.int64) -> float | None:
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:
-    """What came out and where it lies, for the end of a run."""
+    """The results and where they are, to print at the end of a run."""
     rows = [f"\nUperNet on {record['data']['source']}: {folder}"]
-    rows.append(f"  mean IoU {record['mean_iou']:.4f} (commonest class everywhere: "
+    rows.append(f"  mean IoU {record['mean_iou']:.4f} (most common class everywhere: "
                 f"{record['majority_class_mean_iou']:.4f}), loss {record['loss']:.4f}")  # fmt: skip
     rows.append(f"    {'':<20} {'IoU':>8}{'Dice':>8}{'prec.':>8}{'recall':>8}")
     for name, scores in record["per_class"].items():
@@ -106,7 +106,7 @@ def summary(record: dict[str, Any], folder: Path) -> str:
         rows.append(f"    {name:<20} " + "".join("     -  " if f is None else f"{f:8.4f}" for f in figures))
     if (found := record["detection"]) is not None:
         rows.append(
-            f"  is there any? ROC AUC {found['roc_auc']:.4f}; a score of {found['threshold']:.4f} or more finds "
+            f"  is there any? ROC AUC {found['roc_auc']:.4f}; a score of at least {found['threshold']:.4f} finds "
             f"{found['recall']:.1%} of the images with any, with {found['false_alarms']:.1%} false alarms"
         )
     rows.append(

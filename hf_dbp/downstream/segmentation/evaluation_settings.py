@@ -1,8 +1,8 @@
-"""How a model was evaluated, kept in its config.json: what prediction needs to give the same answers.
+"""How a model was evaluated, kept in its config.json so that prediction can give the same results.
 
     "hf_dbp_evaluated": {"crop_size": 512, "long_edge": null, "batch_size": 8, "autocast": null}
 
-Stock classes carry the entry along. Models of version 0.1.0 have it in the arguments of their `eval.json`.
+Stock classes keep the entry. Models of version 0.1.0 have it in the arguments of their `eval.json`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from hf_dbp.hub.untrusted import read_json
 __all__ = ["EVALUATED", "Evaluated", "autocast_of", "read_evaluated", "stock_crop"]
 
 EVALUATED = "hf_dbp_evaluated"
-LARGEST = 2**16  # pixels of a crop's side, or of an edge
+LARGEST = 2**16  # pixels of a crop's side or of an edge
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """How whole images were brought before the model.
+    """How whole images were prepared for the model.
 
     Args:
         crop_size: side of the windows in pixels, after scaling.
-        long_edge: what images were scaled to; None for their native resolution.
-        batch_size: windows of a forward.
-        autocast: "bfloat16" or "float16", if it ran under autocast.
+        long_edge: pixels that the long edge was scaled to; None for native resolution.
+        batch_size: windows per forward pass.
+        autocast: "bfloat16" or "float16" if evaluation ran under autocast.
 
     Raises:
-        UserError: values that cannot be.
+        UserError: a value is impossible.
     """
 
     crop_size: int
@@ -52,20 +52,20 @@ class Evaluated:
             raise UserError(f"autocast is {self.autocast!r}: expected bfloat16, float16 or nothing")
 
     def record(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """The entry in config.json."""
         return dataclasses.asdict(self)
 
 
 def autocast_of(args: TrainingArguments) -> str | None:
-    """The type under which a run evaluates."""
+    """The autocast type under which a run evaluates."""
     return "bfloat16" if args.bf16 else "float16" if args.fp16 else None
 
 
 def read_evaluated(config: Mapping[str, Any], source: str) -> Evaluated | None:
-    """What a model's config.json says, else the `eval.json` beside it; None if neither does.
+    """The entry in a model's config.json, else in the `eval.json` beside it; None if neither has one.
 
     Raises:
-        UserError: values that cannot be.
+        UserError: a value is impossible.
     """
     found = config.get(EVALUATED)
     if found is None and (file := Path(source) / "eval.json").is_file():
@@ -78,7 +78,7 @@ def read_evaluated(config: Mapping[str, Any], source: str) -> Evaluated | None:
                 "batch_size": arguments["per_device_eval_batch_size"],
                 "autocast": "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else None,
             }
-        except (KeyError, TypeError, ValueError):  # of another task, or by another tool
+        except (KeyError, TypeError, ValueError):  # from another task or another tool
             return None
     if found is None:
         return None
@@ -89,7 +89,7 @@ def read_evaluated(config: Mapping[str, Any], source: str) -> Evaluated | None:
 
 
 def stock_crop(model: str) -> int:
-    """The size that a stock model's image processor resizes to. UserError if it says none."""
+    """The size that a stock model's image processor resizes to. UserError if it names none."""
     found = read_json(model, "preprocessor_config.json")
     size = {} if found is None else found[1].get("size")
     sides = [size] if isinstance(size, int) else list(size.values()) if isinstance(size, dict) else []

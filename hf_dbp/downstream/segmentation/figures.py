@@ -1,4 +1,4 @@
-"""A picture of what a segmentation model sees: images, true masks and predictions, with a legend."""
+"""A picture of a segmentation model's results: images, true masks and predictions, with a legend."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ CAPTION = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2}
 
 
 def class_colours(classes: int) -> npt.NDArray[np.float64]:
-    """Return K x 3 RGB colours, distinct for up to 20 classes and spread over the hues beyond."""
+    """Return K x 3 RGB colours: distinct for up to 20 classes, spread over the hues for more."""
     if classes <= 20:
         return np.asarray(matplotlib.colormaps["tab20"](np.r_[0:20:2, 1:20:2][:classes]))[:, :3]
     hues = np.arange(classes) * 0.618034 % 1.0  # golden-ratio steps keep neighbouring ids apart
@@ -44,15 +44,15 @@ def plot_predictions(
     num_images: int = 4,
     shown_images: Sequence[tuple[int, str]] | None = None,
 ) -> None:
-    """Write a PNG with a row per image: image, true mask (void black), prediction; the legend names the classes shown.
+    """Write a PNG with one row per image: image, true mask (void is black), prediction; the legend names the classes.
 
     Args:
         model: a UperNet in eval mode, with `config.id2label`.
         data: evaluation images; `num_images` at even steps are shown.
         path: PNG file to write.
         crop_size: as in training.
-        num_images: how many.
-        shown_images: index and caption of those to show in place of ``num_images`` at even steps.
+        num_images: how many images to show.
+        shown_images: index and caption of the images to show instead of ``num_images`` at even steps.
     """
     names: dict[int, str] = model.config.id2label
     colours_K3 = class_colours(len(names))

@@ -1,7 +1,7 @@
-"""Fine-tuning UperNet from a ViT, from flags to a folder: the main of `training_scripts/run_upernet.py`.
+"""Fine-tune UperNet from a ViT, from flags to a folder: the main of `training_scripts/run_upernet.py`.
 
 The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer -> best checkpoint by mean IoU,
-`eval.json`, pictures, card, and the Hub if asked for. What is wrong with flags or data fails before training starts.
+`eval.json`, pictures, card, and the Hub if asked for. Mistakes in flags or data end the command before training starts.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ EVAL_RESULTS = "eval_results.json"
 def build_model(
     model_args: ModelArguments, data_args: DataArguments, names: dict[int, str], num_channels: int
 ) -> UperNetForSemanticSegmentation:
-    """UperNet over the chosen ViT. ValueError if the ViT does not fit the images."""
+    """UperNet over the chosen ViT. UserError if the ViT does not fit the images."""
     if model_args.model_name_or_path is not None:
         vit = load_vit(model_args.model_name_or_path, **model_args.hub_options)
         if model_args.from_scratch:
@@ -81,10 +81,10 @@ def build_model(
 
 
 def image_processor(data: WholeImages) -> BeitImageProcessorPil:
-    """The stock image processor that scales and normalises as evaluation does (padding to the crop is left to do).
+    """The stock image processor that scales and normalises as evaluation does, but does not pad to the crop.
 
-    It scales 8-bit images of 1 or 3 channels alone: two it would take for grey and alpha and blend them, 16 bits it
-    refuses.
+    It scales only 8-bit images with 1 or 3 channels: it would take two channels for grey and alpha and blend them, and
+    it refuses 16 bits.
     """
     dtype = data.images.readable(0)[0].dtype
     scaling = processor_scaling(dtype, data.images.value_range, data.mean, data.std) | {"do_resize": False}
@@ -95,10 +95,9 @@ def image_processor(data: WholeImages) -> BeitImageProcessorPil:
 
 
 def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> ModelArguments:
-    """With --do_eval alone: the UperNet of --model_name_or_path, else (that is an encoder) of the run in output_dir.
+    """For --do_eval alone: the UperNet of --model_name_or_path or, if that is an encoder, of the run in output_dir.
 
-    Raises:
-        ValueError: neither is there, or a push is asked for.
+    Raises: UserError: there is neither, or a push was asked for.
     """
     if args.push_to_hub:
         raise UserError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
@@ -109,13 +108,13 @@ def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> 
         folder = str(model_folder(args.output_dir))
     except UserError as error:
         raise UserError(
-            f"no UperNet to evaluate: {error}; train one with --do_train, or name one by --model_name_or_path"
+            f"no UperNet to evaluate: {error}; train one with --do_train, or name one with --model_name_or_path"
         ) from error
     return dataclasses.replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
 
 
 def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
-    """Evaluate a trained UperNet; returns what is also written to `eval_results.json`, and to nothing else."""
+    """Evaluate a trained UperNet; write only `eval_results.json` and return its content."""
     model_args = model_to_evaluate(model_args, args)
     model_source, source = str(model_args.model_name_or_path), data_args.source(model_args.cache_dir, model_args.token)
     train_images, images = load_labelled_images(source)
@@ -133,9 +132,9 @@ def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: F
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
-    """Fine-tune, evaluate, save; returns what is also written to `output_dir/eval.json`.
+    """Fine-tune, evaluate and save; return the content of `output_dir/eval.json`.
 
-    Without ``do_train`` a trained UperNet is evaluated, and nothing but `eval_results.json` written.
+    Without ``do_train``, only evaluate a trained UperNet and write `eval_results.json`.
     """
     if not (args.do_train or args.do_eval):
         raise UserError("nothing to do: give --do_train, --do_eval or both")
@@ -158,7 +157,9 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     meter = training_meter(args, args.country)
     budget = None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began())
     trainer = SegmentationTrainer(
-        callbacks=None if budget is None else [budget],  # before the clock, which stops for what it asks for
+        callbacks=None
+        if budget is None
+        else [budget],  # before the clock, which stops for the evaluations and saves that it requests
         model=model,
         args=args,
         crop_size=data_args.crop_size,
@@ -174,7 +175,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     )
     trainer.train(resume_from_checkpoint=find_checkpoint(args))
     history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
-    metrics = trainer.evaluate()  # of the best checkpoint, which is the model now
+    metrics = trainer.evaluate()  # the model is now the best checkpoint
     trainer.save_model()
     record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": {**trainer.arguments}}
     record |= trainer.cost.costs(args) | {"energy": {**trainer.cost.energy}}
@@ -202,7 +203,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
 
 @command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
+    """Parse flags and recipe, and run. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments, "--train_mask_dir")

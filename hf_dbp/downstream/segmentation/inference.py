@@ -1,16 +1,16 @@
-"""Whole images through a model that was trained on crops, to class ids at the images' resolution, in bounded memory.
+"""Predict whole images with a model trained on crops: class ids at the images' resolution, in bounded memory.
 
-1. Scale the image as training does at factor 1: its long edge to `long_edge` pixels (or leave it at native resolution).
-2. Where it is smaller than the crop, pad right and below by the channel mean (0 after normalising), as training does;
-   where it is larger, slide a crop-sized window with at least a third of overlap. Every forward sees full crops.
-3. Average the windows' logits, cut off the padding, resize to the image's height and width (bilinear), take the argmax.
+1. Scale the image as training does at factor 1: the long edge to `long_edge` pixels (or keep the native resolution).
+2. If it is smaller than the crop, pad right and below with the channel mean (0 after normalising), as training does; if
+   it is larger, slide a crop-sized window with at least a third of overlap. Every forward pass sees full crops.
+3. Average the windows' logits, remove the padding, resize to the image's height and width (bilinear), take the argmax.
 
-Evaluation and prediction run this same code, and give the same bits on the same machine whatever else they do: windows
-of one image after the other fill batches of a fixed size (the last one is filled up with zeros), a window's logits do
-not depend on what else is in its batch, and on a CPU each forward runs in one thread, as many side by side as PyTorch
-may use. So neither the number of images, nor a resume, nor the machine's cores move a logit.
+Evaluation and prediction run this same code and give bit-identical results on the same machine: the windows of
+successive images fill batches of a fixed size (the last one is filled up with zeros), a window's logits do not depend
+on the rest of its batch, and on a CPU each forward pass runs in one thread, as many in parallel as PyTorch may use. So
+neither the number of images, nor a resume, nor the number of cores changes a logit.
 
-Logits come as bands, from top to bottom, so that memory does not grow with an image's height: of an image w wide after
+Logits come in bands, from top to bottom, so memory does not grow with an image's height: for an image of width w after
 scaling, K S w + K n W numbers are held for a crop of S pixels and bands of n rows, n W K <= 2^24 (or one row).
 
 Shapes: C channels; K classes; h, w scaled height and width; H, W the image's; S crop size; B windows of a batch.
@@ -54,15 +54,15 @@ __all__ = [
     "window_origins",
 ]
 
-BATCH = 8  # windows of a forward where nothing else is said
-BAND = 2**24  # logits of a band at the image's resolution
+BATCH = 8  # default number of windows per forward pass
+BAND = 2**24  # logits per band at the image's resolution
 
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """From an image to what the model sees: scaled to `long_edge` (None: native) and normalised.
+    """Prepares an image for the model: scales it to `long_edge` (None: native) and normalises it.
 
-    ``value_range`` is that of float images, see `hf_dbp.data.values`.
+    ``value_range`` is the range of float images, see `hf_dbp.data.values`.
     """
 
     long_edge: int | None
@@ -94,7 +94,7 @@ class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]] 
 
     @property
     def preparation(self) -> Preparation:
-        """What is done with an image."""
+        """How images are prepared."""
         return Preparation(self.long_edge, self.mean, self.std, self.images.value_range)
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class WholeImages(torch.utils.data.Dataset[tuple[Tensor, npt.NDArray[np.int32]] 
 
 
 class View(Protocol):
-    """A scaled image: its size (h, w), the size (H, W) that logits are wanted at, and crops of it."""
+    """A scaled image: its size (h, w), the target size (H, W) of its logits, and crops of it."""
 
     @property
     def size(self) -> tuple[int, int]: ...
@@ -125,12 +125,12 @@ class View(Protocol):
     def target(self) -> tuple[int, int]: ...
 
     def crop(self, top: int, left: int, side: int) -> Tensor:
-        """(C, side, side), padded with 0 where the image ends."""
+        """(C, side, side), padded with 0 beyond the image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeView:
-    """A view that lies in memory: pixels (C, h, w)."""
+    """A view held in memory: pixels (C, h, w)."""
 
     pixels: Tensor
     target: tuple[int, int]
@@ -146,7 +146,7 @@ class WholeView:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Logits (K, n, W) of rows ``top`` to ``top + n`` of view ``number``; ``last`` of that view or not."""
+    """Logits (K, n, W) of rows ``top`` to ``top + n`` of view ``number``; ``last`` if they are its last."""
 
     number: int
     view: View
@@ -156,7 +156,7 @@ class Band:
 
 
 def window_origins(length: int, crop_size: int) -> list[int]:
-    """Where windows begin along a side of ``length`` pixels: even steps, at least a third shared."""
+    """Where windows begin along a side of ``length`` pixels: in even steps, with at least a third of overlap."""
     length = max(length, crop_size)
     steps = math.ceil((length - crop_size) / (crop_size * 2 / 3))
     return [round(step * (length - crop_size) / max(steps, 1)) for step in range(steps + 1)]
@@ -175,9 +175,12 @@ def _windows(views: Iterable[View], crop_size: int) -> Iterator[Window]:
 def _forwards(
     model: nn.Module, windows: Iterator[Window], crop_size: int, batch_size: int
 ) -> Iterator[tuple[Window, Tensor]]:
-    """Each window with its logits (K, S, S), float32, in order; on a CPU a forward per thread runs ahead."""
+    """Each window with its logits (K, S, S), float32, in order; on a CPU one forward pass per thread runs ahead."""
     device = next(model.parameters()).device
-    mixed = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)  # of this thread alone
+    mixed = (
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+    )  # settings of this thread only
 
     def forward(batch: Sequence[Window]) -> Tensor:
         if device.type == "cpu":
@@ -187,7 +190,7 @@ def _forwards(
         pixels_BCSS = torch.stack([*crops, *filling]).to(device, non_blocking=True)
         with torch.no_grad(), torch.autocast(device.type, mixed[1], enabled=mixed[0]):
             logits: Tensor = model(pixel_values=pixels_BCSS).logits[: len(batch)].float()
-        if logits.shape[2:] != (crop_size, crop_size):  # of models that leave that to their user
+        if logits.shape[2:] != (crop_size, crop_size):  # for models that leave resizing to the user
             logits = _at_size(logits, crop_size, crop_size)
         return logits
 
@@ -210,7 +213,7 @@ def _forwards(
 
 @contextlib.contextmanager
 def _restored_threads(threads: int) -> Iterator[None]:
-    """What the threads of this process set for themselves is the default of later ones, too."""
+    """Restore PyTorch's thread count, because a value set in a thread also becomes the default of later threads."""
     try:
         yield
     finally:
@@ -218,7 +221,7 @@ def _restored_threads(threads: int) -> Iterator[None]:
 
 
 def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int) -> Iterator[Band]:
-    """Averaged logits at the views' own resolution, a band for each row of windows."""
+    """Averaged logits at the views' own resolution, one band per row of windows."""
     sums = torch.zeros(0)
     for (number, view, top, left), logits_KSS in _forwards(model, _windows(views, crop_size), crop_size, batch_size):
         height, width = view.size
@@ -240,7 +243,7 @@ def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_siz
 
 
 def _covered(origins: Sequence[int], crop_size: int, first: int, end: int) -> Tensor:
-    """By how many windows each place between ``first`` and ``end`` of a side is covered."""
+    """The number of windows that cover each position between ``first`` and ``end`` of a side."""
     places = torch.arange(first, end)
     return sum((((places >= start) & (places < start + crop_size)).float() for start in origins), torch.zeros(1))
 
@@ -252,13 +255,13 @@ def _at_size(logits_BKhw: Tensor, height: int, width: int) -> Tensor:
 
 
 def logit_bands(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int = BATCH) -> Iterator[Band]:
-    """Logits at the resolution of each view's target, from top to bottom, one view after the other.
+    """Logits at each view's target resolution, from top to bottom, one view after the other.
 
     Args:
-        model: in eval mode; takes crops of ``crop_size`` alone.
-        views: opened as they are needed.
+        model: in eval mode; takes only crops of ``crop_size``.
+        views: views, opened as needed.
         crop_size: side of the windows.
-        batch_size: windows of a forward.
+        batch_size: windows per forward pass.
     """
     held: list[Tensor] = []
     above = 0
@@ -281,9 +284,9 @@ def logit_bands(model: nn.Module, views: Iterable[View], crop_size: int, batch_s
 
 
 def _stretched(band: Band, held_Knw: Tensor, above: int, piece: int) -> Generator[Band, None, tuple[list[Tensor], int]]:
-    """The rows of the target that the logits held reach; returns those to hold, and how many rows lie above them.
+    """The target rows that the held logits reach; returns the logits to keep holding, and how many rows lie above them.
 
-    ``interpolate`` by rows: output row y lies at (y + 1/2) h / H - 1/2 of the source, at its first or last row outside.
+    This is ``interpolate`` row by row: output row y lies at (y + 1/2) h / H - 1/2 of the source, clamped to its rows.
     """
     (h, _), (height, width) = band.view.size, band.view.target
     places = ((np.arange(height) + 0.5) * h / height - 0.5).clip(0, h - 1)
@@ -302,7 +305,7 @@ def _stretched(band: Band, held_Knw: Tensor, above: int, piece: int) -> Generato
     return [held_Knw[:, keep - above :]], keep
 
 
-# ---- what evaluation and pictures ask for ----
+# ---- used by evaluation and pictures ----
 
 
 def whole_image_logits(model: nn.Module, pixels: Sequence[Tensor], crop_size: int, batch_size: int) -> list[Tensor]:
@@ -322,11 +325,11 @@ def predict_labels(model: nn.Module, data: WholeImages, image_HWC: npt.NDArray[A
 
 @dataclasses.dataclass
 class ImageCounts:
-    """What was found on one labelled image.
+    """Counts on one labelled image.
 
     Attributes:
-        hits_K, true_K, predicted_K: its labelled pixels that are right, truly and predicted to be of each class.
-        foreground: the greatest probability, over its pixels, of a class other than 0.
+        hits_K, true_K, predicted_K: its labelled pixels that are correct, true and predicted for each class.
+        foreground: the highest probability, over its pixels, of any class but 0.
     """
 
     hits_K: npt.NDArray[np.int64]
@@ -337,13 +340,13 @@ class ImageCounts:
 
 @dataclasses.dataclass
 class Counts:
-    """What was found on some labelled images.
+    """Counts on labelled images.
 
     Attributes:
-        confusion_KK: of all of them (rows: true class).
-        ignore_index: label of pixels that do not count.
+        confusion_KK: confusion matrix of all of them (rows: true class).
+        ignore_index: label of pixels that are not counted.
         loss_sum: cross-entropy summed over the labelled pixels.
-        images: by number.
+        images: counts of each image, by number.
     """
 
     confusion_KK: npt.NDArray[np.int64]
@@ -369,7 +372,7 @@ class Counts:
 
 
 def foreground(logits_KnW: Tensor) -> float:
-    """The greatest probability, over the pixels, of a class other than 0."""
+    """The highest probability, over the pixels, of any class but 0."""
     others_nW = torch.logsumexp(logits_KnW[1:], dim=0) - logits_KnW[0]
     return float(torch.sigmoid(others_nW.max()))
 
@@ -386,10 +389,10 @@ def count_pixels(
     """Predict batches of `WholeImages` items with a model in eval mode, windows in batches of ``batch_size``.
 
     Returns:
-        What was found, for each image by its number in the batches; an item that is None is left out.
+        The counts, with those of each image by its number in the batches; items that are None are left out.
     """
     numbers: deque[int] = deque()
-    labels: dict[int, npt.NDArray[np.int32]] = {}  # of the views that are on their way
+    labels: dict[int, npt.NDArray[np.int32]] = {}  # labels of the views in progress
 
     def views() -> Iterator[WholeView]:
         number = 0

@@ -1,14 +1,14 @@
-"""Losses of fine-tuning for classes that hold few pixels: class weights on the cross-entropy, and soft Dice beside it.
+"""Losses for classes with few pixels: class weights in the cross-entropy, and soft Dice added to it.
 
 With p_NK the softmax of N labelled pixels over K classes, y_N their classes and w_K the weights:
 
     cross-entropy = 1/N sum_n -w[y_n] log p[n, y_n]
     Dice          = 1 - mean over the classes k of the batch of  2 sum_n p[n, k] [y_n = k] / (sum_n p[n, k] + N_k)
-    loss          = cross-entropy (+ Dice), and auxiliary_loss_weight times the same of UperNet's auxiliary head
+    loss          = cross-entropy (+ Dice), plus auxiliary_loss_weight times the same for UperNet's auxiliary head
 
-Cross-entropy weighs classes by their pixels; Dice weighs the classes of a batch alike, however few pixels they hold.
-Weights come from the classes' shares of the training pixels (`hf_dbp.downstream.class_weights`). Without weights and
-Dice this is the stock loss.
+Cross-entropy weights classes by their pixels; Dice weights all classes of a batch equally, however few pixels they
+hold. Weights come from the classes' shares of the training pixels (`hf_dbp.downstream.class_weights`). Without weights
+and Dice, this is the stock loss.
 
 Shapes: B images; K classes; H, W height and width of a crop; N labelled pixels of the batch.
 """
@@ -27,7 +27,7 @@ LOSSES = ("ce", "ce+dice")
 
 
 def soft_dice(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Tensor:
-    """1 - the mean soft Dice coefficient of the classes that the labels hold, pooled over the batch."""
+    """1 - the mean soft Dice coefficient of the classes in the labels, pooled over the batch; a scalar."""
     labelled_N = labels_BHW.ne(ignore_index).flatten()
     classes = logits_BKHW.shape[1]
     p_NK = logits_BKHW.float().softmax(dim=1).movedim(1, -1).reshape(-1, classes)[labelled_N]
@@ -39,12 +39,12 @@ def soft_dice(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Ten
 
 @dataclasses.dataclass
 class UperNetLoss:
-    """The loss of both heads of a UperNet. The model is called without labels and shows its auxiliary logits to a hook.
+    """The loss of both heads of a UperNet; the model is called without labels, and a hook sees its auxiliary logits.
 
     Args:
         model: the UperNet, unwrapped.
-        dice: whether soft Dice is added.
-        weights: of the classes; None for none.
+        dice: whether to add soft Dice.
+        weights: class weights; None for none.
     """
 
     model: UperNetForSemanticSegmentation
@@ -60,7 +60,7 @@ class UperNetLoss:
         self.auxiliary_logits = logits
 
     def __call__(self, logits_BKHW: Tensor, labels_BHW: Tensor) -> Tensor:
-        """The loss of the forward pass just taken, a mean over the labelled pixels; at least one must be labelled."""
+        """The loss of the last forward pass, a mean over the labelled pixels; at least one must be labelled."""
         loss = self.of(logits_BKHW, labels_BHW)
         if self.auxiliary_logits is not None:
             auxiliary = nn.functional.interpolate(self.auxiliary_logits, labels_BHW.shape[1:], mode="bilinear")

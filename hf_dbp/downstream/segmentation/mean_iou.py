@@ -7,8 +7,8 @@ For class k, with n_KK[i, j] the pixels of true class i predicted as class j:
 
 The means are over classes that occur (a class with an empty denominator is NaN and left out); overall accuracy is
 sum_k n[k, k] / sum n. These are the figures, under the same names, of `evaluate.load("mean_iou")`, which needs the
-network, keeps every label map and counts three histograms an image. Here a map is counted when it arrives and then
-forgotten: memory is O(classes^2).
+network, keeps every label map and counts three histograms per image. Here each map is counted on arrival and then
+dropped: memory is O(classes^2).
 
 Shapes: K classes; H, W height and width of one map; N pixels of a piece of a map.
 """
@@ -35,12 +35,12 @@ IntArray = npt.NDArray[np.integer[Any]]
 LabelMaps = IntArray | torch.Tensor | Sequence[IntArray | torch.Tensor]
 Piece = tuple[IntArray, IntArray]  # predicted and true ids of the same N pixels
 
-_PIECE = 1 << 17  # pixels counted and then checked: the second look finds them in the cache
-_AT_ONCE = 1 << 7  # pieces shared out at a time: OpenCV's float32 counts are exact up to 2^24 pixels
+_PIECE = 1 << 17  # pixels counted and then checked, while they are in the cache
+_AT_ONCE = 1 << 7  # pieces distributed at a time: OpenCV's float32 counts are exact up to 2^24 pixels
 
 
 class SegmentationScores(TypedDict):
-    """evaluate's own result names; per-category arrays are NaN where a class never occurs."""
+    """Results under evaluate's names; per-category arrays are NaN for classes that never occur."""
 
     mean_iou: float
     mean_accuracy: float
@@ -53,7 +53,7 @@ def scores_from_confusion(confusion_KK: npt.NDArray[np.int64]) -> SegmentationSc
     """Return the scores of a confusion matrix (rows: true class, columns: predicted class).
 
     Raises:
-        ValueError: the matrix is empty, so that every score would be NaN.
+        ValueError: the matrix is empty, so every score would be NaN.
     """
     total = confusion_KK.sum()
     if total == 0:
@@ -100,7 +100,7 @@ def confusion_matrix(
 
 def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterator[Piece]:
     if len(predictions) != len(references):
-        raise UserError(f"{len(predictions)} predictions but {len(references)} references: give one of each an image")
+        raise UserError(f"{len(predictions)} predictions but {len(references)} references: give one of each per image")
     for prediction, reference in zip(predictions, references, strict=True):
         predicted, true = _integers(prediction, "prediction"), _integers(reference, "reference")
         if predicted.shape != true.shape:
@@ -116,25 +116,25 @@ def _pieces(predictions: LabelMaps, references: LabelMaps) -> Iterator[Piece]:
 def _integers(label_map: IntArray | torch.Tensor, role: str) -> IntArray:
     if isinstance(label_map, torch.Tensor):
         label_map = label_map.detach().cpu()
-        label_map = (label_map.float() if label_map.is_floating_point() else label_map).numpy()  # which has no bfloat16
+        label_map = (label_map.float() if label_map.is_floating_point() else label_map).numpy()  # NumPy has no bfloat16
     array = np.asarray(label_map)
     if not np.issubdtype(array.dtype, np.integer):
-        raise UserError(f"{role} holds {array.dtype}, not class ids: pass integers (of logits, their argmax)")
+        raise UserError(f"{role} holds {array.dtype}, not class ids: pass integers (for logits, their argmax)")
     return array
 
 
 @cache
 def _helpers(process: int) -> ThreadPoolExecutor:
-    """Threads of this process: a forked one inherits none of its parent's.
+    """Threads of this process; a forked process inherits none.
 
-    NumPy and OpenCV release the interpreter lock while they count, so that PyTorch's thread count pays here. The caller
-    counts with them: one who only waits takes the lock from those who work, and their speed with it.
+    NumPy and OpenCV release the interpreter lock while they count, so PyTorch's thread count pays off here. The calling
+    thread counts too: merely waiting, it would take the lock from the workers and slow them down.
     """
     return ThreadPoolExecutor(thread_name_prefix="mean_iou")
 
 
 def _count(waiting: Iterator[Piece], num_labels: int, ignore_index: int) -> npt.NDArray[np.int64]:
-    """Count pieces by a 2-D histogram of their ids' lowest bytes; where an id is no byte, or no class, generally."""
+    """Count pieces with a 2-D histogram of their ids' lowest bytes; fall back if an id is not a byte or not a class."""
     counts, counted, bytes_only = np.zeros((256, 256), dtype=np.float32), [], True
     for piece in waiting:
         counted.append(piece)
@@ -151,7 +151,7 @@ def _count(waiting: Iterator[Piece], num_labels: int, ignore_index: int) -> npt.
 
 
 def _count_bytes(predicted_N: IntArray, true_N: IntArray, counts: npt.NDArray[np.float32]) -> bool:
-    """Add the pairs of lowest bytes, read in place as channels of images; False if an id has other bytes."""
+    """Add the pairs of lowest bytes, read in place as channels of images; False if an id has other non-zero bytes."""
     sides = true_N, predicted_N
     images = [ids_N.view(np.uint8).reshape(-1, 1, ids_N.itemsize) for ids_N in sides]
     channels = [_low_byte(true_N.dtype), true_N.itemsize + _low_byte(predicted_N.dtype)]
@@ -173,30 +173,30 @@ def _count_any_ids(
         outside = np.unique(ids_N[(ids_N < 0) | (ids_N >= num_labels)])
         if outside.size:
             raise UserError(
-                f"{name} holds ids {outside[:5].tolist()} outside the classes 0..{num_labels - 1} "
-                f"and other than ignore_index {ignore_index}: set num_labels or ignore_index, or reduce the labels"
+                f"{name} holds ids {outside[:5].tolist()} outside the classes 0..{num_labels - 1} and different from "
+                f"ignore_index {ignore_index}: set num_labels or ignore_index, or reduce the labels"
             )
     pairs_N = true_N.astype(np.int64) * num_labels + predicted_N.astype(np.int64)
     return np.bincount(pairs_N, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    """Mean IoU as an `evaluate.Metric` that needs no network: `add_batch` counts, `compute` scores and starts anew.
+    """Mean IoU as an `evaluate.Metric` that needs no network: `add_batch` counts, `compute` scores and starts over.
 
-    With `num_process` > 1 each process (`process_id`) adds its own maps, and `compute` sums their matrices on process 0
-    through evaluate's own exchange (files in a cache folder that all of them see); the others get None, as in evaluate.
-    As there, a next evaluation may only begin when process 0 has finished this one. Processes joined by
-    torch.distributed need no files: sum `confusion_KK` over them and call `scores_from_confusion`.
+    With `num_process` > 1, each process (`process_id`) adds its own maps, and `compute` sums their matrices on process
+    0 through evaluate's exchange (files in a shared cache folder); the others get None, as in evaluate. As there, the
+    next evaluation may begin only when process 0 has finished this one. Processes joined by torch.distributed need no
+    files: sum `confusion_KK` over them and call `scores_from_confusion`.
 
     Args:
         num_labels: number of classes K; ids run from 0 to K - 1.
         ignore_index: reference id of pixels that are not counted, e.g. 255.
-        allow_ignored_class: accept an `ignore_index` that is also a class id. Its pixels are then left out but
-            predictions of it are not forgiven elsewhere, and false alarms on it go unseen: IoU drifts to recall.
+        allow_ignored_class: accept an `ignore_index` that is also a class id. Its pixels are then left out, predictions
+            of it elsewhere count as errors, and false alarms on it go unnoticed: IoU drifts towards recall.
         evaluate_options: evaluate.Metric's own options: num_process, process_id, experiment_id, cache_dir, timeout.
 
     Raises:
-        ValueError: no class, or `ignore_index` is a class id.
+        ValueError: there is no class, or `ignore_index` is a class id.
     """
 
     def __init__(
@@ -214,12 +214,12 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         super().__init__(keep_in_memory=evaluate_options.get("num_process", 1) == 1, **evaluate_options)
 
     def _info(self) -> evaluate.EvaluationModuleInfo:
-        # What evaluate stores and exchanges: a row of the confusion matrix per example, never a label map.
+        # evaluate stores and exchanges one row of the confusion matrix per example, never a label map.
         row = {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
         return evaluate.EvaluationModuleInfo(
             description="Mean intersection over union of semantic segmentation, streamed into a confusion matrix.",
             citation="",
-            inputs_description="predictions, references: integer label maps of equal shapes, one of each an image.",
+            inputs_description="predictions, references: integer label maps of equal shapes, one of each per image.",
             features=datasets.Features(row),
         )
 
@@ -234,7 +234,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
     def compute(
         self, *, predictions: LabelMaps | None = None, references: LabelMaps | None = None
     ) -> SegmentationScores | None:
-        """Return the scores of all maps since the last call, these included; None on processes other than 0."""
+        """Return the scores of all maps since the last call, including these; None on processes other than 0."""
         if predictions is not None and references is not None:
             self.add_batch(predictions=predictions, references=references)
         elif predictions is not None or references is not None:

@@ -1,21 +1,21 @@
 """Semantic segmentation of new images: `hf_dbp.downstream.predicting` for UperNet and any stock model of that kind.
 
-A model of `hf-dbp finetune` sees images as it was evaluated: its config.json says crop, scale and batch, its image
-processor mean and standard deviation. Predictions on the validation images give the mean IoU of `eval.json`, to all
-digits on the same machine. Of a stock model without that entry the crop is the size that its image processor resizes
-to, and images keep their native resolution.
+A model from `hf-dbp finetune` sees images as in its evaluation: its config.json holds crop, scale and batch size, its
+image processor mean and standard deviation. Predictions on the validation images reproduce the mean IoU of `eval.json`,
+digit for digit on the same machine. For a stock model without that entry, the crop is the size that its image processor
+resizes to, and images keep their native resolution.
 
-For each image, with `OUT/NAME` for its path below the folder of images:
+For each image, with NAME its path below the folder of images, it writes
 
     masks/NAME.png       the class id of each pixel, 8 bits (16 for more than 256 classes); of more than 2^26 pixels a
                          tiled TIFF
     labelme/NAME.json    with export labelme: the parts of the classes as polygons to correct by hand
     coco.json            with export coco: those of all images
-    overlays/NAME.jpg    the image with the classes other than 0 in colour over it, at most 1600 pixels wide and high
+    overlays/NAME.jpg    the image with every class but 0 in colour, at most 1600 pixels wide and high
 
-and a row of the table for each class: pixels, share, components (8-connected parts), mean confidence (the mean over the
-class's pixels of its probability), and ``score``, the greatest probability of a class other than 0 at any pixel. With
-true masks also, of the labelled pixels, how many are of the class (true), predicted to be (predicted) and both (hits).
+and one row of the table per class: pixels, share, components (8-connected parts), mean confidence (the class's mean
+probability over its pixels), and ``score``, the highest probability of any class but 0 at any pixel. With true masks, a
+row also counts the labelled pixels that are of the class (true), predicted as it (predicted), and both (hits).
 
 Shapes: C channels; K classes; H, W the image's height and width; n rows.
 """
@@ -62,7 +62,7 @@ __all__ = ["Segmented", "Segmenter", "load"]
 
 LARGE_MASK = 2**26  # pixels
 EXPORTS = ("coco", "labelme")
-OVERLAY = 1600  # pixels of its longer side
+OVERLAY = 1600  # pixels of the longer side
 
 
 # ---- loading ----
@@ -83,20 +83,20 @@ def load(
     no_overlays: bool = False,
     images: str | None = None,
 ) -> Segmenter:
-    """The predictor of a segmentation model.
+    """The predictor for a segmentation model.
 
     Args:
         model: folder or Hub id.
-        crop_size, long_edge, batch_size: in place of those that it was evaluated with; ``long_edge`` 0 is native.
-        device: default: a GPU where there is one.
-        masks: folder of true masks, named as the images, to score the predictions by.
-        mask_suffix, palette, ignore_index: of the true masks, as in fine-tuning.
-        export: ``coco``, ``labelme``: formats of labels to write the predictions in, too.
+        crop_size, long_edge, batch_size: override those of the model's evaluation; ``long_edge`` 0 is native.
+        device: default: a GPU if there is one.
+        masks: folder of true masks, named like the images, for scoring the predictions.
+        mask_suffix, palette, ignore_index: for the true masks, as in fine-tuning.
+        export: label formats to also write the predictions in: ``coco``, ``labelme``.
         no_overlays: write no overlays.
-        images: folder of the images, for ``masks`` that are labels.
+        images: folder of the images, needed if ``masks`` are labels.
 
     Raises:
-        UserError: what is wrong with model or settings.
+        UserError: something is wrong with the model or the settings.
     """
     content = read_config(model)
     evaluated = read_evaluated(content, model)
@@ -111,7 +111,7 @@ def load(
     truth = None
     unknown = sorted(set(export) - set(EXPORTS))
     if unknown:
-        raise UserError(f"export {unknown[0]!r}: choose of {', '.join(EXPORTS)}")
+        raise UserError(f"export {unknown[0]!r}: choose from {', '.join(EXPORTS)}")
     if masks is not None:
         if images is not None and is_labels(masks):
             masks, _ = mask_folder(masks, images, [str(name) for name in network.config.id2label.values()])
@@ -127,10 +127,10 @@ def load(
 
 
 def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a folder or Hub id: a UperNet of ours, or any stock class for semantic segmentation.
+    """Load a model from a folder or Hub id: one of our UperNets, or any stock class for semantic segmentation.
 
     Raises:
-        UserError: another kind of model, or weights that are none; see `hf_dbp.hub.untrusted`.
+        UserError: another kind of model, or invalid weights; see `hf_dbp.hub.untrusted`.
     """
     backbone = content.get("backbone_config")
     names = {int(number): str(name) for number, name in (content.get("id2label") or {}).items()}
@@ -158,9 +158,11 @@ class Truth:
         return {name.removesuffix(self.suffix): files for name, files in named.items() if name.endswith(self.suffix)}
 
     def mask(self, name: str, size: tuple[int, int]) -> npt.NDArray[np.int32]:
-        """The mask (H, W). UserError if there is none, or of another size."""
+        """The mask (H, W). UserError if there is none or it has another size."""
         if name not in self.files:
-            raise UserError(f"{self.folder} has no mask for {name!r}; name each as its image, or leave --masks out")
+            raise UserError(
+                f"{self.folder} has no mask for {name!r}; name each mask like its image, or leave out --masks"
+            )
         mask = stored({"bytes": None, "path": self.files[name][0]})
         ids = (index_mask(mask) if self.palette is None else self.palette(mask)).astype(np.int32)
         if ids.shape != size:
@@ -169,7 +171,7 @@ class Truth:
 
 
 class RowsView:
-    """A view of a large TIFF, read and scaled as far as windows need it."""
+    """A view of a large TIFF, read and scaled only as far as windows need it."""
 
     def __init__(self, rows: TiffRows, preparation: Preparation, channels: int) -> None:
         self.rows, self.preparation, self.channels = rows, preparation, channels
@@ -183,7 +185,7 @@ class RowsView:
         return nn.functional.pad(pixels, (0, side - pixels.shape[2], 0, side - pixels.shape[1]))
 
     def scaled(self, top: int, bottom: int) -> npt.NDArray[Any]:
-        """Rows of the scaled image; a bicubic kernel reaches twice the scale beyond."""
+        """Rows of the scaled image; the bicubic kernel reaches twice the scale beyond them."""
         if self.size == self.target:
             return adapted(self.rows.rows(top, bottom), self.channels)
         scale = self.target[0] / self.size[0]
@@ -194,20 +196,20 @@ class RowsView:
         return resized(part, (bottom - top, self.size[1]), box)
 
     def small(self, side: int) -> npt.NDArray[Any]:
-        """Every so many-th pixel, for an overlay."""
+        """A subsampled image (every n-th pixel) for an overlay."""
         step = -(-max(self.target) // side)
         kept = [self.rows.rows(top, top + 1)[:, ::step].copy() for top in range(0, self.target[0], step)]
         return adapted(np.concatenate(kept), self.channels)
 
 
 def adapted(image_HWC: npt.NDArray[Any], channels: int) -> npt.NDArray[Any]:
-    """Grey to RGB where the model wants that."""
+    """Convert grey to RGB if the model needs it."""
     return np.repeat(image_HWC, 3, axis=2) if image_HWC.shape[2] == 1 and channels == 3 else image_HWC
 
 
 @dataclasses.dataclass
 class Opened:
-    """An image on its way: its view, what an overlay needs of it, and its true mask."""
+    """An opened image: its view, what its overlay needs, and its true mask."""
 
     name: str
     file: str
@@ -218,13 +220,13 @@ class Opened:
 
 @dataclasses.dataclass
 class Segmented:
-    """What was predicted for an image.
+    """The prediction for an image.
 
     Attributes:
         ids_HW: class ids.
-        confidence_K: sums, over each class's pixels, of its probability.
-        score: the greatest probability of a class other than 0.
-        image: what was opened.
+        confidence_K: for each class, the sum of its probability over its pixels.
+        score: the highest probability of any class but 0.
+        image: the opened image.
     """
 
     ids_HW: npt.NDArray[Any]
@@ -233,7 +235,7 @@ class Segmented:
     image: Opened
 
     def add(self, top: int, logits_KnW: Tensor) -> None:
-        """Take in the logits of some rows."""
+        """Add the logits of some rows."""
         classes, rows, _ = logits_KnW.shape
         best_nW, ids_nW = logits_KnW.max(dim=0)
         chance_nW = (logits_KnW - best_nW).exp_().sum(dim=0).reciprocal_()
@@ -250,13 +252,13 @@ class Segmenter:
     """A `Predictor` of class ids.
 
     Args:
-        model: in eval mode, where it is to run.
+        model: in eval mode, on the device where it is to run.
         how: crop, scale, batch and autocast.
-        preparation: from an image to what the model sees.
-        channels: of the images.
-        settings: for the journal.
-        truth: true masks to score by.
-        floats: whether the model was trained on float images, not on those of 8 or 16 bits.
+        preparation: prepares images for the model.
+        channels: number of channels of the images.
+        settings: settings for the journal.
+        truth: true masks for scoring.
+        floats: whether the model was trained on float images rather than on 8-bit or 16-bit ones.
     """
 
     def __init__(
@@ -281,7 +283,7 @@ class Segmenter:
             return Opened(name, files[0], large, small, self.true(name, large.target))
         image = decode({"bytes": None, "path": files[0], "more": list(files[1:])}, self.channels, files[0])
         if (image.dtype.kind == "f") != self.floats:
-            of = "float images, this is" if self.floats else "images of 8 or 16 bits, this is"
+            of = "float images, but this is" if self.floats else "images of 8 or 16 bits, but this is"
             raise UnreadableImageError(f"{files[0]}: the model was trained on {of} {image.dtype}; convert it")
         size = image.shape[0], image.shape[1]
         view = WholeView(self.preparation.pixels(image), size)
@@ -294,7 +296,7 @@ class Segmenter:
 
     @torch.no_grad()
     def predict(self, images: Iterable[Opened]) -> Iterator[Segmented]:
-        """Class ids of opened images."""
+        """Predict class ids for opened images."""
         waiting: list[Opened] = []
 
         def views() -> Iterator[View]:
@@ -316,7 +318,7 @@ class Segmenter:
                     found = None
 
     def write(self, result: Segmented, folder: Path) -> list[dict[str, Any]]:
-        """Mask, overlay and rows of one image."""
+        """Write mask and overlay of one image, and return its rows."""
         name, ids_HW = result.image.name, result.ids_HW
         write_mask(folder / "masks" / name, ids_HW)
         if result.image.small_HWC is not None:
@@ -342,7 +344,7 @@ class Segmenter:
         return rows
 
     def scored(self, k: int, result: Segmented) -> dict[str, int]:
-        """Of the labelled pixels: truly of class k, predicted to be, and both."""
+        """The labelled pixels of class k, those predicted as it, and both."""
         if self.truth is None or result.image.truth_HW is None:
             return {}
         labelled = result.image.truth_HW != self.truth.ignore_index
@@ -350,7 +352,7 @@ class Segmenter:
         return {"true": int(true.sum()), "predicted": int(predicted.sum()), "hits": int((true & predicted).sum())}
 
     def finish(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
-        """The scores, if there are true masks."""
+        """Compute the scores if there are true masks."""
         files = ["masks", *(["overlays"] if self.settings["overlays"] else [])]
         record: dict[str, Any] = {"files": files, "classes": self.names}
         exported = list(self.settings["export"])
@@ -358,7 +360,7 @@ class Segmenter:
             write_json(folder / "coco.json", coco_content(rows, folder, self.names), indent=None)
         files += ["coco.json" if kind == "coco" else kind for kind in exported]
         look = f"look at {folder / 'overlays'}, " if self.settings["overlays"] else ""
-        record["next"] = f"{look}correct masks, add them to the training set and `hf-dbp finetune` again"
+        record["next"] = f"{look}correct masks, add them to the training set and run `hf-dbp finetune` again"
         if self.truth is None:
             return record
         true_K, predicted_K, hits_K = (
@@ -371,7 +373,7 @@ class Segmenter:
 
 
 def coco_content(rows: Sequence[Mapping[str, Any]], folder: Path, names: Mapping[int, str]) -> dict[str, Any]:
-    """The masks in a folder of predictions as one COCO file; class 0 is no category."""
+    """The masks in a folder of predictions as one COCO file; class 0 is not a category."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     files = {row["image"]: row["file"] for row in rows}
@@ -387,7 +389,7 @@ def coco_content(rows: Sequence[Mapping[str, Any]], folder: Path, names: Mapping
 
 
 def write_mask(stem: Path, ids_HW: npt.NDArray[Any]) -> None:
-    """The ids as PNG; of very many pixels as tiled TIFF, which can be read in parts."""
+    """Write ids (H, W) as PNG, or as a tiled TIFF, which can be read in parts, if there are very many pixels."""
     large = ids_HW.size > LARGE_MASK
     file = stem.with_name(stem.name + (".tif" if large else ".png"))
     with whole_file(file) as part:
@@ -399,7 +401,7 @@ def write_mask(stem: Path, ids_HW: npt.NDArray[Any]) -> None:
 
 
 def write_overlay(stem: Path, picture: npt.NDArray[Any], ids_HW: npt.NDArray[Any], classes: int) -> None:
-    """The image, in [0, 1] and small, with the classes other than 0 over it."""
+    """Write the small image, with values in [0, 1], and every class but 0 in colour over it."""
     step = -(-max(ids_HW.shape) // OVERLAY)
     ids = ids_HW[::step, ::step]
     colours = class_colours(classes)[ids]

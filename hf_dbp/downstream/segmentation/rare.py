@@ -1,13 +1,13 @@
-"""Rare classes: which they are, and training crops, a given share of which contain one.
+"""Rare classes: which classes are rare, and training crops of which a given share contains one.
 
-A class is rare if it holds less than a quarter of an even share of the labelled training pixels, 1 / (4 K).
-With probability ``share`` a training crop is drawn for a rare class, as nnU-Net does for a third of its crops: one of
-the rare classes at random, one of the images that hold it, one of its pixels there, and a crop at random among those
-with that pixel inside. All other crops are drawn as usual and contain a rare class only by chance. (nnU-Net keeps the
-image and draws among its classes; a class that one image in fifty holds would then stay rare.) Where a crop is made
-smaller, an object of a pixel or two may vanish from it.
+A class is rare if it has less than a quarter of an even share of the labelled training pixels, 1 / (4 K). With
+probability ``share`` a training crop is drawn for a rare class, as nnU-Net does for a third of its crops: draw one of
+the rare classes, one of the images that hold it, one of its pixels there, and a crop among those with that pixel
+inside. All other crops are drawn as usual and contain a rare class only by chance. (nnU-Net keeps the image and draws
+among its classes; a class in one image of fifty would then stay rare.) If a crop is scaled down, an object of a pixel
+or two may vanish from it.
 
-Every draw comes from the generator given, a function of (seed, epoch, index).
+Every draw comes from the given generator, a function of (seed, epoch, index).
 
 Shapes: M images; K classes; H, W height and width of a mask.
 """
@@ -26,10 +26,10 @@ __all__ = ["RareCrops", "a_pixel", "rare_classes"]
 
 
 def rare_classes(pixels_K: NDArray[np.int64], names: Mapping[int, str], wanted: Sequence[str] | None) -> list[int]:
-    """The ids of the classes named, or else of those below a quarter of an even share, without those that never occur.
+    """The ids of the named classes, or else of those below a quarter of an even share that occur at all.
 
     Raises:
-        UserError: an unknown name, a class that no mask holds, or none that is rare.
+        UserError: a name is unknown, no mask holds a named class, or no class is rare.
     """
     if wanted:
         ids = {name: k for k, name in names.items()}
@@ -44,19 +44,19 @@ def rare_classes(pixels_K: NDArray[np.int64], names: Mapping[int, str], wanted: 
     if not found:
         raise UserError(
             f"--rare_crops: every class holds a quarter of an even share of the pixels ({1 / (4 * len(pixels_K)):.2%}) "
-            "or more; leave it out, or name the classes by --rare_classes"
+            "or more; leave it out, or name the classes with --rare_classes"
         )
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class RareCrops:
-    """Which crops are drawn for a rare class.
+    """Decides which crops are drawn for a rare class.
 
     Args:
         counts_MK: pixels of each class in each training mask.
-        classes: ids of the rare classes, each in some mask.
-        share: of the crops, in (0, 1].
+        classes: ids of the rare classes, each of which occurs in some mask.
+        share: share of the crops, in (0, 1].
     """
 
     counts_MK: NDArray[np.int64]
@@ -68,7 +68,7 @@ class RareCrops:
             raise UserError(f"--rare_crops is a share above 0 and at most 1, got {self.share}")
 
     def draw(self, index: int, rng: np.random.Generator) -> tuple[int, int | None]:
-        """The image and the rare class that a crop is drawn for; ``index`` and None for an ordinary crop."""
+        """The image and the rare class for a crop; ``index`` and None for an ordinary crop."""
         if rng.random() >= self.share:
             return index, None
         chosen = int(rng.choice(self.classes))

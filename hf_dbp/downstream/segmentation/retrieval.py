@@ -1,13 +1,14 @@
-"""Segmentation without training: a patch takes the labels of the patches most like it. The main of `hf-dbp retrieve`.
+"""Segmentation without training: a patch takes the labels of the most similar patches. The main of `hf-dbp retrieve`.
 
 1. Memory: the labelled images, scaled as in fine-tuning, go through the frozen ViT in windows of its own size. Each
-   patch gives its final token and the share of each class among its labelled pixels; those without any are left out.
+   patch contributes its final token and the share of each class among its labelled pixels; patches without any are left
+   out.
 2. A patch of a new image looks up the k tokens with the highest cosine s (of centred tokens) and takes the mean of
-   their shares, weighed by exp(s / tau) (Wu et al. 2018; for scenes Balazevic et al. 2023, "Hummingbird").
-3. Shares are scaled to pixels (bilinear); their logarithms are the logits, so that whole images, mean IoU and pictures
-   are those of fine-tuning.
+   their shares, weighted by exp(s / tau) (Wu et al. 2018; for scenes Balazevic et al. 2023, "Hummingbird").
+3. Shares are scaled to pixels (bilinear); their logarithms are the logits, so whole images, mean IoU and pictures work
+   as in fine-tuning.
 
-Nothing is trained: a model takes one pass over the labelled images. A boundary is as sharp as a patch is small.
+Nothing is trained: building the model takes one pass over the labelled images. Boundaries are as coarse as patches.
 
 Shapes: B windows, C channels, S side of a window, T = (S / p)^2 patches of p pixels, D features, K classes, M patches
 in memory, k neighbours, Q queries, N pixels of a patch.
@@ -61,7 +62,7 @@ class RetrievalSegmenter(nn.Module):
     Args:
         vit: stock ViT.
         memory_MD: tokens of the labelled patches.
-        shares_MK: the share of each class in them, rows sum to 1.
+        shares_MK: the share of each class in them; rows sum to 1.
         id2label: class names.
         neighbours: k.
         temperature: tau.
@@ -94,7 +95,8 @@ class RetrievalSegmenter(nn.Module):
         return SimpleNamespace(logits=(shares + 1e-6).log().to(pixel_values.device))
 
     def save_pretrained(self, folder: Path, **settings: Any) -> None:
-        """Write the ViT as a stock one, the memory beside it and the settings, with ``settings``, as JSON."""
+        """Write the ViT as a stock model and, beside it, the memory and all settings, including ``settings``, as
+        JSON."""
         self.vit.save_pretrained(folder)
         save_file({"tokens": self.memory_MD.contiguous(), "shares": self.shares_MK.contiguous()}, folder / MEMORY)
         own = {"neighbours": self.neighbours, "temperature": self.temperature, "id2label": self.config.id2label}
@@ -102,7 +104,7 @@ class RetrievalSegmenter(nn.Module):
 
 
 def load_retrieval(folder: str | Path) -> tuple[RetrievalSegmenter, dict[str, Any]]:
-    """The model that `hf-dbp retrieve` wrote, and its settings.
+    """Load the model that `hf-dbp retrieve` wrote, and its settings.
 
     Raises:
         UserError: there is none, or its files do not fit together.
@@ -137,7 +139,7 @@ def patch_tokens(vit: ViTModel, pixels_BCSS: Tensor) -> Tensor:
 
 
 def class_shares(mask_SS: NDArray[np.int32], patch: tuple[int, int], classes: int) -> tuple[Tensor, Tensor]:
-    """Of each patch the share of each class among its labelled pixels (T, K), and how many are labelled (T)."""
+    """The share of each class among each patch's labelled pixels (T, K), and how many are labelled (T)."""
     height, width = mask_SS.shape[0] // patch[0], mask_SS.shape[1] // patch[1]
     cells_TN = mask_SS.reshape(height, patch[0], width, patch[1]).transpose(0, 2, 1, 3).reshape(height * width, -1)
     ids_TN = torch.from_numpy(np.ascontiguousarray(cells_TN)).long()
@@ -153,18 +155,18 @@ def class_shares(mask_SS: NDArray[np.int32], patch: tuple[int, int], classes: in
 def build_memory(
     vit: ViTModel, data: WholeImages, crop_size: int, classes: int, limit: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Tokens (M, D) and class shares (M, K) of the labelled patches, and how many of what there were.
+    """Tokens (M, D) and class shares (M, K) of the labelled patches, and counts of images and patches.
 
     Args:
         vit: frozen ViT.
-        data: labelled images, scaled and normalised as `WholeImages` does.
+        data: labelled images, scaled and normalised as by `WholeImages`.
         crop_size: S, a multiple of the patch size.
         classes: K.
-        limit: of more patches than these a random choice is kept.
-        seed: of that choice.
+        limit: maximum number of patches; of more, a random choice is kept.
+        seed: seed of that choice.
 
     Raises:
-        UserError: no labelled patch.
+        UserError: there is no labelled patch.
     """
     tokens, shares, images, void = [], [], 0, 0
     for index in range(len(data)):
@@ -177,7 +179,7 @@ def build_memory(
         ids = nn.functional.interpolate(ids[None, None], pixels_CHW.shape[1:], mode="nearest-exact")[0, 0]
         pad = (0, max(0, crop_size - pixels_CHW.shape[2]), 0, max(0, crop_size - pixels_CHW.shape[1]))
         pixels_CHW = nn.functional.pad(pixels_CHW, pad)
-        labels_HW = nn.functional.pad(ids, pad, value=-1).numpy().astype(np.int32)  # -1 is no class
+        labels_HW = nn.functional.pad(ids, pad, value=-1).numpy().astype(np.int32)  # -1 is not a class
         for top in window_origins(pixels_CHW.shape[1], crop_size):
             for left in window_origins(pixels_CHW.shape[2], crop_size):
                 window = slice(top, top + crop_size), slice(left, left + crop_size)
@@ -191,7 +193,7 @@ def build_memory(
         raise UserError("the labelled images hold no labelled pixel: give others")
     memory_MD, shares_MK = torch.cat(tokens), torch.cat(shares)
     if found > limit:
-        logger.warning("%d of %d labelled patches are kept, at random; --memory keeps more", limit, found)
+        logger.warning("keeping %d of %d labelled patches, at random; --memory keeps more", limit, found)
         kept = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:limit].sort().values
         memory_MD, shares_MK = memory_MD[kept], shares_MK[kept]
     counts = {"images": images, "patches": len(memory_MD), "left_out": found - len(memory_MD), "void": void}
@@ -216,16 +218,16 @@ class RetrievalArguments(HubFlags):
         kw_only=True, metadata={"help": "Stock ViT, folder or Hub id."}
     )
     output_dir: Annotated[str, Nature("nothing")] = field(
-        default="outputs/retrieval", metadata={"help": "Where everything is written."}
+        default="outputs/retrieval", metadata={"help": "Folder for all output."}
     )
     neighbours: Annotated[int, Nature("training")] = field(
-        default=30, metadata={"help": "k, the labelled patches that vote on a patch."}
+        default=30, metadata={"help": "k, the number of labelled patches that vote on a patch."}
     )
     temperature: Annotated[float, Nature("training")] = field(
-        default=0.05, metadata={"help": "tau; the lower, the more the nearest ones count."}
+        default=0.05, metadata={"help": "tau; the lower it is, the more the nearest ones count."}
     )
     memory: Annotated[int, Nature("training")] = field(
-        default=200_000, metadata={"help": "Of more labelled patches a random choice is kept."}
+        default=200_000, metadata={"help": "Maximum number of labelled patches; of more, a random choice is kept."}
     )
     batch_size: Annotated[int, Nature("nothing")] = field(default=8, metadata={"help": "Windows per forward pass."})
     seed: Annotated[int, Nature("chance")] = field(default=0, metadata={"help": "Seed of that choice."})
@@ -253,7 +255,7 @@ def statistics_of(
 
 
 def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
-    """Build the memory, evaluate on the validation images, save; returns what is also written to `eval.json`."""
+    """Build the memory, evaluate on the validation images and save; return the content of `eval.json`."""
     source = data_args.source(args.cache_dir, args.token)
     train_images, eval_images = load_labelled_images(source)
     vit = (
@@ -263,7 +265,7 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
     size = vit.config.image_size
     data_args.crop_size = crop = data_args.crop_size or (size if isinstance(size, int) else min(size))
     if any(crop % side for side in patch_size(vit)):
-        raise UserError(f"--crop_size {crop} is no multiple of the patch size {patch_size(vit)[0]}")
+        raise UserError(f"--crop_size {crop} is not a multiple of the patch size {patch_size(vit)[0]}")
     mean, std = statistics_of(args, train_images, eval_images)
     names = source.class_names()
     train_data, eval_data = (
@@ -302,7 +304,7 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
 
 
 def figures(confusion_KK: NDArray[np.int64], names: dict[int, str]) -> dict[str, Any]:
-    """The figures of `eval.json`, of a confusion matrix."""
+    """The figures of `eval.json` for a confusion matrix."""
     scores, pixels_K = scores_from_confusion(confusion_KK), confusion_KK.sum(axis=1)
 
     def number(value: float) -> float | None:
@@ -329,7 +331,7 @@ def figures(confusion_KK: NDArray[np.int64], names: dict[int, str]) -> dict[str,
 
 @command
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse flags and recipe, and run. User mistakes end with one line on stderr and exit status 2."""
+    """Parse flags and recipe, and run. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     args, data_args = parse_arguments((RetrievalArguments, RetrievalData), arguments)
@@ -337,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(
         f"memory      {record['memory']['patches']} patches of {record['memory']['images']} images, in "
         f"{record['memory']['seconds']:.1f} s; validation in {record['predict_seconds']:.1f} s\n"
-        f"mean IoU    {record['mean_iou']:.4f} (commonest class everywhere: {record['majority_class_mean_iou']:.4f})"
+        f"mean IoU    {record['mean_iou']:.4f} (most common class everywhere: {record['majority_class_mean_iou']:.4f})"
     )
     for name, scores in record["per_class"].items():
         print(f"            {name:<20} IoU " + ("absent" if scores["iou"] is None else f"{scores['iou']:.4f}"))

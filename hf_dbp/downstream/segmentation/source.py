@@ -1,4 +1,4 @@
-"""`SegmentationSource`: which labelled images to load, and what their classes are called."""
+"""`SegmentationSource`: which labelled images to load, and the names of their classes."""
 
 import json
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ class LabelFlags:
     """Where the labels of images are, and what they mean."""
 
     train_mask_dir: Annotated[str | None, Nature("data")] = field(
-        default=None, metadata={"help": "Folder of masks, named as the images of train_dir."}
+        default=None,
+        metadata={"help": "Folder of masks named like the images of train_dir, or labels (COCO, LabelMe, YOLO, CVAT)."},
     )
     validation_mask_dir: Annotated[str | None, Nature("data")] = field(
         default=None, metadata={"help": "As train_mask_dir, for validation."}
@@ -61,13 +62,13 @@ class SegmentationSource(LabelFlags, ImageSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.train_mask_dir is not None and self.train_dir is None:
-            raise UserError("--train_mask_dir belongs to --train_dir, which names the images; give both")
+            raise UserError("--train_mask_dir needs --train_dir, the folder of the images; give both")
         if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
             raise UserError("--validation_dir and --validation_mask_dir belong together; give both or neither")
         self._draw_labels()
 
     def _draw_labels(self) -> None:
-        """Take the masks that labels mean in place of the labels; those of validation by the same names."""
+        """Replace labels by the masks drawn from them; those of validation use the same names."""
         if self.train_mask_dir is not None and is_labels(self.train_mask_dir):
             folder, self.label_names = mask_folder(self.train_mask_dir, str(self.train_dir), None, self.cache_dir)
             self.train_mask_dir = folder
@@ -77,11 +78,11 @@ class SegmentationSource(LabelFlags, ImageSource):
             self.validation_mask_dir = folder
 
     def class_names(self) -> dict[int, str]:
-        """Return class names by the ids that are learned; "class 7" where no name is known.
+        """Return class names by the learned ids, or "class 7" if a name is unknown.
 
         Raises:
-            UserError: neither names nor a number of classes, a file of names that is none, or with `reduce_labels` one
-                of which it is not known whether it names the ids before or after.
+            UserError: there are neither names nor a number of classes, the file of names is invalid, or with
+                `reduce_labels` it is unclear whether the names are those before or after the move.
         """
         if self.palette is not None:
             return self._moved(Palette(self.palette, self.ignore_index).names)
@@ -92,9 +93,9 @@ class SegmentationSource(LabelFlags, ImageSource):
             if self.num_labels == len(names) - 1:
                 return self._moved(names)
             raise UserError(
-                f"--reduce_labels moves ids down by one; of which ids are the {len(names)} names in {self.id2label}? "
-                f"Pass --num_labels {len(names)} if they are those of the classes that remain, --num_labels "
-                f"{len(names) - 1} if the first, {names.get(0)!r}, is that of id 0, which is not learned"
+                f"--reduce_labels moves ids down by one; which ids do the {len(names)} names in {self.id2label} "
+                f"belong to? Pass --num_labels {len(names)} if they name the remaining classes, or --num_labels "
+                f"{len(names) - 1} if the first, {names.get(0)!r}, names id 0, which is not learned"
             )
         if self.dataset_name == BUILT_IN:
             return self._moved(dict(enumerate(CLASS_NAMES)))
@@ -102,12 +103,12 @@ class SegmentationSource(LabelFlags, ImageSource):
             return self._moved(dict(enumerate(self.label_names)))
         if self.num_labels is None:
             raise UserError(
-                "the number of classes is not known: pass --num_labels K, --id2label NAMES.json or --palette FILE"
+                "the number of classes is unknown: pass --num_labels K, --id2label NAMES.json or --palette FILE"
             )
         return {number: f"class {number}" for number in range(self.num_labels)}
 
     def _moved(self, names: dict[int, str]) -> dict[int, str]:
-        """Names of ids as they are stored, moved as `reduce_labels` moves the ids."""
+        """Names of stored ids, moved as `reduce_labels` moves the ids."""
         return {number - 1: name for number, name in names.items() if number} if self.reduce_labels else names
 
 
@@ -118,4 +119,4 @@ def _read_names(path: str) -> dict[int, str]:
             return {number: str(name) for number, name in enumerate(names)}
         return {int(number): str(name) for number, name in names.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f'--id2label {path} is no JSON list of names or {{"0": name, ...}}: {error}') from error
+        raise UserError(f'--id2label {path} is not a JSON list of names or {{"0": name, ...}}: {error}') from error

@@ -1,10 +1,10 @@
 """`SegmentationTrainer`: transformers' Trainer for UperNet.
 
-It adds what the stock Trainer gets wrong or lacks here:
-- the loss is the mean over the labelled pixels of the whole batch: each micro-batch and each process weighs by its
-  share of them, so that accumulation and several processes give one batch's gradient; a micro-batch that is all void
-  weighs 0 (the stock loss would be NaN);
-- evaluation over whole images at label resolution, every image once whatever the number of processes;
+It adds what the stock Trainer lacks here:
+- the loss is the mean over the labelled pixels of the whole batch: each micro-batch and each process is weighted by its
+  share of them, so accumulation and several processes give the gradient of one batch; a micro-batch without labelled
+  pixels weighs 0 (the stock loss would be NaN);
+- evaluation on whole images at label resolution, every image once for any number of processes;
 - what all fine-tuning shares (`FinetuningTrainer`): layer-wise learning rates, arguments in checkpoints, the clock.
 """
 
@@ -35,12 +35,12 @@ class SegmentationTrainer(FinetuningTrainer):
 
     Args:
         crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
-        criterion: loss in training of logits and labels, a mean over the labelled pixels; default: UperNet's own.
-        kwargs: as for `FinetuningTrainer`; `train_dataset` is a `TrainingCrops` (None to evaluate alone),
-            `eval_dataset` a `WholeImages`.
+        criterion: training loss of logits and labels, a mean over the labelled pixels; default: UperNet's own.
+        kwargs: as for `FinetuningTrainer`; `train_dataset` is a `TrainingCrops` (None to evaluate only), `eval_dataset`
+            a `WholeImages`.
 
     Raises:
-        ValueError: sizes that cannot be trained on.
+        UserError: sizes that cannot be trained on.
     """
 
     groups = GROUPS
@@ -52,10 +52,10 @@ class SegmentationTrainer(FinetuningTrainer):
         model: UperNetForSemanticSegmentation = kwargs["model"]
         args = kwargs["args"]
         synchronize_batch_norm(model, args.world_size, args.device)
-        model.supports_gradient_checkpointing = True  # its backbone does; UperNet's own class says no
+        model.supports_gradient_checkpointing = True  # its backbone does, although UperNet's class denies it
         patch = model.config.backbone_config.patch_size
         if crop_size % patch:
-            raise UserError(f"crop_size {crop_size} is no multiple of the patch size {patch}")
+            raise UserError(f"crop_size {crop_size} is not a multiple of the patch size {patch}")
         super().__init__(**kwargs)
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
@@ -74,11 +74,11 @@ class SegmentationTrainer(FinetuningTrainer):
                 f"{images} training images do not fill one step of {step}; "
                 "lower --per_device_train_batch_size or --gradient_accumulation_steps"
             )
-        alone = images % batch == 1 and self.args.world_size == 1  # several processes fill their last batches
+        alone = images % batch == 1 and self.args.world_size == 1  # several processes fill up their last batches
         if not self.args.dataloader_drop_last and alone:
             raise UserError(
-                f"{images} training images in batches of {batch} leave one image alone, which UperNet cannot "
-                "normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
+                f"{images} training images in batches of {batch} leave a single image, which UperNet cannot "
+                f"normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
             )
 
     # ---- loss ----
@@ -94,9 +94,10 @@ class SegmentationTrainer(FinetuningTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """This micro-batch's part of the mean over the step's labelled pixels, scaled for Trainer's and DDP's means."""
+        """This micro-batch's share of the mean over the step's labelled pixels, scaled for the means of Trainer and
+        DDP."""
         labels_BSS, share = inputs["labels"], self.step_share(inputs["labels"], num_items_in_batch)
-        all_void = self.labelled(labels_BSS) == 0  # one pixel stands in, so that the loss is finite; it weighs nothing
+        all_void = self.labelled(labels_BSS) == 0  # use one pixel with weight 0, so the loss is finite
         labels_BSS = labels_BSS.clone()
         labels_BSS[0, 0, 0] = torch.where(all_void, 0, labels_BSS[0, 0, 0])
         if self.criterion is None or not self.is_in_train:
@@ -116,9 +117,7 @@ class SegmentationTrainer(FinetuningTrainer):
         """Loss and scores over all pixels of all whole images of all processes."""
         self.weights_as_evaluated()
         start, model = time.perf_counter(), self.accelerator.unwrap_model(self.model_wrapped).eval()
-        if (
-            self.args.world_size > 1
-        ):  # running statistics of CPU processes differ; those of process 0 are the saved ones
+        if self.args.world_size > 1:  # running statistics differ between CPU processes; those of process 0 are saved
             broadcast(list(model.buffers()))
         with self.compute_loss_context_manager():
             counts = count_pixels(

@@ -1,17 +1,17 @@
-"""The paper's augmentation of an image and its mask, always in step (method: fine-tuning recipe).
+"""The paper's joint augmentation of an image and its mask (method: fine-tuning recipe).
 
 1. Scale the long edge to `long_edge` times a factor drawn in [0.5, 2.0] (image bicubic and antialiased, mask nearest);
    without `long_edge`, scale the native resolution by that factor.
-2. Crop to `crop_size` at random, or at random around a pixel that must be inside (`rare`); where the scaled image is
-   smaller, pad right and below (image by the channel mean, mask by `ignore_index`).
+2. Crop to `crop_size` at random, or at random around a pixel that must be inside (`rare`); if the scaled image is
+   smaller, pad right and below (the image with the channel mean, the mask with `ignore_index`).
 3. Flip horizontally half of the time.
 4. Brightness and contrast +-25 %; for three channels (taken as RGB) hue +-15 degrees, saturation and value +-25 %.
-   Other channel counts have no hue: all their channels get the same brightness and contrast factor. This acts on values
-   in [0, 1], the range of their depth or of the data set; of float values outside, the excess is added unchanged.
+   Other channel counts have no hue: all channels get the same brightness and contrast factors. This acts on values in
+   [0, 1], the range of their depth or of the data set; the excess of float values outside it is added unchanged.
 5. Normalise per channel.
 
-Steps 1 and 2 are one resampling of a box of the source. Every draw comes from the generator given, which is a function
-of (seed, epoch, index): resumed runs and any number of processes or workers see the same crops.
+Steps 1 and 2 are one resampling of a box of the source. Every draw comes from the given generator, a function of (seed,
+epoch, index): resumed runs and any number of processes or workers see the same crops.
 
 Shapes: H, W source height and width; C channels; S crop size.
 """
@@ -37,11 +37,11 @@ FloatImage = npt.NDArray[np.float32]
 def long_edge_size(height: int, width: int, long_edge: int | None, factor: float = 1.0) -> tuple[int, int]:
     """Return (height, width) after scaling the long edge to `long_edge * factor` pixels, or all by `factor` if None."""
     scale = factor * (long_edge / max(height, width) if long_edge else 1.0)
-    return max(1, int(height * scale)), max(1, int(width * scale))  # rounded down, as transformers' processors do
+    return max(1, int(height * scale)), max(1, int(width * scale))  # rounded down, as in transformers' processors
 
 
 def _starts(side: int, crop: int, inside: float | None = None) -> tuple[int, int]:
-    """The first and the last start of a crop on a side of the scaled image; with a point that it must hold."""
+    """The first and the last start of a crop along a side of the scaled image, given a point that it must contain."""
     last = max(side - crop, 0)
     if inside is None:
         return 0, last
@@ -77,10 +77,10 @@ class Augmentation:
         Args:
             image_HWC: uint8, uint16 or float.
             mask_HW: class ids.
-            mean_C: fill of padded pixels, in [0, 1].
+            mean_C: value for padded pixels, in [0, 1].
             rng: the source of all randomness.
-            value_range: of the data set, for float images, see `hf_dbp.data.values`.
-            inside: row and column of a pixel that the crop must hold; None for any crop.
+            value_range: range of the data set, for float images, see `hf_dbp.data.values`.
+            inside: row and column of a pixel that the crop must contain; None for any crop.
         """
         crop = self.crop_size
         height, width = mask_HW.shape
@@ -115,7 +115,7 @@ class Augmentation:
         return image, mask
 
     def recolored(self, image_HWC: FloatImage, rng: np.random.Generator) -> FloatImage:
-        """Return the image in [0, 1] with other brightness, contrast and, if RGB, hue, saturation and value."""
+        """Return the image in [0, 1] with changed brightness, contrast and, if RGB, hue, saturation and value."""
         brightness, contrast, saturation, value = (
             np.float32(1 + rng.uniform(-limit, limit))
             for limit in (self.brightness, self.contrast, self.saturation, self.value)

@@ -1,14 +1,14 @@
 """A stock UperNet over a stock ViT: the saved model loads in plain transformers, without hf_dbp.
 
 transformers has no plain-ViT backbone, but its `BeitBackbone` with absolute positions, no relative bias, no LayerScale
-and no drop path computes a ViT's hidden states exactly. So the ViT's weights move there. What differs:
+and no drop path computes a ViT's hidden states exactly. So the ViT's weights move there. Differences:
 
-- what `hf_dbp.downstream.beit` says;
-- no final norm: the four feature maps are residual streams, which the heads normalise (BatchNorm).
+- those listed in `hf_dbp.downstream.beit`;
+- there is no final norm: the four feature maps are residual streams, which the heads normalise (BatchNorm).
 
 Feature maps come from the depths L/4, L/2, 3L/4 and L of the L layers, resampled by BEiT's neck to strides p/4, p/2, p
-and 2p for patches of p pixels: 4, 8, 16 and 32 for 16. The model stays stock: the published 48.1 mIoU of MAE ViT-B adds
-relative position biases and LayerScale in fine-tuning, which this does not.
+and 2p for patches of p pixels: 4, 8, 16 and 32 for 16. The model stays stock: it lacks the relative position biases and
+LayerScale that the published 48.1 mIoU of MAE ViT-B added in fine-tuning.
 """
 
 from collections.abc import Mapping
@@ -35,16 +35,16 @@ def build_upernet(
     hidden_size: int = 512,
     auxiliary_channels: int = 256,
 ) -> UperNetForSemanticSegmentation:
-    """Build a UperNet with fresh heads over the ViT's weights (copied).
+    """Build a UperNet with new heads over the ViT's weights (copied).
 
     Args:
         vit: stock ViT of at least four layers, any patch size that is a multiple of 4, any number of channels.
         id2label: class names by id 0..K-1.
-        ignore_index: label id that the loss leaves out; not a class id.
+        ignore_index: label id that the loss ignores; not a class id.
         hidden_size, auxiliary_channels: widths of the two heads (UperNet's own defaults).
 
     Raises:
-        ValueError: too few layers or classes, class ids with gaps, or an ignored class.
+        UserError: too few layers or classes, gaps in the class ids, or an ignored class.
     """
     config = _upernet_config(vit.config, id2label, ignore_index, hidden_size, auxiliary_channels)
     model = UperNetForSemanticSegmentation(config)
@@ -55,16 +55,16 @@ def build_upernet(
 def load_upernet(
     source: str, id2label: Mapping[int, str], *, ignore_index: int = 255, **hub_options: Any
 ) -> UperNetForSemanticSegmentation:
-    """Load a UperNet that `build_upernet` made, trained, from a folder or Hub id; of its config.json sizes alone.
+    """Load a trained UperNet made by `build_upernet` from a folder or Hub id, using only the sizes in its config.json.
 
     Args:
         source: folder or Hub id.
-        id2label: class names of the labels it is to be used with.
+        id2label: class names of the labels to use it with.
         ignore_index: as in `build_upernet`.
         hub_options: revision, cache_dir, token.
 
     Raises:
-        ValueError: no such UperNet, other classes, or `hf_dbp.hub.untrusted` refuses it.
+        UserError: there is no such UperNet, it has other classes, or `hf_dbp.hub.untrusted` refuses it.
     """
     content = read_config(source, **hub_options)
     backbone, names, name = content.get("backbone_config"), content.get("id2label"), str(Path(source) / "config.json")
@@ -74,7 +74,7 @@ def load_upernet(
         raise UserError(f"{name} is not that of a UperNet over a ViT, as `hf-dbp finetune` writes it")
     if names != {str(number): label for number, label in id2label.items()}:
         raise UserError(
-            f"{name} has the classes {names!r:.200}, the labels {dict(id2label)}: give those of its training"
+            f"{name} has the classes {names!r:.200}, but the labels have {dict(id2label)}: give those of its training"
         )
     check_fields(backbone, name)
     fields = known_fields(backbone, ViTConfig)
@@ -87,7 +87,7 @@ def load_upernet(
 
 
 def _width(value: Any) -> int:
-    """The width of a head; 0 for what is none."""
+    """The width of a head; 0 for anything invalid."""
     return value if type(value) is int and 0 < value <= 32768 else 0
 
 
@@ -120,10 +120,10 @@ def _beit_config(vit: ViTConfig) -> BeitConfig:
 
 
 def synchronize_batch_norm(model: nn.Module, processes: int, device: torch.device) -> None:
-    """Let BatchNorm take its statistics over all processes' images, where PyTorch can: on GPUs.
+    """On GPUs, make BatchNorm use statistics over all processes' images.
 
     PyTorch has no SyncBatchNorm on the CPU; there each process normalises by its own images, and the running statistics
-    of process 0 are the ones kept. Tensor names do not change, so that a saved model stays stock.
+    of process 0 are kept. Tensor names do not change, so a saved model stays stock.
     """
     if processes > 1 and device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]

@@ -202,8 +202,8 @@ def coco(file="a.png", **annotation):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "is no file of coco labels: JSONDecodeError"),
-    ('{"images": [], "annotations": []}', "is no file of coco labels: KeyError: 'categories'"),
+    ("{", "is not a file of coco labels: JSONDecodeError"),
+    ('{"images": [], "annotations": []}', "is not a file of coco labels: KeyError: 'categories'"),
     (coco(bbox=[0, 0, 1, 1]), "annotation 7 is a box"),
     (coco("b.png"), "labels 'b.png', but no image has that name"),
     (coco(segmentation={"counts": [1, 2], "size": [3, 3]}), "run lengths add up to 3"),

@@ -78,7 +78,7 @@ def test_it_learns_and_records_what_it_did(run):
     assert "top5_accuracy" not in record  # of three classes it says nothing
     assert record["train_seconds"] > 0 and "co2e_kg" in record
     assert record["asked_used"]["images of an epoch"] == {
-        "asked": 18, "used": 16, "why": "the last ones do not fill a step; others in every epoch",
+        "asked": 18, "used": 16, "why": "the last ones do not fill a step; they differ in every epoch",
     }  # fmt: skip
     for picture in ("confusion.png", "calibration.png", "mistakes.png", "curves.png"):
         with Image.open(folder / picture) as figure:
@@ -117,7 +117,7 @@ def test_flags_of_segmentation_are_refused(run, images, tmp_path):
 
 
 def test_stopped_and_started_again_it_is_the_same_to_the_bit(images, tmp_path):
-    """Views, mixing, dropped paths and the optimizer go on where they were."""
+    """Views, mixing, dropped paths and the optimizer resume where they were."""
     flags = [str(images), *FLAGS, "--lr_scheduler_type", "constant", "--drop_path", "0.5", "--output_dir"]
     flags += [str(tmp_path / "x"), "--load_best_model_at_end", "false"]
     place = flags.index(str(tmp_path / "x"))
@@ -255,7 +255,7 @@ def test_an_encoder_gives_size_and_statistics(images, tmp_path):
         (["--mixup", "-1"], "--mixup is not negative"),
         (["--flip", "2"], "--flip is a share between 0 and 1"),
         (["--crop_scale", "0"], "--crop_scale is above 0"),
-        (["--drop_path", "1"], "--drop_path is a chance"),
+        (["--drop_path", "1"], "--drop_path is a probability"),
         (["--randaugment_magnitude", "30"], "--randaugment_magnitude is from 0 to 10"),
         (["--balanced_sampling", "--class_weights", "sqrt"], "give --balanced_sampling or --class_weights, not both"),
         (["--layer_decay", "0"], "layer_decay is 0"),

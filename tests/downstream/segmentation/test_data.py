@@ -142,7 +142,7 @@ def test_wrong_flags_are_refused(flags, message):
 def test_files_that_do_not_pair_are_named(tmp_path):
     flags = write_folders(tmp_path)
     (tmp_path / "images" / "deep" / "3.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of the 6 masks .* 5 in .* 'deep/3' .*name each mask as its image"):
+    with pytest.raises(ValueError, match=r"1 of the 6 masks .* 5 in .* 'deep/3' .*name each mask like its image"):
         load_labelled_images(SegmentationSource(**flags, num_labels=3))
 
 
@@ -153,7 +153,7 @@ def test_class_names_come_from_a_file_or_a_number(tmp_path):
         assert SegmentationSource(train_dir="x", id2label=str(names)).class_names() == {0: "sky", 1: "road"}
     assert SegmentationSource(train_dir="x", num_labels=2).class_names() == {0: "class 0", 1: "class 1"}
     names.write_text("sky road")
-    with pytest.raises(ValueError, match="no JSON list of names"):
+    with pytest.raises(ValueError, match="not a JSON list of names"):
         SegmentationSource(train_dir="x", id2label=str(names)).class_names()
     with pytest.raises(ValueError, match="pass --num_labels K"):
         SegmentationSource(train_dir="x").class_names()

@@ -185,7 +185,7 @@ def test_stopped_and_started_again_it_continues(encoder, tmp_path):
 
 @pytest.mark.slow
 def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, capsys, caplog):
-    """A checkpoint is no start for another model, and what else was changed is told and recorded."""
+    """A checkpoint cannot continue another model, and other changes are reported and recorded."""
     flags = [*FLAGS, *encoder, "--output_dir", str(tmp_path / "run")]
     main([*flags, "--max_steps", "2"])
     before = contents(tmp_path / "run")
@@ -194,11 +194,11 @@ def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, 
     for changed, message in (
         (["--model_name_or_path", str(tmp_path / "other")], f"--model_name_or_path {tmp_path / 'vit'}, not "),
         (["--from_scratch"], "--from_scratch False, not True"),
-        (["--max_train_samples", "7"], "--max_train_samples 8, not 7: to go on, give --max_train_samples 8"),
+        (["--max_train_samples", "7"], "--max_train_samples 8, not 7: to resume, give --max_train_samples 8"),
         (["--crop_size", "40"], "--crop_size 32, not 40"),
         (["--seed", "1"], "--seed 42, not 1"),
         (["--layer_decay", "0.9"], "--layer_decay 1.0, not 0.9"),
-        (["--num_channels", "2"], "--num_channels None, not 2: to go on, leave --num_channels out; to begin anew"),
+        (["--num_channels", "2"], "--num_channels None, not 2: to resume, leave --num_channels out; to start over"),
     ):
         with pytest.raises(SystemExit):
             main([*flags, *changed])
@@ -207,9 +207,9 @@ def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, 
     for _ in range(2):  # as it goes on, and once it is finished
         record = main([*flags, "--learning_rate", "2e-3"])
         assert record["resumed_with"] == {"2": {"learning_rate": [1e-3, 2e-3], "max_steps": [2, 4]}}
-    assert caplog.text.count("goes on with other settings") == 1
+    assert caplog.text.count("resumes with other settings") == 1
     assert (
-        f"{checkpoint} goes on with other settings: --learning_rate 0.001 -> 0.002, --max_steps 2 -> 4" in caplog.text
+        f"{checkpoint} resumes with other settings: --learning_rate 0.001 -> 0.002, --max_steps 2 -> 4" in caplog.text
     )
     kept = tmp_path / "run" / "checkpoint-4" / "arguments.json"
     kept.write_text("[1]".ljust(kept.stat().st_size))
@@ -219,7 +219,7 @@ def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, 
 
 
 def test_what_training_alone_cost_is_recorded_and_adds_up_over_a_resume(encoder, tmp_path, monkeypatch):
-    """The clock stands still in evaluations, however slow."""
+    """The clock stops during evaluations, however slow they are."""
     stock, stood = SegmentationTrainer.get_eval_dataloader, []
 
     def slow(self, *args):
@@ -322,13 +322,13 @@ def test_a_random_mini_model_needs_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--crop_size", "30"], "crop_size 30 is no multiple of the patch size 8"),
+        (["--crop_size", "30"], "crop_size 30 is not a multiple of the patch size 8"),
         (["--per_device_train_batch_size", "1"], "at least 2 images"),
         (["--ignore_index", "2"], "ignore_index 2 is the class 'ball'"),
         (["--model_size", "mini"], "not both"),
         (["--train_dir", "nowhere"], "not both"),
         (["--layer_decay", "0"], "layer_decay is 0"),
-        (["--warmup_steps", "4"], "polynomial cannot go over 4 steps, 4 of them warm-up"),
+        (["--warmup_steps", "4"], "polynomial cannot cover 4 steps, 4 of them warm-up"),
     ],
 )
 def test_mistakes_end_with_one_line(encoder, tmp_path, capsys, flags, message):

@@ -208,7 +208,7 @@ def test_exported_labels_are_the_masks_again(segmenter, wafers, tmp_path):
         assert sum(row["true"] for row in again.rows) == sum(row["pixels"] for row in found.rows)
     names = [entry["file_name"] for entry in json.loads((tmp_path / "out/coco.json").read_text())["images"]]
     assert names == [f"{index:03}.tif" for index in range(5)]
-    with pytest.raises(UserError, match="export 'voc': choose of coco, labelme"):
+    with pytest.raises(UserError, match="export 'voc': choose from coco, labelme"):
         load(model, export=["voc"])
 
 
@@ -264,7 +264,7 @@ def test_models_and_settings_that_cannot_be(tmp_path, segmenter):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "nonsense", "architectures": ["NonsenseForSemanticSegmentation"]})
     )
-    with pytest.raises(UserError, match=r"no model for semantic segmentation that is known|does not say at which size"):
+    with pytest.raises(UserError, match=r"is not a known model for semantic segmentation|does not say at which size"):
         hf_dbp.load_predictor(str(tmp_path))
     with pytest.raises(UserError, match="crop_size is 0"):
         load(str(segmenter["native"][0]), crop_size=0)

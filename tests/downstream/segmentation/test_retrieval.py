@@ -128,7 +128,7 @@ def test_too_many_patches_are_drawn_from_and_counted(folder, caplog):
     ("flags", "message"),
     [
         (["--neighbours", "0"], "--neighbours is above 0"),
-        (["--crop_size", "20"], "--crop_size 20 is no multiple of the patch size 8"),
+        (["--crop_size", "20"], "--crop_size 20 is not a multiple of the patch size 8"),
         (["--num_channels", "1"], "the ViT takes 3 channels, the images have 1"),
     ],
 )

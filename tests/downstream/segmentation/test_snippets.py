@@ -98,7 +98,7 @@ def check(folder, record):
 
 
 def run_elsewhere(trained, tmp_path, monkeypatch):
-    """The case in a folder of its own, so that nothing is there yet."""
+    """The case in a separate, empty folder."""
     folder, record = trained
     for name in ("segmenter", "street.png", "photos", "masks"):
         (tmp_path / name).symlink_to(folder / name)

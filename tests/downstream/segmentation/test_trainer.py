@@ -58,7 +58,10 @@ def test_an_all_void_micro_batch_leaves_the_others_their_gradient(tmp_path):
     [
         ({"per_device_train_batch_size": 1}, "at least 2 images"),
         ({"per_device_train_batch_size": 16}, "8 training images do not fill one step of 16"),
-        ({"per_device_train_batch_size": 7, "dataloader_drop_last": False}, "8 training images in .* leave one image"),
+        (
+            {"per_device_train_batch_size": 7, "dataloader_drop_last": False},
+            "8 training images in .* leave a single image",
+        ),
     ],
 )
 def test_batches_that_cannot_be_are_refused_before_training(tmp_path, options, message):
