@@ -19,7 +19,7 @@ from hf_dbp.training.arguments import GROUPS, PretrainingArguments, RunArguments
 from hf_dbp.training.restoring import changed_arguments, compared_arguments
 
 STOCK = {field.name for field in dataclasses.fields(TrainingArguments)}
-CLASSES = {*(kind for kinds in COMMANDS.values() for kind in kinds), RetrievalArguments, RetrievalData}
+CLASSES = [*dict.fromkeys(kind for kinds in COMMANDS.values() for kind in kinds), RetrievalArguments, RetrievalData]
 
 
 def undeclared(group: type) -> list[str]:

@@ -31,7 +31,7 @@ class ImageFlags:
     validation_dir: Annotated[str | None, Nature("data", "told")] = field(
         default=None, metadata={"help": "The same for validation."}
     )
-    image_column_name: Annotated[str | None, Nature("data")] = field(
+    image_column_name: Annotated[str | None, Nature("data", "told")] = field(
         default=None, metadata={"help": "Column of the images (default: image)."}
     )
     train_val_split: Annotated[float, Nature("data", "told")] = field(
@@ -41,7 +41,7 @@ class ImageFlags:
     max_train_samples: Annotated[int | None, Nature("data")] = field(
         default=None, metadata={"help": "Maximum number of training images."}
     )
-    max_eval_samples: Annotated[int | None, Nature("data")] = field(
+    max_eval_samples: Annotated[int | None, Nature("data", "told")] = field(
         default=None, metadata={"help": "Maximum number of validation images."}
     )
     num_channels: Annotated[int | None, Nature("data")] = field(
@@ -98,7 +98,7 @@ class StreamingFlags(FolderFlags):
             "converting all of them first. With --cache_dir each is read once and kept there, decoded."
         },
     )
-    cache_short_side: Annotated[int, Nature("data")] = field(
+    cache_short_side: Annotated[int, Nature("data", "told")] = field(
         default=256,
         metadata={"help": "Shorter side in pixels to which larger images are scaled down in the streamed cache."},
     )

@@ -14,7 +14,7 @@ __all__ = ["HubFlags"]
 class HubFlags:
     """Models on the Hub."""
 
-    model_revision: Annotated[str, Nature("model")] = field(
+    model_revision: Annotated[str, Nature("model", "told")] = field(
         default="main", metadata={"help": "Revision of the model on the Hub."}
     )
     cache_dir: Annotated[str | None, Nature("nothing")] = field(
