@@ -131,7 +131,7 @@ def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys,
     record = main(flags(tmp_path, num_train_epochs=2, eta=1e-4, logging_steps=1, built_in_size=40))
     told = [text for text in caplog.messages if "resumes with" in text]
     news = (
-        "resumes with other settings: --built_in_size 48 -> 40, --num_train_epochs 1.0 -> 2.0, --eta 0.0005 -> 0.0001"
+        "resumes with other settings: --built_in_size 48 -> 40, --eta 0.0005 -> 0.0001, --num_train_epochs 1.0 -> 2.0"
     )
     assert told == [f"{tmp_path / 'checkpoint-3'} {news}"]
     changed = {"built_in_size": [48, 40], "num_train_epochs": [1.0, 2.0], "eta": [5e-4, 1e-4]}

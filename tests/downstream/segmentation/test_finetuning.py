@@ -209,7 +209,7 @@ def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, 
         assert record["resumed_with"] == {"2": {"learning_rate": [1e-3, 2e-3], "max_steps": [2, 4]}}
     assert caplog.text.count("resumes with other settings") == 1
     assert (
-        f"{checkpoint} resumes with other settings: --learning_rate 0.001 -> 0.002, --max_steps 2 -> 4" in caplog.text
+        f"{checkpoint} resumes with other settings: --max_steps 2 -> 4, --learning_rate 0.001 -> 0.002" in caplog.text
     )
     kept = tmp_path / "run" / "checkpoint-4" / "arguments.json"
     kept.write_text("[1]".ljust(kept.stat().st_size))
