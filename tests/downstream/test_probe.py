@@ -193,7 +193,7 @@ def test_a_class_that_training_lacks_is_named_with_what_to_do(folder, capsys):
     with pytest.raises(SystemExit):
         probed(folder, "--validation_dir", str(folder / "shown"))
     message = capsys.readouterr().err
-    assert "1 test classes are not in training, e.g. 'night'; add images of them to training or remove" in message
+    assert "1 test classes are not in training, e.g. 'night'; add training images of them or remove" in message
     with pytest.raises(SystemExit):
         probed(folder, "--validation_dir", str(folder / "shown"), "--max_train_samples", "20")
     assert "'night'; raise --max_train_samples 20, or add images" in capsys.readouterr().err
