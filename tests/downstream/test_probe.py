@@ -196,7 +196,7 @@ def test_a_class_that_training_lacks_is_named_with_what_to_do(folder, capsys):
     assert "1 test classes are not in training, e.g. 'night'; add training images of them or remove" in message
     with pytest.raises(SystemExit):
         probed(folder, "--validation_dir", str(folder / "shown"), "--max_train_samples", "20")
-    assert "'night'; raise --max_train_samples 20, or add images" in capsys.readouterr().err
+    assert "'night'; raise --max_train_samples 20, or add training images" in capsys.readouterr().err
 
 
 def test_the_folder_of_the_output_is_made(folder):
