@@ -49,7 +49,7 @@ ADVICE = {
 class NonFiniteError(UserError, FloatingPointError):
     """Too many steps in a row had a loss, gradient or R that is not finite; the message says where and what to do.
 
-    The weights are those before the first of these steps.
+    The weights are those before the first of these steps, unless R was the cause: then only R is.
     """
 
 
@@ -232,7 +232,7 @@ class GuardCallback(ReportingCallback):
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise NonFiniteError(
                 f"{self.skipped_in_a_row} steps in a row up to step {step} had a {cause} that is not finite, first in "
-                f"{layer}: {ADVICE[cause]}. None of these steps was kept or saved; the command with these changes "
+                f"{layer}: {ADVICE[cause]}. None of these steps was saved; the command with these changes "
                 f"resumes from the last checkpoint (--max_skipped_steps sets the limit)"
             )
 
