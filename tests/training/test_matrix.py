@@ -240,7 +240,9 @@ def check_pretraining(folder, given, stop, parts, made):
         assert model["step"] == given["max_steps"]
     for step, checkpoint in whole_checkpoints(folder / "run").items():
         of_it = json.loads((checkpoint / "run.json").read_text())["results"]["model"]
-        later = given["eval_on_start"] and stop is not None and step == stop + 1  # a resume evaluates it
+        # evaluated after it was written: by a resume, or at the end of a run that never evaluates
+        later = given["eval_on_start"] and stop is not None and step == stop + 1
+        later = later or (given["eval_strategy"] == "no" and step == given["max_steps"])
         assert of_it["step"] == step
         assert of_it.get("eval_loss") == evaluated.get(step) or (later and "eval_loss" not in of_it)
     assert run["results"]["input"]["images"] == sum(part.images for part in parts)
