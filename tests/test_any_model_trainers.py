@@ -98,13 +98,13 @@ def test_a_stock_trainer_is_refused_where_it_would_lose_tensors(how, tmp_path):
     """It saves a ViT under the names of transformers 4 but restores it by today's, and only warns."""
     trainer = trainer_of(vit, tmp_path, load_best_model_at_end=how == "best")
     if how == "best":
-        with pytest.raises(ValueError, match=r"other names .* hf_dbp\.ResumingTrainer"):
+        with pytest.raises(ValueError, match=r"under names .* hf_dbp\.ResumingTrainer"):
             trainer.train()
         assert trainer.state.global_step == 0
         return
     trainer.train()
     shutil.rmtree(tmp_path / "checkpoint-8")
-    with pytest.raises(ValueError, match=r"other names .* hf_dbp\.ResumingTrainer"):
+    with pytest.raises(ValueError, match=r"under names .* hf_dbp\.ResumingTrainer"):
         trainer_of(vit, tmp_path).train(resume_from_checkpoint=True)
 
 

@@ -155,7 +155,7 @@ def test_unsigned_and_float_images_are_not_mixed(caplog):
     images = ImageList([{"image": image} for image in pictures(1)] + [{"image": pictures(1)[0] / 255}], "image", 1, 1)
     images.kind = "u"
     assert images.readable(4).dtype == np.uint8
-    assert "image 4: its values are float32, those of the first image unsigned integers" in caplog.text
+    assert "image 4: its values are float32, those of the first image are unsigned integers" in caplog.text
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -170,7 +170,7 @@ def test_folders_that_hold_none_of_our_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no model"):
         write_card(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="not of bert"):
+    with pytest.raises(ValueError, match="not for bert"):
         write_card(tmp_path)
 
 
