@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -359,7 +360,8 @@ def summary(record: RunRecord, folder: Path) -> str:
         )
     lines.append("  model, image processor, card, run.json, curves.png, reconstruction.png are in that folder")
     if record.method == "dbp":
-        lines.append(f"  next: python training_scripts/fuse_checkpoint.py {folder} --output_dir {folder}-fused")
+        run, fused = (shlex.quote(f"{folder}{ending}") for ending in ("", "-fused"))
+        lines.append(f"  next: python training_scripts/fuse_checkpoint.py {run} --output_dir {fused}")
     return "\n".join([*lines, *asked_lines(record.asked_used)])
 
 

@@ -134,6 +134,7 @@ def summary(record: Mapping[str, Any], folder: Path) -> str:
     )
     rows += asked_lines(record["asked_used"])
     pictures = f"{'curves.png, ' if record['evaluations'] else ''}confusion.png, calibration.png, mistakes.png"
-    rows.append(f"  model (best), image processor, card, eval.json, {pictures} are in that folder")
+    model = "model" if record["best_checkpoint"] is None else "model (best)"
+    rows.append(f"  {model}, image processor, card, eval.json, {pictures} are in that folder")
     rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")
     return "\n".join(rows)

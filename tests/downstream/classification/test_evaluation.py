@@ -23,6 +23,7 @@ def test_of_many_classes_the_worst_are_printed():
         "accuracy": 0.5, "accuracy_interval_95": [0.4, 0.6], "majority_class_accuracy": 0.01, "balanced_accuracy": 0.5,
         "expected_calibration_error": 0.1, "loss": 1.0, "per_class": none | dict(reversed(scores.items())),
         "train_seconds": 1.0, "kwh": 0.0, "co2e_kg": 0.0, "asked_used": {}, "evaluations": [], "data": {"source": "x"},
+        "best_checkpoint": None,
     }  # fmt: skip
     lines = summary(record, Path("run")).splitlines()
     shown = [line.split("  ")[2] for line in lines if line.startswith("    class")]
@@ -31,3 +32,5 @@ def test_of_many_classes_the_worst_are_printed():
     few = record | {"per_class": dict(list(scores.items())[::-1][:3])}
     shown = [line.split("  ")[2] for line in summary(few, Path("run")).splitlines() if line.startswith("    class")]
     assert shown == ["class 99", "class 98", "class 97"]
+    assert not any("(best)" in line for line in lines)
+    assert "  model (best)," in summary(record | {"best_checkpoint": "run/checkpoint-2"}, Path("run"))
