@@ -1,7 +1,8 @@
 """What a step costs on a GPU in each setting, in one call of at most ten minutes.
 
     python benchmarks/gpu.py                              # ViT-B, batches 512 and 1024, bf16, eager and compiled
-    python benchmarks/gpu.py --device cpu --size mini --image_size 32 --patch_size 8 --batches 4 --methods bp dbp_full
+    python benchmarks/gpu.py --sizes small base --optimizers adamw muon --no-compile
+    python benchmarks/gpu.py --device cpu --sizes mini --image_size 32 --patch_size 8 --batches 4 --methods bp dbp_full
 
 Finally it prints one table with the rows of `step_time.py`: ratio to plain backprop, FLOPs, seconds, images/s, the
 share of the machine's own matrix rate, seconds of each part (forward, backward, optimizer, update of R), peak memory.
@@ -12,6 +13,7 @@ Tested on a small scale on a CPU; it has not been run on a GPU yet.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -28,11 +30,12 @@ METHODS = ("stock", "bp", "dbp", "dbp_interval", "dbp_fast", "dbp_full")
 READS = 512
 
 
-def settings(args: argparse.Namespace, compiled: bool) -> argparse.Namespace:
+def settings(args: argparse.Namespace, optimizer: str, compiled: bool) -> argparse.Namespace:
     """The arguments of `step_time.measure`, for methods that run eagerly or that are compiled, each beside bp."""
     return argparse.Namespace(
-        methods=list(args.methods),
+        methods=[name for name in args.methods if not compiled or name in (*args.compiled, "bp")],
         compile=compiled,
+        optimizer=optimizer,
         image_size=args.image_size,
         patch_size=args.patch_size,
         device=args.device,
@@ -45,24 +48,25 @@ def settings(args: argparse.Namespace, compiled: bool) -> argparse.Namespace:
 
 
 def measured(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of all batches, eager before compiled, and what was left out."""
+    """The rows of all sizes, batches and optimizers, eager before compiled, and what was left out."""
     begin, rows, left_out = time.monotonic(), [], []
-    for compiled in (False, True)[: 1 + args.compile]:
-        for batch in args.batches:
-            what = f"batch {batch}{', compiled' if compiled else ''}"
-            if time.monotonic() - begin > args.seconds:
-                left_out.append(f"{what}: {args.seconds:g} seconds are used up")
-                continue
-            chosen = settings(args, compiled)
-            try:
-                found = step_time.measure(chosen, args.size, batch)
-                found = [row for row in found if ("+" in row["method"]) == compiled]
-                step_time.with_memory(chosen, found)
-            except torch.OutOfMemoryError:
-                left_out.append(f"{what}: out of memory")
-                continue
-            rows += found
-            print(step_time.table(found), flush=True)
+    forms = (False, True)[: 1 + args.compile]
+    for compiled, size, optimizer, batch in itertools.product(forms, args.sizes, args.optimizers, args.batches):
+        what = f"{size}, {optimizer}, batch {batch}{', compiled' if compiled else ''}"
+        if time.monotonic() - begin > args.seconds:
+            left_out.append(f"{what}: {args.seconds:g} seconds are used up")
+            continue
+        chosen = settings(args, optimizer, compiled)
+        try:
+            found = step_time.measure(chosen, size, batch)
+        except torch.OutOfMemoryError:
+            left_out.append(f"{what}: out of memory")
+            continue
+        found = [row for row in found if ("+" in row["method"]) == compiled]
+        if args.device == "cpu":
+            step_time.with_memory(chosen, found)
+        rows += found
+        print(f"{what}: {time.monotonic() - begin:.0f} s", step_time.table(found), sep="\n", flush=True)
     return rows, left_out
 
 
@@ -78,7 +82,8 @@ def input_rate(folder: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="base")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base"])
+    parser.add_argument("--optimizers", nargs="+", choices=["adamw", "muon"], default=["adamw"])
     parser.add_argument("--batches", nargs="+", type=int, default=[512, 1024])
     parser.add_argument("--methods", nargs="+", choices=step_time.METHODS, default=METHODS)
     parser.add_argument("--image_size", type=int, default=224)
@@ -86,6 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--compiled", nargs="+", choices=step_time.METHODS, default=METHODS, help="these if compiled")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=420.0, help="start nothing new after this many seconds")
     parser.add_argument("--images", help="folder of images, to say how fast one core reads them")
@@ -109,7 +115,9 @@ def main() -> None:
     args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for line in left_out:
         print(f"left out: {line}")
-    print(f"\n{device}, torch {torch.__version__}, {args.dtype}, ViT-MAE {args.size}; written: {args.output}")
+    print(
+        f"\n{device}, torch {torch.__version__}, {args.dtype}, ViT-MAE {', '.join(args.sizes)}; written: {args.output}"
+    )
     print(step_time.table(rows))
 
 

@@ -15,9 +15,10 @@ Methods
     dbp_full            every linear of encoder and decoder, every 5 steps
     <method>+compile    with --compile
 
-A step is forward, backward, fused AdamW and the update of R. Reported are medians over the repeats: seconds of each
-part, ratio to bp, images/s, FLOPs (counted from the operators), and with --memory the peak memory of a step beyond an
-idle process (CPU) or allocated (GPU). Utilisation is bp's FLOPs over the time and the matrix rate measured here.
+A step is forward, backward, optimizer (fused AdamW, or Muon on hidden matrices) and the update of R. Reported are
+medians over the repeats: seconds of each part, ratio to bp, images/s, FLOPs (counted from the operators), and the peak
+memory of a step: allocated on a GPU; on a CPU, with --memory, beyond an idle process. Utilisation is bp's FLOPs over
+the time and the matrix rate measured here.
 
 Clocks: a GPU's own events; on a CPU the time that this process's threads computed (``--clock wall`` for the wall's), so
 that other programs distort less. Use one thread for comparisons on a busy machine: waiting threads count as computing.
@@ -44,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_dbp import SIZES, DBPViTMAEConfig, DBPViTMAEForPreTraining, initialize_mae_, update_decorrelation
+from hf_dbp.training.optimizers import HiddenWithAdamW
 from hf_dbp.update import set_gathering
 
 INTERVAL = 5
@@ -109,7 +111,12 @@ class Method:
         self.model = model.to(device).train()
         self.forward = torch.compile(self.model) if compiled else self.model
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+        options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.05, "fused": True}
+        self.optimizer = (
+            torch.optim.AdamW(trainable, **options)
+            if args.optimizer == "adamw"
+            else HiddenWithAdamW(self.model, args.optimizer, **options)
+        )
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=args.dtype == "bf16")
         self.interval = INTERVAL if self.base in ("dbp_interval", "dbp_fast", "dbp_full") else 1
 
@@ -187,6 +194,20 @@ def resident(key: str) -> int:
     return int(found.group(1)) * 1024
 
 
+def peak_on_gpu(method: Method, pixels: Tensor, own: int) -> int:
+    """Bytes that a step with an update of R takes at most, with the method's own ones but without other methods'."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    method.step(pixels, lambda: None)
+    return own + torch.cuda.max_memory_allocated() - before
+
+
+def matrix_bytes(model: nn.Module) -> int:
+    """Bytes of all matrices R."""
+    return sum(p.nbytes for name, p in model.named_parameters() if name.split(".")[-1] == "R")
+
+
 def peak_bytes(name: str, args: argparse.Namespace, size: str, batch: int) -> dict[str, int]:
     """Peak memory of three steps, and what the matrices R take of it; runs in a process of its own."""
     torch.set_num_threads(args.threads)
@@ -195,12 +216,7 @@ def peak_bytes(name: str, args: argparse.Namespace, size: str, batch: int) -> di
     method = Method(name, args, size, args.device)
     for _ in range(3):
         method.step(pixels, lambda: None)
-    peak = resident("VmHWM") - idle
-    if args.device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    tensors = [*method.model.named_parameters(), *method.model.named_buffers()]
-    matrices = sum(tensor.nbytes for tensor_name, tensor in tensors if tensor_name.split(".")[-1] == "R")
-    return {"peak_bytes": peak, "matrix_bytes": matrices}
+    return {"peak_bytes": resident("VmHWM") - idle, "matrix_bytes": matrix_bytes(method.model)}
 
 
 def measure(args: argparse.Namespace, size: str, batch: int) -> list[dict[str, Any]]:
@@ -209,16 +225,18 @@ def measure(args: argparse.Namespace, size: str, batch: int) -> list[dict[str, A
     names += [f"{name}+compile" for name in args.methods if args.compile and name != "stock"]
     clock = time.perf_counter if args.device == "cuda" or args.clock == "wall" else time.process_time
     pixels = images(args, batch, args.device)
-    methods = {name: Method(name, args, size, args.device) for name in names}
+    methods, flops, own = {}, {}, {}
     rate = matrix_rate(args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32, clock)
-    flops = {}
-    for name, method in methods.items():
+    for name in names:
+        before = torch.cuda.memory_allocated() if pixels.is_cuda else 0
+        method = methods[name] = Method(name, args, size, args.device)
         if "+" in name:
             flops[name] = flops[name.partition("+")[0]]
             for due in (True, False, True, False):
                 method.step(pixels, lambda: None, due)
         else:
             flops[name] = method.warm_up(pixels)
+        own[name] = torch.cuda.memory_allocated() - before if pixels.is_cuda else 0
     repeats: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(args.repeats):
         taken: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -232,7 +250,13 @@ def measure(args: argparse.Namespace, size: str, batch: int) -> list[dict[str, A
         totals = [sum(parts) for parts in repeats[name]]
         ratios = [total / sum(parts) for total, parts in zip(totals, repeats["bp"], strict=True)]
         seconds = statistics.median(totals)
-        row = {"size": size, "batch": batch, "method": name, "ratio_to_bp": statistics.median(ratios)}
+        row = {
+            "size": size,
+            "batch": batch,
+            "optimizer_name": args.optimizer,
+            "method": name,
+            "ratio_to_bp": statistics.median(ratios),
+        }
         row |= {
             "flops": flops[name],
             "ratios": ratios,
@@ -241,6 +265,8 @@ def measure(args: argparse.Namespace, size: str, batch: int) -> list[dict[str, A
             "matrix_rate": rate,
         }
         row |= {part: statistics.median(r[i] for r in repeats[name]) for i, part in enumerate(PARTS)}
+        if pixels.is_cuda:
+            row["peak_bytes"] = peak_on_gpu(methods[name], pixels, own[name])
         rows.append(row)
     useful = next(row["flops"] for row in rows if row["method"] == "bp")
     for row in rows:
@@ -249,7 +275,7 @@ def measure(args: argparse.Namespace, size: str, batch: int) -> list[dict[str, A
 
 
 def with_memory(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Add peak memory to the rows, each from a fresh process."""
+    """Add peak memory on a CPU to the rows, each from a fresh process."""
     context = multiprocessing.get_context("spawn")
     for row in rows:
         with context.Pool(1) as pool:
@@ -257,10 +283,12 @@ def with_memory(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    header = f"{'size':6} {'batch':>5} {'method':24} {'x bp':>6} {'FLOPs':>6} {'s/step':>8} {'img/s':>8} {'util':>5}  "
+    header = f"{'size':6} {'batch':>5} {'optim':6} {'method':24} {'x bp':>6} {'FLOPs':>6} "
+    header += f"{'s/step':>8} {'img/s':>8} {'util':>5}  "
     lines = [header + "  ".join(f"{part:>9}" for part in PARTS) + f"  {'peak MiB':>9}"]
     for r in rows:
-        line = f"{r['size']:6} {r['batch']:5} {r['method']:24} {r['ratio_to_bp']:6.3f} {r['flops_to_bp']:6.3f} "
+        line = f"{r['size']:6} {r['batch']:5} {r['optimizer_name']:6} {r['method']:24} "
+        line += f"{r['ratio_to_bp']:6.3f} {r['flops_to_bp']:6.3f} "
         line += f"{r['seconds']:8.4f} {r['images_per_second']:8.1f} {r['utilisation']:5.2f}  "
         line += "  ".join(f"{r[part]:9.4f}" for part in PARTS)
         lines.append(line + (f"  {r['peak_bytes'] / 2**20:9.0f}" if "peak_bytes" in r else ""))
@@ -277,7 +305,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: under autocast")
     parser.add_argument("--compile", action="store_true", help="measure each method compiled as well")
-    parser.add_argument("--memory", action="store_true", help="measure peak memory, a process for each method")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="measure peak memory on a CPU, a process for each method (on a GPU it is always measured)",
+    )
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu", help="on a CPU")
@@ -295,7 +328,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for size, batch in itertools.product(args.sizes, args.batches):
         found = measure(args, size, batch)
-        if args.memory:
+        if args.memory and args.device == "cpu":
             with_memory(args, found)
         rows += found
         print(table(found), flush=True)

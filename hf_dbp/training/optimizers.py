@@ -1,7 +1,7 @@
 """The optimizers of the scripts: AdamW, or Muon or one of pytorch-optimizer on hidden matrices with AdamW on the rest.
 
-Muon (`torch.optim.Muon`) orthogonalises the momentum of 2-D weights; its step is scaled to AdamW's size
-(``match_rms_adamw``), so one learning rate serves both. SOAP and others come by name from the optional package
+Muon orthogonalises the momentum of 2-D weights, in a step of AdamW's size (`hf_dbp.training.muon`), so one learning
+rate serves both. SOAP and others come by name from the optional package
 pytorch-optimizer. Embeddings, the output layer, norms and biases stay with AdamW. A Trainer has one optimizer, so the
 two act, are scheduled and are checkpointed as one.
 """
@@ -21,6 +21,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_dbp.errors import UserError
+from hf_dbp.training.muon import Muon
 
 __all__ = [
     "HiddenWithAdamW",
@@ -117,9 +118,7 @@ class HiddenWithAdamW(torch.optim.Optimizer):
         self.name = name
         self.hidden: torch.optim.Optimizer
         if name == "muon":
-            self.hidden = torch.optim.Muon(
-                matrices, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            self.hidden = Muon(matrices, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay)
         else:
             self.hidden = made_by_library(name, matrices, lr=lr, weight_decay=weight_decay)
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=fused)

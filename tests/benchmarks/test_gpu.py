@@ -15,7 +15,7 @@ def gpu():
 
 
 def run(gpu, monkeypatch, tmp_path, *flags):
-    small = ["--device", "cpu", "--size", "mini", "--image_size", "16", "--patch_size", "8", "--dtype", "fp32"]
+    small = ["--device", "cpu", "--sizes", "mini", "--image_size", "16", "--patch_size", "8", "--dtype", "fp32"]
     small += ["--methods", "bp", "dbp_full", "--repeats", "1", "--output", str(tmp_path / "gpu.json")]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *small, *flags])
     monkeypatch.setattr(gpu.step_time, "with_memory", lambda args, rows: [row.update(peak_bytes=1) for row in rows])
@@ -33,7 +33,7 @@ def test_one_table_last_with_every_setting(gpu, monkeypatch, tmp_path, capsys):
     assert all(row["images_per_second"] > 0 and row["flops_to_bp"] >= 1 for row in record["rows"])
     last = capsys.readouterr().out.strip().splitlines()[-5:]
     assert last[0].startswith("size")
-    assert [line.split()[2] for line in last[1:]] == ["bp", "dbp_full"] * 2
+    assert [line.split()[3] for line in last[1:]] == ["bp", "dbp_full"] * 2
 
 
 def test_what_does_not_fit_or_would_take_too_long_is_named(gpu, monkeypatch, tmp_path, capsys):
@@ -46,12 +46,17 @@ def test_what_does_not_fit_or_would_take_too_long_is_named(gpu, monkeypatch, tmp
 
     monkeypatch.setattr(gpu.step_time, "measure", short_of_memory)
     record = run(gpu, monkeypatch, tmp_path, "--no-compile", "--batches", "3", "2")
-    assert record["left_out"] == ["batch 3: out of memory"]
+    assert record["left_out"] == ["mini, adamw, batch 3: out of memory"]
     assert {row["batch"] for row in record["rows"]} == {2}
-    assert "left out: batch 3: out of memory" in capsys.readouterr().out
+    assert "left out: mini, adamw, batch 3: out of memory" in capsys.readouterr().out
     record = run(gpu, monkeypatch, tmp_path, "--batches", "2", "--seconds", "-1")
     assert record["rows"] == []
-    assert record["left_out"][1] == "batch 2, compiled: -1 seconds are used up"
+    assert record["left_out"][1] == "mini, adamw, batch 2, compiled: -1 seconds are used up"
+
+
+def test_each_optimizer_has_its_rows(gpu, monkeypatch, tmp_path):
+    record = run(gpu, monkeypatch, tmp_path, "--no-compile", "--batches", "2", "--optimizers", "adamw", "muon")
+    assert [row["optimizer_name"] for row in record["rows"]] == ["adamw"] * 2 + ["muon"] * 2
 
 
 def test_without_a_gpu_it_says_so(gpu, monkeypatch, capsys):

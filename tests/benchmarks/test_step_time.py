@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection
 
-ARGUMENTS = argparse.Namespace(image_size=32, patch_size=16, dtype="fp32", fields={})
+ARGUMENTS = argparse.Namespace(optimizer="adamw", image_size=32, patch_size=16, dtype="fp32", fields={})
 
 
 @pytest.fixture(scope="module")
