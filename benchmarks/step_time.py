@@ -102,12 +102,13 @@ class Method:
         self.base, _, compiled = name.partition("+")
         torch.manual_seed(0)
         fields = SIZES[size] | {"image_size": args.image_size, "patch_size": args.patch_size} | args.fields
-        if self.base in ("stock", "naive"):
-            model = ViTMAEForPreTraining(ViTMAEConfig(**fields))
-            initialize_mae_(model)
-            model = naive_model(model) if self.base == "naive" else model
-        else:
-            model = DBPViTMAEForPreTraining(DBPViTMAEConfig(**fields, decorrelated_layers=CHOICES[self.base]))
+        with torch.device(device):
+            if self.base in ("stock", "naive"):
+                model = ViTMAEForPreTraining(ViTMAEConfig(**fields))
+                initialize_mae_(model)
+                model = naive_model(model) if self.base == "naive" else model
+            else:
+                model = DBPViTMAEForPreTraining(DBPViTMAEConfig(**fields, decorrelated_layers=CHOICES[self.base]))
         self.model = model.to(device).train()
         self.forward = torch.compile(self.model) if compiled else self.model
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
