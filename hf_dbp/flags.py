@@ -10,14 +10,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
 
 from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.natures import natures
 
-__all__ = ["FlagParser", "own_flags", "title_of"]
+__all__ = ["FlagParser", "flags_of", "own_flags", "title_of"]
 
 
 def own_flags(group: type) -> list[str]:
@@ -91,3 +91,16 @@ class FlagParser(HfArgumentParser):  # type: ignore[misc]
             formatter.add_arguments(actions)
             formatter.end_section()
         return str(formatter.format_help())
+
+
+def flags_of(group: type, *names: str) -> HfArgumentParser:
+    """A parser of some flags of a class of arguments, for the ``parents`` of an `argparse.ArgumentParser`."""
+    hints, declared = get_type_hints(group), {field.name: field for field in dataclasses.fields(group)}
+    fields = [
+        (name, hints[name], dataclasses.field(default=declared[name].default, metadata=declared[name].metadata))
+        for name in names
+    ]
+    parser = HfArgumentParser(dataclasses.make_dataclass(group.__name__, fields), add_help=False)
+    for action in parser._actions:
+        action.option_strings = action.option_strings[:1]
+    return parser

@@ -1,15 +1,19 @@
 """Flags: our own come first in the help text, and docs/flags.md is made of them."""
 
+import argparse
 import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from flags_page import COMMANDS, page
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dbp import cli
+from hf_dbp.data.arguments import FolderFlags
+from hf_dbp.downstream.segmentation.source import LabelFlags
 from hf_dbp.flags import FlagParser, own_flags
+from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.training.arguments import RunArguments
 
 COMMON = [name for name, flag in RunArguments.STOCK.items() if flag.common]
@@ -54,6 +58,31 @@ def test_a_default_is_shown_once_and_none_is_not():
         for action in FlagParser(groups)._actions:
             counted = str(action.help).count("(default:")
             assert counted <= 1 and not (counted and action.default is None and "%(default)s" in action.help), action
+
+
+@pytest.mark.parametrize("command", ["embed", "export", "inspect", "predict", "select"])
+def test_a_flag_means_the_same_in_every_command(command, monkeypatch):
+    """What a dataclass declares has its help text, type and default in the commands of argparse too."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(self, *_):
+        raise Parsed(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed) as parsed:
+        cli.main([command])
+    ours = {action.dest: action for action in parsed.value.args[0]._actions}
+    declared = {}
+    for group in (FolderFlags, LabelFlags, HubFlags):
+        declared |= {action.dest: action for action in HfArgumentParser(group, add_help=False)._actions}
+    shared = ours.keys() & declared.keys() - {"ignore_index"}  # predict's default is the model's
+    assert shared
+    for name in shared:
+        assert [getattr(ours[name], of) for of in ("help", "type", "nargs", "default")] == [
+            getattr(declared[name], of) for of in ("help", "type", "nargs", "default")
+        ], name
 
 
 def test_both_spellings_are_read():

@@ -1,4 +1,5 @@
-"""Statistics of paired runs and curves: the size and certainty of a saving, and when a curve meets a target.
+"""Statistics of shares, paired runs and curves: intervals, the size and certainty of a saving, and when a curve meets a
+target.
 
 Runs are paired by seed. For pairs (a_i, b_i) of baseline and other, differences d_i = b_i - a_i:
 
@@ -24,7 +25,7 @@ from scipy import stats
 
 from hf_dbp.errors import UserError
 
-__all__ = ["Mean", "Paired", "crossing", "margin", "mean_interval", "paired_test", "value_at"]
+__all__ = ["Mean", "Paired", "crossing", "margin", "mean_interval", "paired_test", "value_at", "wilson_interval"]
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-10  # differences that vary by less than this, relative to the values, are equal
@@ -59,6 +60,12 @@ class Paired:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of the share ``hits / trials``."""
+    interval = stats.binomtest(hits, trials).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mean_interval(values: Sequence[float]) -> Mean:

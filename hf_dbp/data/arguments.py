@@ -80,7 +80,7 @@ class FolderFlags(SubsetFlags):
 
     mask_suffix: Annotated[str, Nature("data", "told")] = field(
         default="",
-        metadata={"help": "Suffix of the names of masks that lie beside their images, e.g. _mask."},
+        metadata={"help": "What the names of masks add to those of their images, e.g. _mask."},
     )
     built_in_size: Annotated[int, Nature("data", "told")] = field(
         default=128, metadata={"help": "Side in pixels of the built-in images, --dataset_name wire_bonding."}

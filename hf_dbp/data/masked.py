@@ -31,7 +31,7 @@ from hf_dbp.data.resampling import collate, resample
 from hf_dbp.data.values import unit_scale
 from hf_dbp.errors import UserError
 
-__all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "collate", "evaluation_collate", "interpolation_loss"]
+__all__ = ["EpochSampler", "EvaluationViews", "MaskedImages", "collate", "interpolation_loss"]
 
 EVALUATION = 0x65766C  # used in place of the epoch
 
@@ -143,11 +143,11 @@ class EvaluationViews(torch.utils.data.Dataset[dict[str, Tensor] | None]):
         except UnreadableImageError:
             return None
 
-
-def evaluation_collate(views: list[dict[str, Tensor] | None]) -> dict[str, Tensor]:
-    """A batch of the readable views; it may be empty."""
-    readable = [view for view in views if view is not None]
-    return torch.utils.data.default_collate(readable) if readable else {}
+    @staticmethod
+    def collate(views: list[dict[str, Tensor] | None]) -> dict[str, Tensor]:
+        """A batch of the readable views; it may be empty."""
+        readable = [view for view in views if view is not None]
+        return torch.utils.data.default_collate(readable) if readable else {}
 
 
 def interpolation_loss(data: MaskedImages, patch_size: int, mask_ratio: float) -> float:

@@ -37,14 +37,11 @@ from tqdm.auto import tqdm
 
 from hf_dbp.data.decoding import decode
 from hf_dbp.data.images import ImageList, images_digest
+from hf_dbp.data.one_split import image_name, image_source, open_images, split_flags
 from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.features import (
     FrozenEncoder,
-    add_data_flags,
-    image_name,
-    image_source,
     load_encoder,
-    open_images,
     pooled,
     token_batches,
 )
@@ -306,19 +303,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     parser = argparse.ArgumentParser(
-        prog="hf-dbp embed", description="Write the features of images as a parquet table."
+        prog="hf-dbp embed", description="Write the features of images as a parquet table.", parents=split_flags()
     )
-    parser.add_argument("model", help="stock ViT, folder or Hub id")
-    parser.add_argument("images", help="folder of images or parquet files, a Hub id, or wire_bonding")
-    parser.add_argument("-o", "--output_file", required=True, help="parquet file to write")
-    parser.add_argument("--patch_features", help="also keep all patch tokens, float16, in this memory-mapped .npy file")
-    parser.add_argument("--pooling", choices=["mean", "cls"], default="mean", help="mean of the patch tokens, or cls")
-    parser.add_argument("--query", nargs="+", default=[], help="picture files: print the images most similar to each")
-    parser.add_argument("--nearest", type=int, default=5, help="how many to print, and k of the outlier score")
-    parser.add_argument("--threshold", type=float, default=0.98, help="cosine from which images are near-duplicates")
-    parser.add_argument("--batch_size", type=int, default=64, help="images per forward pass")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode images")
-    add_data_flags(parser)
+    parser.add_argument("model", help="Stock ViT, folder or Hub id.")
+    parser.add_argument("images", help="Folder of images or parquet files, a Hub id, or wire_bonding.")
+    parser.add_argument("-o", "--output_file", required=True, help="Parquet file to write.")
+    parser.add_argument(
+        "--patch_features", help="Also keep all patch tokens (float16) in this memory-mapped .npy file."
+    )
+    parser.add_argument("--pooling", choices=["mean", "cls"], default="mean", help="Mean of the patch tokens, or cls.")
+    parser.add_argument("--query", nargs="+", default=[], help="Picture files: print the images most similar to each.")
+    parser.add_argument("--nearest", type=int, default=5, help="How many to print, and k of the outlier score.")
+    parser.add_argument("--threshold", type=float, default=0.98, help="Cosine from which images are near-duplicates.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images per forward pass.")
+    parser.add_argument("--workers", type=int, default=0, help="Processes that decode images.")
     args = parser.parse_args(arguments)
     if args.nearest < 1 or args.batch_size < 1:
         raise UserError(f"--nearest and --batch_size are at least 1, got {args.nearest} and {args.batch_size}")

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from transformers import Dinov2Config, Dinov2Model, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_dbp.config_limits import check_fields
 from hf_dbp.configuration_dbp_vit_mae import SIZES
@@ -34,7 +34,7 @@ from hf_dbp.hub.untrusted import (
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
 from hf_dbp.natures import Nature
 
-__all__ = ["EncoderArguments", "check_channels", "load_vit", "pixel_statistics"]
+__all__ = ["EncoderArguments", "build_vit", "check_channels", "load_vit", "pixel_statistics"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,26 @@ def load_vit(source: str, **hub_options: Any) -> ViTModel:
         raise UserError(f"{source} holds a {kind!r} model; give a ViT, a ViT-MAE or a DINOv2")
     vit = load_model(source, "vit", add_pooling_layer=False, **hub_options)
     assert isinstance(vit, ViTModel)
+    return vit
+
+
+def build_vit(model_args: EncoderArguments, image_size: Any, num_channels: int) -> ViTModel:
+    """The ViT that the flags name, with its weights or random ones. UserError if it does not fit the images.
+
+    Args:
+        model_args: which encoder.
+        image_size: side, or height and width, of the images that a ViT of a named size takes.
+        num_channels: channels of the images.
+    """
+    if model_args.model_name_or_path is not None:
+        vit = load_vit(model_args.model_name_or_path, **model_args.hub_options)
+        if model_args.from_scratch:
+            vit = ViTModel(vit.config, add_pooling_layer=False)
+    else:
+        shape = {name: value for name, value in SIZES[str(model_args.model_size)].items() if "decoder" not in name}
+        sizes = {"image_size": image_size, "patch_size": model_args.patch_size}
+        vit = ViTModel(ViTConfig(**shape, **sizes, num_channels=num_channels), add_pooling_layer=False)
+    check_channels(vit.config.num_channels, num_channels)
     return vit
 
 

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList, channel_statistics, share_value_range
+from hf_dbp.data.one_split import image_source, open_images, split_flags
 from hf_dbp.data.values import ValueRange
 from hf_dbp.downstream import onnx_run
 from hf_dbp.downstream.encoder import load_vit
-from hf_dbp.downstream.features import CentralSquares, add_data_flags, image_source, open_images
+from hf_dbp.downstream.features import CentralSquares
 from hf_dbp.downstream.segmentation.inference import Preparation, whole_image_logits
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError, command
@@ -260,15 +261,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     parser = argparse.ArgumentParser(
-        prog="hf-dbp export", description="Export a model as ONNX and check it against PyTorch."
+        prog="hf-dbp export", description="Export a model as ONNX and check it against PyTorch.", parents=split_flags()
     )
-    parser.add_argument("model", help="stock ViT or UperNet over one, folder or Hub id")
-    parser.add_argument("images", help="images to check it on: folder, Hub id, or wire_bonding")
-    parser.add_argument("--format", choices=["onnx"], default="onnx", help="what to write")
-    parser.add_argument("--output_dir", default="outputs/onnx", help="folder for the model and its files")
-    parser.add_argument("--crop_size", type=int, help="for a segmenter, as in its training (default: its ViT's)")
-    parser.add_argument("--long_edge", type=int, help="as in its training; 0: native resolution (default: crop_size)")
-    add_data_flags(parser)
+    parser.add_argument("model", help="Stock ViT or UperNet over one, folder or Hub id.")
+    parser.add_argument("images", help="Images to check it on: folder, Hub id, or wire_bonding.")
+    parser.add_argument("--format", choices=["onnx"], default="onnx", help="What to write.")
+    parser.add_argument("--output_dir", default="outputs/onnx", help="Folder for the model and its files.")
+    parser.add_argument("--crop_size", type=int, help="For a segmenter, as in its training (default: its ViT's).")
+    parser.add_argument("--long_edge", type=int, help="As in its training; 0: native resolution (default: crop_size).")
     args = parser.parse_args(arguments)
     images = open_images(image_source(args), args.split)
     record = export_model(

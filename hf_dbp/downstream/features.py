@@ -1,4 +1,4 @@
-"""Compute the features of a frozen ViT: open images, prepare them as its input, run them through it in batches.
+"""Compute the features of a frozen ViT: prepare images as its input, and run them through it in batches.
 
 The probe, `hf-dbp embed` and the readers of its tables all see an image through `CentralSquares`: its largest central
 square at the ViT's size.
@@ -8,11 +8,9 @@ Shapes: B images of a batch, T patch tokens of an image, D features; C, H, W cha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +21,8 @@ from transformers import ViTModel
 
 from hf_dbp.data.augmentation import center_box, normalized, resized
 from hf_dbp.data.decoding import UnreadableImageError
-from hf_dbp.data.images import BUILT_IN, ImageList, ImageSource, channel_statistics, share_value_range, value_name
-from hf_dbp.data.sources import encoded_splits
+from hf_dbp.data.images import ImageList, channel_statistics, share_value_range
 from hf_dbp.data.values import UNIT, ValueRange, in_unit_range
-from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
@@ -34,11 +30,7 @@ from hf_dbp.hub.untrusted import read_statistics, read_value_range
 __all__ = [
     "CentralSquares",
     "FrozenEncoder",
-    "add_data_flags",
-    "image_name",
-    "image_source",
     "load_encoder",
-    "open_images",
     "pooled",
     "token_batches",
 ]
@@ -126,60 +118,3 @@ def load_encoder(source: str, images: ImageList, **hub: Any) -> FrozenEncoder:
         statistics = channel_statistics(images)
     vit = vit.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return FrozenEncoder(vit, source, *statistics, images.value_range)
-
-
-def open_images(source: ImageSource, split: str = "train") -> ImageList:
-    """All images of one split, in order and encoded; a folder without splits is all ``train``.
-
-    Raises:
-        UserError: there is no such data or split, or no image in it.
-    """
-    if source.dataset_name == BUILT_IN:
-        count = source.max_train_samples or 200
-        scenes = WireBonding(
-            count, size=source.built_in_size, seed=source.seed, first=0 if split == "train" else 10_000_000
-        )
-        return ImageList(scenes, "image", 2)
-    splits, column, left_out = encoded_splits(source)
-    left_out.warn(source.name)
-    if split not in splits:
-        raise UserError(f"{source.name} has no split {split!r}, only {', '.join(splits)}; pass --split")
-    for other in splits.keys() - {split}:
-        logger.warning("%s: its %d images of the split %r are left out; --split names another", source.name,
-                       len(splits[other]), other)  # fmt: skip
-    data = splits[split]
-    images = ImageList(data, column, source.num_channels, source.max_unreadable, f"{split} image")
-    images.left_out = left_out
-    return images
-
-
-def image_name(images: ImageList, row: int) -> str:
-    """The path of an image's file, else the number of its row with whatever path it has."""
-    if isinstance(images.samples, WireBonding):
-        return f"{images.name} {row}"
-    return value_name(images.samples[row][images.column], f"{images.name} {row}")
-
-
-def image_source(args: argparse.Namespace) -> ImageSource:
-    """The source that ``args.images`` names: a folder, the built-in images or a Hub id."""
-    local = args.images != BUILT_IN and (
-        Path(args.images).is_dir() or "/" not in args.images or args.images[0] in "./~"
-    )
-    where = {"train_dir": args.images} if local else {"dataset_name": args.images}
-    given = {name: value for name, value in vars(args).items() if name in ImageSource.__dataclass_fields__}
-    return ImageSource(**where, **given, max_train_samples=args.max_samples)
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of `image_source`."""
-    parser.add_argument("--split", default="train", help="split of the data; a folder without splits is all train")
-    parser.add_argument("--max_samples", type=int, help="number of built-in images")
-    parser.add_argument("--num_channels", type=int, help="channels to convert images to")
-    parser.add_argument("--channel_files", nargs="+", help="for one file per channel: a name pattern each")
-    parser.add_argument("--image_column_name", help="column of the images (default: image)")
-    parser.add_argument(
-        "--max_unreadable", type=int, default=100, help="maximum number of unreadable images; more of them end the run"
-    )
-    parser.add_argument("--built_in_size", type=int, default=128, help="side in pixels of the built-in images")
-    parser.add_argument("--cache_dir", help="folder for downloads")
-    parser.add_argument("--token", help="Hub token (default: the one from `hf auth login`)")

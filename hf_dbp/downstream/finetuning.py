@@ -1,4 +1,7 @@
-"""`FinetuningTrainer`: what tasks that train a head on an encoder share, on top of `ResumingTrainer`.
+"""What tasks that train a head on an encoder share: `FinetuningTrainer`, on top of `ResumingTrainer`, and how a run
+ends.
+
+The Trainer adds:
 
 - `EpochSampler` draws the training images, so a view follows from (seed, epoch, image);
 - layer-wise learning-rate decay;
@@ -10,30 +13,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
-from hf_dbp.data.feeding import feeding, make_sampler
+from hf_dbp.data.feeding import feeding, make_sampler, step_images
 from hf_dbp.downstream.beit import parameter_groups
+from hf_dbp.downstream.encoder import EncoderArguments
+from hf_dbp.errors import UserError
+from hf_dbp.figures import plot_curves
+from hf_dbp.hub.model_card import write_card
+from hf_dbp.hub.publishing import Destination
+from hf_dbp.hub.untrusted import read_config
 from hf_dbp.natures import Nature, natures
 from hf_dbp.records import read_arguments, write_json
 from hf_dbp.training.accounting import asked_used
-from hf_dbp.training.clocked import ClockCallback
+from hf_dbp.training.budget import BudgetCallback
+from hf_dbp.training.checkpoints import model_folder
+from hf_dbp.training.clocked import ClockCallback, training_meter
+from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.measurement import Meter
 from hf_dbp.training.optimizers import stock_optimizer
-from hf_dbp.training.restoring import compared_arguments, lacking, noted_changes
+from hf_dbp.training.restoring import compared_arguments, find_checkpoint, lacking, noted_changes
 from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.saving import checkpoint_step
 from hf_dbp.training.stopping import shield_workers
 
-__all__ = ["FinetuningTrainer"]
+__all__ = ["FinetuningTrainer", "finish", "options_of", "trained", "trained_model"]
 
-ARGUMENTS = "arguments.json"
+ARGUMENTS, RECORD = "arguments.json", "eval.json"
+Encoder = TypeVar("Encoder", bound=EncoderArguments)
 
 
 class FinetuningTrainer(ResumingTrainer):
@@ -44,6 +58,7 @@ class FinetuningTrainer(ResumingTrainer):
         arguments: the run's arguments by name, kept in its checkpoints and compared on resume.
         meter: measures this node's energy; None in all but one process of a node.
         energy: the meter's description, with the carbon intensity; empty without a meter.
+        budget: ends training in time; None without a budget.
         kwargs: as for `transformers.Trainer`; `train_dataset` has its list of images as ``images`` and is indexed by
             (epoch, index); None to evaluate only.
 
@@ -63,6 +78,7 @@ class FinetuningTrainer(ResumingTrainer):
         arguments: Mapping[str, Any] | None = None,
         meter: Meter | None = None,
         energy: Mapping[str, Any] | None = None,
+        budget: BudgetCallback | None = None,
         **kwargs: Any,
     ) -> None:
         self.layer_decay, self.arguments = layer_decay, arguments or {}
@@ -71,6 +87,9 @@ class FinetuningTrainer(ResumingTrainer):
         self.resumed_without: dict[str, list[str]] = {}  # step -> states that its checkpoint lacks
         self.paid: dict[str, float] = {}  # `costs` when training began, then at the last checkpoint
         kwargs["model"].accepts_loss_kwargs = False
+        self.budget = budget
+        if budget is not None:  # before the clock, which stops for the evaluations and saves that it requests
+            kwargs["callbacks"] = [budget, *(kwargs.get("callbacks") or ())]
         super().__init__(**kwargs)
         self.cost = ClockCallback(meter, energy)
         self.add_callback(self.cost)
@@ -81,6 +100,12 @@ class FinetuningTrainer(ResumingTrainer):
     def check_batches(self) -> None:
         """Raise a UserError for batches that cannot be trained on; called before training and when another batch size
         is found."""
+        images, step = len(self.train_dataset), step_images(self.args)
+        if self.args.dataloader_drop_last and images < step:
+            raise UserError(
+                f"{images} training images do not fill one step of {step}; "
+                "lower --per_device_train_batch_size or --gradient_accumulation_steps"
+            )
 
     # ---- arguments in checkpoints ----
 
@@ -192,3 +217,92 @@ class FinetuningTrainer(ResumingTrainer):
         )
         shield_workers(loader)
         return loader
+
+
+def options_of(args: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a `FinetuningTrainer` that follow from the flags of training, whatever the task.
+
+    Args:
+        args: the arguments of training.
+        arguments: all arguments of the run by name.
+    """
+    meter = training_meter(args, args.country)
+    return {
+        "args": args,
+        "layer_decay": args.layer_decay,
+        "arguments": arguments,
+        "meter": meter,
+        "energy": None if meter is None else meter.description,
+        "budget": None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began()),
+        "max_skipped_steps": args.max_skipped_steps,
+    }
+
+
+def trained(trainer: FinetuningTrainer) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Train, from the last checkpoint if there is one, and save the model; return its metrics and the evaluations
+    during training."""
+    trainer.train(resume_from_checkpoint=find_checkpoint(trainer.args))
+    history = [row for row in trainer.state.log_history if "eval_loss" in row]
+    metrics = trainer.evaluate()  # the model is now the best checkpoint
+    trainer.save_model()
+    return metrics, history
+
+
+def trained_model(
+    model_args: Encoder, args: TrainingArguments, what: str, is_one: Callable[[dict[str, Any]], bool]
+) -> Encoder:
+    """The model to evaluate without training: that of --model_name_or_path or, if it is an encoder, of the run in
+    output_dir.
+
+    Args:
+        model_args: which encoder or trained model.
+        args: the arguments of training.
+        what: what the task calls its model.
+        is_one: whether a config.json is of such a model.
+
+    Raises:
+        UserError: there is no such model, or a push was asked for.
+    """
+    if args.push_to_hub:
+        raise UserError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
+    named = model_args.model_name_or_path
+    if named is not None and is_one(read_config(named, **model_args.hub_options)):
+        return model_args
+    try:
+        folder = str(model_folder(args.output_dir))
+    except UserError as error:
+        raise UserError(
+            f"no {what} to evaluate: {error}; train one with --do_train, or name one with --model_name_or_path"
+        ) from error
+    return replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
+
+
+def finish(
+    trainer: FinetuningTrainer,
+    record: dict[str, Any],
+    plot: Callable[[Path], None],
+    summary: Callable[[dict[str, Any], Path], str],
+    destination: Destination | None,
+) -> None:
+    """Write what a trained run leaves: `eval.json`, pictures and the card. Print the summary, and push.
+
+    Args:
+        record: the content of `eval.json`; the use of the budget is added.
+        plot: writes the pictures of the task into a folder.
+        summary: what to print, from the record and the folder.
+        destination: where to push; None not to.
+    """
+    if trainer.budget is not None:
+        record["budget"] = trainer.budget.record()
+    if not trainer.args.should_save:
+        return
+    folder = Path(trainer.args.output_dir)
+    trainer.save_state()
+    write_json(folder / RECORD, record)
+    plot(folder)
+    if record["evaluations"]:
+        plot_curves(record["evaluations"], folder / "curves.png", loss="cross-entropy")
+    write_card(folder, None if destination is None else destination.repo_id)
+    print(summary(record, folder))
+    if destination is not None:
+        print(f"pushed: {destination.push(folder)}")

@@ -33,11 +33,14 @@ import pyarrow.parquet as pq
 from pyarrow import csv
 from tqdm.auto import tqdm
 
+from hf_dbp.data.arguments import FolderFlags
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.folders import IMAGE_FILES, Samples, open_pictures
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.whole_files import clear_parts, whole_file
+from hf_dbp.downstream.segmentation.source import LabelFlags
 from hf_dbp.errors import UserError, command
+from hf_dbp.flags import flags_of
 from hf_dbp.hub.untrusted import read_json
 from hf_dbp.records import finite, versions, write_json
 
@@ -284,32 +287,30 @@ def report(found: Predictions) -> str:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Parse and predict. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    parser = argparse.ArgumentParser(prog="hf-dbp predict", description="Apply a trained model to new images.")
-    parser.add_argument(
-        "model", help="folder or Hub id of a model of `hf-dbp finetune` or `hf-dbp classify`, or a stock one"
-    )
-    parser.add_argument("images", help="a picture file, or a folder of pictures with any subfolders")
-    parser.add_argument("--output_dir", required=True, help="folder for masks, overlays and the table")
-    parser.add_argument("--masks", help="true masks or labels of the images, to score the predictions")
-    parser.add_argument("--mask_suffix", default="", help="what mask names add to their images', e.g. _mask")
-    parser.add_argument("--palette", help="for the true masks: YAML file of class names and colours, or `binary`")
-    parser.add_argument(
-        "--ignore_index", type=int, help="id of the true masks that is not scored (default: the model's)"
+    declared = [flags_of(FolderFlags, "channel_files", "mask_suffix"), flags_of(LabelFlags, "palette")]
+    parser = argparse.ArgumentParser(
+        prog="hf-dbp predict", description="Apply a trained model to new images.", parents=declared
     )
     parser.add_argument(
-        "--channel_files", nargs="+", help="for one file per channel: a name pattern each, '*_ch0.tif' ..."
+        "model", help="Folder or Hub id of a model of `hf-dbp finetune` or `hf-dbp classify`, or a stock one."
     )
-    parser.add_argument("--crop_size", type=int, help="side of the windows (default: as the model was evaluated)")
+    parser.add_argument("images", help="A picture file, or a folder of pictures with any subfolders.")
+    parser.add_argument("--output_dir", required=True, help="Folder for masks, overlays and the table.")
+    parser.add_argument("--masks", help="True masks or labels of the images, to score the predictions.")
     parser.add_argument(
-        "--long_edge", type=int, help="long edge to scale images to; 0: native (default: as the model was evaluated)"
+        "--ignore_index", type=int, help="Id of the true masks that is not scored (default: the model's)."
     )
-    parser.add_argument("--batch_size", type=int, help="windows per forward pass (default: as the model was evaluated)")
-    parser.add_argument("--device", help="cpu, cuda ... (default: a GPU if there is one)")
-    parser.add_argument("--table", default="csv", choices=["csv", "parquet"], help="format of the table")
+    parser.add_argument("--crop_size", type=int, help="Side of the windows (default: as the model was evaluated).")
     parser.add_argument(
-        "--export", nargs="+", default=[], choices=["coco", "labelme"], help="also write labels to correct by hand"
+        "--long_edge", type=int, help="Long edge to scale images to; 0: native (default: as the model was evaluated)."
     )
-    parser.add_argument("--no_overlays", action="store_true", help="write no overlays")
+    parser.add_argument("--batch_size", type=int, help="Windows per forward pass (default: as it was evaluated).")
+    parser.add_argument("--device", help="cpu, cuda ... (default: a GPU if there is one).")
+    parser.add_argument("--table", default="csv", choices=["csv", "parquet"], help="Format of the table.")
+    parser.add_argument(
+        "--export", nargs="+", default=[], choices=["coco", "labelme"], help="Also write labels to correct by hand."
+    )
+    parser.add_argument("--no_overlays", action="store_true", help="Write no overlays.")
     args = vars(parser.parse_args(arguments))
     how = {name: args.pop(name) for name in ("model", "images", "output_dir", "channel_files", "table")}
     found = predict(**how, **args)

@@ -23,10 +23,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import transformers
-from scipy.stats import binomtest
 from torch import Tensor, nn
 from transformers import ViTModel
 
+from hf_dbp.comparison.statistics import wilson_interval
 from hf_dbp.data.arguments import ImageFlags, fields_of
 from hf_dbp.data.classes import class_labels, image_list, ordered, split_classes
 from hf_dbp.data.images import (
@@ -46,7 +46,7 @@ from hf_dbp.natures import Nature
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, hardware, source_commit, versions, write_json
 
-__all__ = ["ProbeArguments", "extract_features", "knn_accuracy", "linear_accuracy", "main", "run", "wilson_interval"]
+__all__ = ["ProbeArguments", "extract_features", "knn_accuracy", "linear_accuracy", "main", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +93,6 @@ class ProbeArguments(HubFlags, ImageFlags):
 
     def source(self) -> ImageSource:
         return ImageSource(**fields_of(ImageSource, self))
-
-
-def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of the share ``hits / trials``."""
-    interval = binomtest(hits, trials).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def extract_features(

@@ -33,10 +33,12 @@ from torch import Tensor
 
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageSource
+from hf_dbp.data.one_split import open_images
 from hf_dbp.downstream.embedding import Embeddings, read_embeddings
-from hf_dbp.downstream.features import open_images
 from hf_dbp.downstream.neighbours import centred, nearest
 from hf_dbp.errors import UserError, command
+from hf_dbp.flags import flags_of
+from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.inspection.contact_sheet import thumbnail, write_pictures
 
 __all__ = ["METHODS", "coverage", "main", "select_images", "write_selection"]
@@ -188,14 +190,15 @@ def thumbnails(
 def main(arguments: Sequence[str] | None = None) -> list[str]:
     """Parse, choose and write; return the names. A user's mistake ends with one line on stderr and exit status 2."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    parser = argparse.ArgumentParser(prog="hf-dbp select", description="Choose which images to label first.")
-    parser.add_argument("table", help="parquet file of hf-dbp embed")
-    parser.add_argument("--budget", type=int, required=True, help="how many images you will label")
-    parser.add_argument("--method", choices=list(METHODS), default="typical", help="see the documentation")
-    parser.add_argument("--labelled", help="text file with the names of images that already have labels, one per line")
-    parser.add_argument("--seed", type=int, default=0, help="seed of k-means and of the random choice")
-    parser.add_argument("--output_dir", default="outputs/selection", help="folder for the list and the contact sheet")
-    parser.add_argument("--token", help="Hub token, for the contact sheet of a private data set")
+    parser = argparse.ArgumentParser(
+        prog="hf-dbp select", description="Choose which images to label first.", parents=[flags_of(HubFlags, "token")]
+    )
+    parser.add_argument("table", help="Parquet file of hf-dbp embed.")
+    parser.add_argument("--budget", type=int, required=True, help="How many images you will label.")
+    parser.add_argument("--method", choices=list(METHODS), default="typical", help="See the documentation.")
+    parser.add_argument("--labelled", help="Text file with the names of images that already have labels, one per line.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of k-means and of the random choice.")
+    parser.add_argument("--output_dir", default="outputs/selection", help="Folder for the list and the contact sheet.")
     args = parser.parse_args(arguments)
     table = read_embeddings(args.table)
     labelled = [] if args.labelled is None else Path(args.labelled).read_text(encoding="utf-8").splitlines()

@@ -25,14 +25,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hf_dbp.data.arguments import FolderFlags
 from hf_dbp.data.decoding import UnreadableImageError, check_fit, unturned_masks
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.labels.formats import label_format
 from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import BINARY, IGNORE, Palette, check_kinds, grey_code
 from hf_dbp.downstream.segmentation.data import load_labelled_images
-from hf_dbp.downstream.segmentation.source import SegmentationSource
+from hf_dbp.downstream.segmentation.source import LabelFlags, SegmentationSource
 from hf_dbp.errors import UserError, command
+from hf_dbp.flags import flags_of
 from hf_dbp.inspection.choices import (
     VALIDATION,
     Findings,
@@ -378,19 +380,16 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
 @command
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run. A user's mistake ends with one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0])
-    parser.add_argument("folder", nargs="?", help="folder of images (with any subfolders), parquet files or tars")
-    parser.add_argument("--masks", help="masks, named like the images, or labels (COCO, LabelMe, YOLO, CVAT)")
-    parser.add_argument("--mask_suffix", default="", help="what mask names end in beyond their images', e.g. _mask")
-    parser.add_argument("--palette", help="YAML file of class names and colours, or `binary` for 0/255 masks")
+    images = ("channel_files", "dataset_name", "dataset_config_name", "image_column_name", "mask_suffix")
+    declared = [flags_of(FolderFlags, *images), flags_of(LabelFlags, "annotation_column_name", "palette")]
+    parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0], parents=declared)
     parser.add_argument(
-        "--channel_files", nargs="+", help="for one file per channel: a name pattern each, '*_ch0.tif' '*_ch1.tif'"
+        "folder",
+        nargs="?",
+        help="Folder of images (any subfolders), parquet files or tars; or give --dataset_name.",
     )
-    parser.add_argument("--dataset_name", help="instead of a folder: Hub id of a data set, or wire_bonding")
-    parser.add_argument("--dataset_config_name", help="configuration of the Hub data set")
-    parser.add_argument("--image_column_name", help="column of the images in parquet, tars or a Hub data set")
-    parser.add_argument("--annotation_column_name", help="column of the masks there")
-    parser.add_argument("--output_dir", default="outputs/inspection", help="folder for recipes and contact sheet")
+    parser.add_argument("--masks", help="Masks, named like the images, or labels (COCO, LabelMe, YOLO, CVAT).")
+    parser.add_argument("--output_dir", default="outputs/inspection", help="Folder for recipes and contact sheet.")
     args = parser.parse_args(arguments)
     if (args.folder is None) == (args.dataset_name is None):
         raise UserError("name what to inspect: a folder, or --dataset_name HUB_ID (not both)")

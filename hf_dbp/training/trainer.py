@@ -24,7 +24,7 @@ from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.correlations import mean_correlations, measure_correlations
 from hf_dbp.data.feeding import adopt_order, feeding, make_sampler
 from hf_dbp.data.images import unreadable_images
-from hf_dbp.data.masked import EvaluationViews, collate, evaluation_collate
+from hf_dbp.data.masked import EvaluationViews, collate
 from hf_dbp.data.order import EpochSampler
 from hf_dbp.errors import UserError
 from hf_dbp.records import RECORD, RunRecord
@@ -95,7 +95,7 @@ class MAETrainer(ResumingTrainer):
             EvaluationViews(data, range(first, last)),
             batch_size=self.args.eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
-            collate_fn=evaluation_collate,
+            collate_fn=EvaluationViews.collate,
             pin_memory=self.args.dataloader_pin_memory,
         )
         shield_workers(loader)
@@ -251,7 +251,7 @@ class MAETrainer(ResumingTrainer):
             row["train_loss"] = total / count
         self._losses = torch.zeros_like(self._losses)
         if self._probe_batch is None:  # this rank's share has no readable image
-            self._probe_batch = evaluation_collate([self.eval_dataset[0]])
+            self._probe_batch = EvaluationViews.collate([self.eval_dataset[0]])
         layers = measure_correlations(
             self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self._probe_batch
         )

@@ -8,13 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hf_dbp.comparison.statistics import crossing, mean_interval, paired_test, value_at
+from hf_dbp.comparison.statistics import crossing, mean_interval, paired_test, value_at, wilson_interval
 
 # Student's sleep data (1908): extra hours of sleep of ten patients under two drugs; R's t.test(..., paired = TRUE)
 # gives t = -4.0621, df = 9, p-value = 0.002833, 95 percent interval of the difference -2.4598858 -0.7001142
 DRUG_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
 DRUG_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
 finite = st.floats(0.1, 10.0)
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (7, 10), (10, 10), (412, 1000)])
+def test_wilson_interval_is_scipys(hits, trials):
+    expected = stats.binomtest(hits, trials).proportion_ci(method="wilson")
+    assert wilson_interval(hits, trials) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_students_sleep_data():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from hf_dbp.data.decoding import UnreadableImageError, UnreadableImages, decode
 from hf_dbp.data.images import ImageList
-from hf_dbp.data.masked import EvaluationViews, MaskedImages, evaluation_collate
+from hf_dbp.data.masked import EvaluationViews, MaskedImages
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> dict[str, object]:
@@ -55,8 +55,8 @@ def test_training_puts_the_next_image_in_place_and_evaluation_leaves_it_out():
     assert data[(0, 4)]["pixel_values"].shape == (3, 16, 16)  # the first image follows the last
     evaluation = EvaluationViews(data, range(5))
     assert [evaluation[index] is None for index in range(5)] == [False, True, True, False, True]
-    assert evaluation_collate([evaluation[index] for index in range(5)])["pixel_values"].shape == (2, 3, 16, 16)
-    assert evaluation_collate([None, None]) == {}
+    assert EvaluationViews.collate([evaluation[index] for index in range(5)])["pixel_values"].shape == (2, 3, 16, 16)
+    assert EvaluationViews.collate([None, None]) == {}
     names = [f"bad.jpg (image {index})" for index in (1, 2, 4)]
     assert data.images.unreadable_images() == dict.fromkeys(names, "it is not a picture")
 

@@ -14,9 +14,10 @@ from transformers import ViTConfig, ViTModel
 
 from hf_dbp.cli import main
 from hf_dbp.data.images import ImageSource
+from hf_dbp.data.one_split import open_images
 from hf_dbp.downstream import embedding, partial
 from hf_dbp.downstream.embedding import embed_images, nearest_of_queries, read_embeddings
-from hf_dbp.downstream.features import load_encoder, open_images
+from hf_dbp.downstream.features import load_encoder
 from hf_dbp.downstream.neighbours import centred, near_duplicates, nearest, outlier_scores
 from hf_dbp.downstream.probe import extract_features
 

@@ -11,18 +11,11 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from transformers import ViTConfig, ViTModel
 
 from hf_dbp.data.classes import split_classes
 from hf_dbp.downstream import probe
-from hf_dbp.downstream.probe import knn_accuracy, linear_accuracy, main, wilson_interval
-
-
-@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (7, 10), (10, 10), (412, 1000)])
-def test_wilson_interval_is_scipys(hits, trials):
-    expected = binomtest(hits, trials).proportion_ci(method="wilson")
-    assert wilson_interval(hits, trials) == pytest.approx((expected.low, expected.high), abs=1e-6)
+from hf_dbp.downstream.probe import knn_accuracy, linear_accuracy, main
 
 
 def test_neighbours_look_at_angles_and_vote():

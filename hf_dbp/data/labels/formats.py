@@ -18,7 +18,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 from xml.etree import ElementTree
@@ -31,7 +31,15 @@ from hf_dbp.data.labels.shapes import Labelled, Shape, from_runs, parts, to_runs
 from hf_dbp.errors import UserError
 from hf_dbp.recipes import safe_yaml
 
-__all__ = ["BACKGROUND", "READERS", "coco_annotations", "label_format", "labelme_content", "read_labels", "unpacked"]
+__all__ = [
+    "BACKGROUND",
+    "READERS",
+    "coco_content",
+    "label_format",
+    "labelme_content",
+    "read_labels",
+    "unpacked",
+]
 
 BACKGROUND = ("background", "_background_")
 Found = tuple[list[Labelled], list[str]]  # the images, and the class names without background
@@ -131,6 +139,18 @@ def coco_annotations(ids_HW: NDArray[Any], image_id: int, first: int) -> list[di
 
 
 # ---- LabelMe ----
+
+
+def coco_content(masks: Iterable[tuple[str, NDArray[Any]]], names: Mapping[int, str]) -> dict[str, Any]:
+    """The COCO file of masks (H, W), each with the file of its image; class 0 is not a category."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (file, ids_HW) in enumerate(masks):
+        height, width = ids_HW.shape
+        images.append({"id": number, "file_name": file, "height": height, "width": width})
+        annotations += coco_annotations(ids_HW, number, len(annotations) + 1)
+    categories = [{"id": k, "name": name, "supercategory": ""} for k, name in names.items() if k]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def read_labelme(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_dbp.comparison.statistics import wilson_interval
 from hf_dbp.data.feeding import feeding
 from hf_dbp.data.images import unreadable_images
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.classification.metrics import class_figures
 from hf_dbp.downstream.classification.trainer import ClassificationTrainer
-from hf_dbp.downstream.probe import wilson_interval
 from hf_dbp.records import hardware, source_commit, versions
 from hf_dbp.training.accounting import asked_lines
 

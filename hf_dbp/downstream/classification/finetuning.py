@@ -9,7 +9,6 @@ Mistakes in flags, labels or images end the command before training starts.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import BeitForImageClassification, PreTrainedModel, ViTConfig, ViTModel, set_seed
+from transformers import BeitForImageClassification, PreTrainedModel, set_seed
 
-from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.classes import ClassifiedImages, load_classified
 from hf_dbp.downstream.beit import sides
 from hf_dbp.downstream.class_weights import class_weights
@@ -31,23 +29,16 @@ from hf_dbp.downstream.classification.metrics import class_figures
 from hf_dbp.downstream.classification.model import build_classifier, load_classifier
 from hf_dbp.downstream.classification.trainer import ClassificationTrainer
 from hf_dbp.downstream.classification.views import Augmentation, CentralViews, TrainingViews, image_processor
-from hf_dbp.downstream.encoder import check_channels, load_vit, pixel_statistics
+from hf_dbp.downstream.encoder import build_vit, check_channels, pixel_statistics
+from hf_dbp.downstream.finetuning import finish, options_of, trained, trained_model
 from hf_dbp.downstream.networks import channels_of
 from hf_dbp.errors import UserError, command
-from hf_dbp.figures import plot_curves
-from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import claim_push
-from hf_dbp.hub.untrusted import read_config
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
-from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import images_first
-from hf_dbp.training.checkpoints import model_folder
-from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.disk import disk_errors
-from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import ending_processes
-from hf_dbp.training.restoring import find_checkpoint
 
 __all__ = ["main", "run"]
 
@@ -58,15 +49,7 @@ EVAL_RESULTS = "eval_results.json"
 
 def build_model(model_args: ModelArguments, names: Sequence[str], num_channels: int) -> BeitForImageClassification:
     """A classifier over the chosen ViT. UserError if the ViT does not fit the images."""
-    if model_args.model_name_or_path is not None:
-        vit = load_vit(model_args.model_name_or_path, **model_args.hub_options)
-        if model_args.from_scratch:
-            vit = ViTModel(vit.config, add_pooling_layer=False)
-    else:
-        shape = {name: value for name, value in SIZES[str(model_args.model_size)].items() if "decoder" not in name}
-        sizes = {"image_size": max(model_args.size or (224,)), "patch_size": model_args.patch_size}
-        vit = ViTModel(ViTConfig(**shape, **sizes, num_channels=num_channels), add_pooling_layer=False)
-    check_channels(vit.config.num_channels, num_channels)
+    vit = build_vit(model_args, max(model_args.size or (224,)), num_channels)
     return build_classifier(vit, names, drop_path=model_args.drop_path, image_size=view_size(model_args, vit.config))
 
 
@@ -77,20 +60,11 @@ def view_size(model_args: ModelArguments, config: Any) -> tuple[int, int]:
 
 def model_to_evaluate(model_args: ModelArguments, args: ClassificationArguments) -> ModelArguments:
     """For --do_eval alone: the classifier of --model_name_or_path, else that of the run in output_dir."""
-    if args.push_to_hub:
-        raise UserError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
-    named = model_args.model_name_or_path
-    if named is not None:
-        architectures = read_config(named, **model_args.hub_options).get("architectures") or []
-        if any(str(name).endswith("ForImageClassification") for name in architectures):
-            return model_args
-    try:
-        folder = str(model_folder(args.output_dir))
-    except UserError as error:
-        raise UserError(
-            f"no classifier to evaluate: {error}; train one with --do_train, or name one with --model_name_or_path"
-        ) from error
-    return dataclasses.replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
+
+    def is_one(config: dict[str, Any]) -> bool:
+        return any(str(name).endswith("ForImageClassification") for name in config.get("architectures") or ())
+
+    return trained_model(model_args, args, "classifier", is_one)
 
 
 def evaluate_alone(
@@ -154,42 +128,23 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: Classificati
     weights = class_weights(train.counts_K, args.class_weights)
     mixing = Mixing(len(train.names), args.mixup, args.cutmix, args.label_smoothing_factor, weights)
     destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
-    meter = training_meter(args, args.country)
-    budget = None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began())
     trainer = ClassificationTrainer(
-        callbacks=None if budget is None else [budget],  # before the clock, which stops for what it asks for
+        **options_of(args, arguments),
         model=model,
-        args=args,
         mixing=mixing,
-        layer_decay=args.layer_decay,
-        arguments=arguments,
-        meter=meter,
-        energy=meter.description if meter is not None else None,
-        max_skipped_steps=args.max_skipped_steps,
         train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data),
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
-    history = [row for row in trainer.state.log_history if "eval_accuracy" in row]
-    metrics = trainer.evaluate()  # the model is now the best checkpoint
-    trainer.save_model()
+    metrics, history = trained(trainer)
     record = evaluation_record(trainer, metrics, source, history)
-    if budget is not None:
-        record["budget"] = budget.record()
-    if args.should_save:
-        folder = Path(args.output_dir)
-        trainer.save_state()
-        write_json(folder / "eval.json", record)
+
+    def plot(folder: Path) -> None:
         plot_confusion(trainer.tally.confusion_KK, train.names, folder / "confusion.png")
         plot_calibration(trainer.tally.bins_3B, folder / "calibration.png")
         plot_mistakes(trainer.mistakes, eval_data, folder / "mistakes.png")
-        if history:
-            plot_curves(history, folder / "curves.png", loss="cross-entropy")
-        write_card(folder, None if destination is None else destination.repo_id)
-        print(summary(record, folder))
-        if destination is not None:
-            print(f"pushed: {destination.push(folder)}")
+
+    finish(trainer, record, plot, summary, destination)
     return record
 
 

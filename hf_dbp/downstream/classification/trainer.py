@@ -21,12 +21,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from hf_dbp.data.feeding import step_images
 from hf_dbp.downstream.classification.arguments import GROUPS, ClassificationArguments
 from hf_dbp.downstream.classification.augmentation import Mixing
 from hf_dbp.downstream.classification.metrics import ClassificationScores, Scores, Tally
 from hf_dbp.downstream.finetuning import FinetuningTrainer
-from hf_dbp.errors import UserError
 
 __all__ = ["ClassificationTrainer", "Mistake"]
 
@@ -67,14 +65,6 @@ class ClassificationTrainer(FinetuningTrainer):
         self.tally = Tally(self.model.config.num_labels)
         self.mistakes: list[Mistake] = []
         self._mixed = (-1, 0)  # step, and number of its micro-batches already mixed
-
-    def check_batches(self) -> None:
-        images, step = len(self.train_dataset), step_images(self.args)
-        if self.args.dataloader_drop_last and images < step:
-            raise UserError(
-                f"{images} training images do not fill one step of {step}; "
-                "lower --per_device_train_batch_size or --gradient_accumulation_steps"
-            )
 
     def batch_found(self, asked: int, found: int) -> None:
         super().batch_found(asked, found)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,20 @@ def class_scores(
 
 
 def evaluation_record(
-    trainer: SegmentationTrainer, metrics: dict[str, float], source: SegmentationSource
+    trainer: SegmentationTrainer,
+    metrics: Mapping[str, float],
+    source: SegmentationSource,
+    history: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The content of `eval.json`.
 
     Scores are shares in [0, 1]; `per_class` has null if a class occurs neither in the labels nor in the predictions;
-    `majority_class_mean_iou` is the score of predicting the most common class everywhere. Fine-tuning adds `arguments`;
-    `evaluations`, a row per evaluation during training; and what training alone cost.
+    `majority_class_mean_iou` is the score of predicting the most common class everywhere; `asked_used` names what else
+    was used than was asked for. ``history`` has a row per evaluation during training, `evaluations`.
     """
     assert trainer.scores is not None
     scores, pixels_K = trainer.scores, trainer.confusion_KK.sum(axis=1)
-    return {
+    record = {
         "schema": 1,
         "task": "segmentation",
         "mean_iou": scores["mean_iou"],
@@ -88,7 +91,14 @@ def evaluation_record(
         "commit": source_commit(),
         "versions": versions(),
         "hardware": hardware() | {"processes": trainer.args.world_size},
+        "evaluations": [*history],
+        "arguments": {**trainer.arguments},
+        **trainer.cost.costs(trainer.args),
+        "energy": {**trainer.cost.energy},
     }
+    if trainer.resumed_with:
+        record["resumed_with"] = trainer.resumed_with
+    return record | {"asked_used": trainer.asked_used(record, history, trainer.asked)}
 
 
 def _share(part: np.int64, whole: np.int64) -> float | None:

@@ -4,7 +4,6 @@ The flow: flags and recipe -> labelled images -> UperNet over the ViT -> trainer
 `eval.json`, pictures, card, and the Hub if asked for. Mistakes in flags or data end the command before training starts.
 """
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,14 +15,12 @@ import transformers
 from transformers import (
     BeitImageProcessorPil,
     UperNetForSemanticSegmentation,
-    ViTConfig,
-    ViTModel,
     set_seed,
 )
 
-from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.values import processor_scaling
-from hf_dbp.downstream.encoder import check_channels, load_vit, pixel_statistics
+from hf_dbp.downstream.encoder import build_vit, check_channels, pixel_statistics
+from hf_dbp.downstream.finetuning import finish, options_of, trained, trained_model
 from hf_dbp.downstream.segmentation.arguments import GROUPS, DataArguments, FinetuningArguments, ModelArguments
 from hf_dbp.downstream.segmentation.balance import balanced
 from hf_dbp.downstream.segmentation.data import TrainingCrops, load_labelled_images
@@ -36,20 +33,12 @@ from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet
 from hf_dbp.errors import UserError, command
-from hf_dbp.figures import plot_curves
-from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import claim_push
-from hf_dbp.hub.untrusted import read_config
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
-from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.budget_plan import images_first
-from hf_dbp.training.checkpoints import model_folder
-from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.disk import disk_errors
-from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import ending_processes
-from hf_dbp.training.restoring import find_checkpoint
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
 
@@ -62,15 +51,7 @@ def build_model(
     model_args: ModelArguments, data_args: DataArguments, names: dict[int, str], num_channels: int
 ) -> UperNetForSemanticSegmentation:
     """UperNet over the chosen ViT. UserError if the ViT does not fit the images."""
-    if model_args.model_name_or_path is not None:
-        vit = load_vit(model_args.model_name_or_path, **model_args.hub_options)
-        if model_args.from_scratch:
-            vit = ViTModel(vit.config, add_pooling_layer=False)
-    else:
-        shape = {name: value for name, value in SIZES[str(model_args.model_size)].items() if "decoder" not in name}
-        sizes = {"image_size": data_args.crop_size, "patch_size": model_args.patch_size}
-        vit = ViTModel(ViTConfig(**shape, **sizes, num_channels=num_channels), add_pooling_layer=False)
-    check_channels(vit.config.num_channels, num_channels)
+    vit = build_vit(model_args, data_args.crop_size, num_channels)
     return build_upernet(
         vit,
         names,
@@ -95,22 +76,8 @@ def image_processor(data: WholeImages) -> BeitImageProcessorPil:
 
 
 def model_to_evaluate(model_args: ModelArguments, args: FinetuningArguments) -> ModelArguments:
-    """For --do_eval alone: the UperNet of --model_name_or_path or, if that is an encoder, of the run in output_dir.
-
-    Raises: UserError: there is neither, or a push was asked for.
-    """
-    if args.push_to_hub:
-        raise UserError("--push_to_hub pushes what --do_train trains: repeat the command of the run with both")
-    named = model_args.model_name_or_path
-    if named is not None and read_config(named, **model_args.hub_options)["model_type"] == "upernet":
-        return model_args
-    try:
-        folder = str(model_folder(args.output_dir))
-    except UserError as error:
-        raise UserError(
-            f"no UperNet to evaluate: {error}; train one with --do_train, or name one with --model_name_or_path"
-        ) from error
-    return dataclasses.replace(model_args, model_name_or_path=folder, model_size=None, model_revision="main")
+    """For --do_eval alone: the UperNet of --model_name_or_path or, if that is an encoder, of the run in output_dir."""
+    return trained_model(model_args, args, "UperNet", lambda config: config["model_type"] == "upernet")
 
 
 def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: FinetuningArguments) -> dict[str, Any]:
@@ -154,50 +121,25 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     setattr(model.config, EVALUATED, evaluated.record())
     criterion, rare = balanced(model, train_images, **how)
     destination, arguments = claim_push(args, model_args.token), arguments_record(model_args, data_args, args)
-    meter = training_meter(args, args.country)
-    budget = None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began())
     trainer = SegmentationTrainer(
-        callbacks=None
-        if budget is None
-        else [budget],  # before the clock, which stops for the evaluations and saves that it requests
+        **options_of(args, arguments),
         model=model,
-        args=args,
         crop_size=data_args.crop_size,
-        layer_decay=args.layer_decay,
         criterion=criterion,
-        arguments=arguments,
-        meter=meter,
-        energy=meter.description if meter is not None else None,
-        max_skipped_steps=args.max_skipped_steps,
         train_dataset=TrainingCrops(train_images, augmentation, mean=mean, std=std, seed=args.seed, rare=rare),
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data),
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
-    history = [row for row in trainer.state.log_history if "eval_mean_iou" in row]
-    metrics = trainer.evaluate()  # the model is now the best checkpoint
-    trainer.save_model()
-    record = evaluation_record(trainer, metrics, source) | {"evaluations": history, "arguments": {**trainer.arguments}}
-    record |= trainer.cost.costs(args) | {"energy": {**trainer.cost.energy}}
-    if trainer.resumed_with:
-        record["resumed_with"] = trainer.resumed_with
-    record["asked_used"] = trainer.asked_used(record, history, trainer.asked)
-    if budget is not None:
-        record["budget"] = budget.record()
-    if args.should_save:
-        folder = Path(args.output_dir)
-        trainer.save_state()
-        write_json(folder / "eval.json", record)
+    metrics, history = trained(trainer)
+    record = evaluation_record(trainer, metrics, source, history)
+
+    def plot(folder: Path) -> None:
         best = trainer.accelerator.unwrap_model(trainer.model).eval()
         plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
         worst = [(image.index, f"image {image.index}: {image.mean_iou:.4f}") for image in worst_images(trainer.images)]
         plot_predictions(best, eval_data, folder / "worst.png", crop_size=data_args.crop_size, shown_images=worst)
-        if history:
-            plot_curves(history, folder / "curves.png", loss="cross-entropy")
-        write_card(folder, None if destination is None else destination.repo_id)
-        print(summary(record, folder))
-        if destination is not None:
-            print(f"pushed: {destination.push(folder)}")
+
+    finish(trainer, record, plot, summary, destination)
     return record
 
 

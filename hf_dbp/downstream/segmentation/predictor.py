@@ -40,7 +40,7 @@ from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import UnreadableImageError, decode, stored
 from hf_dbp.data.folders import open_pictures
-from hf_dbp.data.labels.formats import coco_annotations, labelme_content
+from hf_dbp.data.labels.formats import coco_content, labelme_content
 from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.data.values import UNIT, displayed
@@ -357,7 +357,9 @@ class Segmenter:
         record: dict[str, Any] = {"files": files, "classes": self.names}
         exported = list(self.settings["export"])
         if "coco" in exported:
-            write_json(folder / "coco.json", coco_content(rows, folder, self.names), indent=None)
+            images = {row["image"]: row["file"] for row in rows}
+            masks = ((file, read_mask(folder / "masks" / name)) for name, file in images.items())
+            write_json(folder / "coco.json", coco_content(masks, self.names), indent=None)
         files += ["coco.json" if kind == "coco" else kind for kind in exported]
         look = f"look at {folder / 'overlays'}, " if self.settings["overlays"] else ""
         record["next"] = f"{look}correct masks, add them to the training set and run `hf-dbp finetune` again"
@@ -372,22 +374,6 @@ class Segmenter:
         return record | {"mean_iou": float(np.mean(ious)) if ious else None, "per_class": per_class}
 
 
-def coco_content(rows: Sequence[Mapping[str, Any]], folder: Path, names: Mapping[int, str]) -> dict[str, Any]:
-    """The masks in a folder of predictions as one COCO file; class 0 is not a category."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    files = {row["image"]: row["file"] for row in rows}
-    for number, (name, file) in enumerate(files.items()):
-        stem = folder / "masks" / name
-        mask = next(place for ending in (".png", ".tif") if (place := stem.with_name(stem.name + ending)).is_file())
-        ids_HW = index_mask(stored({"bytes": None, "path": str(mask)}))
-        height, width = ids_HW.shape
-        images.append({"id": number, "file_name": file, "height": height, "width": width})
-        annotations += coco_annotations(ids_HW, number, len(annotations) + 1)
-    categories = [{"id": k, "name": name, "supercategory": ""} for k, name in names.items() if k]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
 def write_mask(stem: Path, ids_HW: npt.NDArray[Any]) -> None:
     """Write ids (H, W) as PNG, or as a tiled TIFF, which can be read in parts, if there are very many pixels."""
     large = ids_HW.size > LARGE_MASK
@@ -398,6 +384,12 @@ def write_mask(stem: Path, ids_HW: npt.NDArray[Any]) -> None:
             tifffile.imwrite(part, ids_HW, **how)
         else:
             Image.fromarray(ids_HW).save(part, "PNG", compress_level=4)
+
+
+def read_mask(stem: Path) -> npt.NDArray[Any]:
+    """The ids (H, W) that `write_mask` wrote."""
+    file = next(place for ending in (".png", ".tif") if (place := stem.with_name(stem.name + ending)).is_file())
+    return index_mask(stored({"bytes": None, "path": str(file)}))
 
 
 def write_overlay(stem: Path, picture: npt.NDArray[Any], ids_HW: npt.NDArray[Any], classes: int) -> None:

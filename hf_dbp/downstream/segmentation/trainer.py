@@ -18,7 +18,6 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-from hf_dbp.data.feeding import step_images
 from hf_dbp.downstream.finetuning import FinetuningTrainer
 from hf_dbp.downstream.segmentation.arguments import GROUPS
 from hf_dbp.downstream.segmentation.detection import ImageFigures, image_figures
@@ -68,12 +67,8 @@ class SegmentationTrainer(FinetuningTrainer):
                 "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
                 "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
             )
-        images, batch, step = len(self.train_dataset), self.args.train_batch_size, step_images(self.args)
-        if self.args.dataloader_drop_last and images < step:
-            raise UserError(
-                f"{images} training images do not fill one step of {step}; "
-                "lower --per_device_train_batch_size or --gradient_accumulation_steps"
-            )
+        super().check_batches()
+        images, batch = len(self.train_dataset), self.args.train_batch_size
         alone = images % batch == 1 and self.args.world_size == 1  # several processes fill up their last batches
         if not self.args.dataloader_drop_last and alone:
             raise UserError(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_dbp.data.labels.formats import coco_annotations, label_format, labelme_content, read_labels, unpacked
+from hf_dbp.data.labels.formats import coco_content, label_format, labelme_content, read_labels, unpacked
 from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.labels.shapes import filled, from_runs, outlines, painted, parts, to_runs
 from hf_dbp.errors import UserError
@@ -72,11 +72,7 @@ def test_a_pixel_belongs_if_its_centre_lies_inside():
 
 
 def coco_file(folder, mask_by_name):
-    content = {"images": [], "annotations": [], "categories": [{"id": k, "name": NAMES[k]} for k in (1, 2)]}
-    for number, (name, mask) in enumerate(mask_by_name.items()):
-        height, width = mask.shape
-        content["images"].append({"id": number, "file_name": f"{name}.png", "height": height, "width": width})
-        content["annotations"] += coco_annotations(mask, number, len(content["annotations"]) + 1)
+    content = coco_content(((f"{name}.png", mask) for name, mask in mask_by_name.items()), NAMES)
     (folder / "labels.json").write_text(json.dumps(content))
     return folder / "labels.json"
 

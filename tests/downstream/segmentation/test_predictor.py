@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 import hf_dbp
-from hf_dbp.data.labels.formats import coco_annotations
+from hf_dbp.data.labels.formats import coco_content
 from hf_dbp.data.windows import open_rows
 from hf_dbp.data.wire_bonding import render
 from hf_dbp.downstream import predicting
@@ -216,17 +216,8 @@ def test_labels_are_trained_on_as_their_masks_are(segmenter, wafers, tmp_path):
     """COCO in place of masks: the same pixels, so the same run; the names come along."""
     for split in ("train", "validation"):
         files = sorted((wafers / "masks" / split).iterdir())
-        content = {
-            "images": [],
-            "annotations": [],
-            "categories": [{"id": k, "name": f"class {k}"} for k in range(1, 5)],
-        }
-        for number, file in enumerate(files):
-            with Image.open(file) as picture:
-                ids = np.asarray(picture)
-            size = {"height": ids.shape[0], "width": ids.shape[1]}
-            content["images"].append({"id": number, "file_name": f"{file.stem}.tif", **size})
-            content["annotations"] += coco_annotations(ids, number, len(content["annotations"]) + 1)
+        masks = ((f"{file.stem}.tif", np.asarray(Image.open(file))) for file in files)
+        content = coco_content(masks, {k: f"class {k}" for k in range(5)})
         (tmp_path / f"{split}.json").write_text(json.dumps(content))
     flags = []
     for split in ("train", "validation"):
