@@ -1,7 +1,8 @@
 """The old names of 0.1.0's modules, which keep working for one version, with a DeprecationWarning.
 
 `import hf_dbp.segmentation.upernet` gives the module `hf_dbp.downstream.segmentation.upernet` itself, not a copy, and
-`python -m hf_dbp.model_card` runs it. Remove this module with 0.3.
+`python -m hf_dbp.model_card` runs it. Names that scripts and guides of 0.1.0 import from a module that no longer has
+them are `NAMES`. Remove this module with 0.3.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "NAMES", "install", "moved_names"]
 
 #: name in 0.1.0 -> name now, below hf_dbp; a package moves with all its modules
 MOVED = {
@@ -34,6 +35,26 @@ MOVED = {
     "data.hub_errors": "hub.errors",
     "data.survey": "inspection.survey",
 }  # fmt: skip
+
+#: module -> name that it had in 0.1.0 -> module and name of its successor, below hf_dbp
+NAMES = {
+    "comparison": {name: ("comparison.runner", name) for name in ("Runner", "main", "run_plan")},
+    "inspection": {name: ("inspection.folder", name) for name in ("inspect_folder", "main")},
+    "training.guards": {"GuardedTrainer": ("training.resuming", "ResumingTrainer")},
+}
+
+
+def moved_names(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module (PEP 562) that finds the successors of its names in 0.1.0."""
+
+    def find(name: str) -> Any:
+        where, new = NAMES[module.removeprefix("hf_dbp.")].get(name, (None, name))
+        if where is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now hf_dbp.{where}.{new}", DeprecationWarning, stacklevel=2)
+        return getattr(importlib.import_module(f"hf_dbp.{where}"), new)
+
+    return find
 
 
 def new_name(name: str) -> str | None:

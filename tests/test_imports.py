@@ -60,6 +60,18 @@ def test_names_of_0_1_0_are_the_modules_of_today(old: str) -> None:
     assert module.__spec__.name == new
 
 
+@pytest.mark.parametrize(
+    ("module", "name"), [(module, name) for module, names in _moved.NAMES.items() for name in names]
+)
+def test_names_that_left_their_module_are_found(module: str, name: str) -> None:
+    where, new = _moved.NAMES[module][name]
+    with pytest.warns(DeprecationWarning, match=rf"hf_dbp.{module}.{name} is now hf_dbp.{where}.{new}"):
+        found = getattr(importlib.import_module(f"hf_dbp.{module}"), name)
+    assert found is getattr(importlib.import_module(f"hf_dbp.{where}"), new)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = importlib.import_module(f"hf_dbp.{module}").nothing_of_the_kind
+
+
 def test_a_moved_module_runs_by_its_old_name() -> None:
     command = [sys.executable, "-m", "hf_dbp.model_card", "--help"]
     ended = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +31,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 from transformers import TrainerState, TrainingArguments
 
+from hf_dbp._moved import moved_names
 from hf_dbp.callbacks import DecorrelationCallback, ReportingCallback
 from hf_dbp.errors import UserError
 
 __all__ = ["GuardCallback", "NonFiniteError", "first_non_finite_output"]
 
 logger = logging.getLogger(__name__)
+
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)
 
 KEPT = 100  # skipped steps listed individually
 ADVICE = {

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hf_dbp.downstream import finetuning as shared
 from hf_dbp.downstream.segmentation import finetuning
 from hf_dbp.training import budget
 
@@ -24,7 +25,7 @@ def test_fine_tuning_ends_in_time_along_the_schedule(vit, tmp_path, monkeypatch)
         return clock.now
 
     monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=look))
-    monkeypatch.setattr(finetuning, "command_began", lambda: clock.now)
+    monkeypatch.setattr(shared, "command_began", lambda: clock.now)
     vit(num_channels=2).save_pretrained(tmp_path / "vit")
     where = ["--model_name_or_path", str(tmp_path / "vit"), "--output_dir", str(tmp_path / "out")]
     record = finetuning.main([*FLAGS, *where, "--budget", "20s"])
