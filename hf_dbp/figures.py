@@ -19,7 +19,7 @@ __all__ = ["plot_curves", "plot_reconstructions"]
 
 
 def displayed(pixels_CHW: Tensor, data: MaskedImages) -> list[NDArray[Any]]:
-    """Normalised pixels as pictures in [0, 1]: one RGB picture, or a grey one per channel."""
+    """Normalised pixels as pictures in [0, 1] to plot: one RGB picture, or a grey one per channel."""
     stored = pixels_CHW.float().cpu().numpy().transpose(1, 2, 0) * data.std + data.mean
     stored = stored.clip(0.0, 1.0)
     return [stored] if stored.shape[2] == 3 else list(np.moveaxis(stored, 2, 0))

@@ -129,8 +129,8 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
 
 
 def image_processor(model: PreTrainedModel, views: MaskedImages) -> Any:
-    """The stock image processor that preprocesses images as evaluation does, except that it resizes instead of
-    cropping.
+    """The stock image processor of a pre-trained model, which preprocesses images as evaluation does, except that it
+    resizes instead of cropping.
 
     It resizes only 8-bit images with 1 or 3 channels: it would take two channels for grey and alpha and blend them, and
     it refuses 16 bits.
@@ -197,7 +197,7 @@ def prepare_data(
 
 
 def check_run(args: PretrainingArguments, train_data: MaskedImages) -> None:
-    """Raise a UserError for what would fail, or do nothing, once training has begun."""
+    """Raise a UserError for flags of pre-training that would fail, or do nothing, once training has begun."""
     step = step_images(args)
     if args.do_train and args.dataloader_drop_last and len(train_data) < step:
         raise UserError(
@@ -210,7 +210,7 @@ def new_record(
     model_args: ModelArguments, data_args: DataArguments, decorrelation_args: DecorrelationArguments,
     args: PretrainingArguments, train_data: MaskedImages, eval_data: MaskedImages,
 ) -> RunRecord:  # fmt: skip
-    """The record of a run that has not begun."""
+    """The record of a pre-training run that has not begun."""
     record = RunRecord("pretraining", model_args.method, model_args.optimizer, args.seed)
     record.arguments = arguments_record(model_args, data_args, decorrelation_args, args)
     record.hardware["processes"] = args.world_size
@@ -304,7 +304,8 @@ def run(
 
 
 def evaluate_alone(trainer: MAETrainer, source: str | None) -> None:
-    """Evaluate and write ``eval_results.json``, leaving the weights and the record of a run unchanged."""
+    """Evaluate a masked autoencoder and write ``eval_results.json``, leaving the weights and the record of a run
+    unchanged."""
     metrics = trainer.evaluate()
     if trainer.args.should_save:
         file, model = Path(trainer.args.output_dir) / EVAL_RESULTS, source or "an untrained model"
@@ -339,7 +340,7 @@ def finish(trainer: MAETrainer, record: RunRecord, eval_data: MaskedImages, dest
 
 
 def summary(record: RunRecord, folder: Path) -> str:
-    """The results and where they are, to print at the end of a run."""
+    """The results of pre-training and where they are, to print at its end."""
     lines = [f"\n{record.method} with {record.optimizer}, seed {record.seed}: {folder}"]
     model = record.results["model"]
     if "eval_loss" in model:

@@ -134,7 +134,8 @@ def reason_to_stay_plain(layer: nn.Module, owners: Mapping[int, list[str]], name
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call the model on a batch: a mapping of keyword arguments, a tuple or list of arguments, or one argument."""
+    """Call any model on a batch of any form: a mapping of keyword arguments, a tuple or list of arguments, or one
+    argument."""
     device = next(iter(model.parameters())).device
 
     def moved(value: Any) -> Any:
@@ -217,7 +218,7 @@ def features_of(layer: nn.Module) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module in eval mode inside the block, and restore its mode afterwards."""
+    """Put every module of the probed model in eval mode inside the block, and restore its mode afterwards."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -281,7 +282,8 @@ def removed(handle: Any) -> Iterator[None]:
 
 
 def agreed(found: list[LayerInput]) -> list[LayerInput]:
-    """One list for all processes: the first one's, plus layers that only others called, such as experts."""
+    """One list of layer inputs for all processes: the first one's, plus layers that only others called, such as
+    experts."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return found
     everyone: list[list[LayerInput]] = [[] for _ in range(dist.get_world_size())]

@@ -211,7 +211,7 @@ def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, ...]:
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """The tensors as one batched tensor; a view if there is only one."""
+    """The tensors of several layers as one batched tensor; a view if there is only one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
@@ -221,7 +221,7 @@ def is_distributed() -> bool:
 
 @contextmanager
 def tf32_products(device: torch.device) -> Iterator[None]:
-    """Inside, float32 products on a GPU take TF32 inputs; on other devices nothing changes."""
+    """In the update of R, float32 products on a GPU take TF32 inputs; on other devices nothing changes."""
     if device.type != "cuda":
         yield
         return

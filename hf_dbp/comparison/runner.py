@@ -172,7 +172,7 @@ def check_flags(folder: Path, arguments: Sequence[str]) -> None:
 
 
 def failure(status: int, log: Path) -> str:
-    """Why a process failed: its exit status and the last line of its log."""
+    """Why a run of the comparison failed: its exit status and the last line of its log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     last = next((line for line in reversed(lines) if line.strip()), "no output")
     return f"exit status {status}: {last.strip()}"
@@ -244,7 +244,7 @@ def finetune_all(head: str, finetuning: Finetuning, plan: Plan, runs: Sequence[R
 
 
 def fused(run: Path) -> Path:
-    """The folder of the run's stock ViT, created if necessary. UserError or OSError if that fails."""
+    """The folder of a compared run's stock ViT, created if necessary. UserError or OSError if that fails."""
     vit = run / "vit"
     if not (vit / "config.json").is_file():
         fuse_run(run, vit, check_views(run))

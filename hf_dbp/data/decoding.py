@@ -190,7 +190,7 @@ def unturned_masks(pairs: Iterable[tuple[Any, Any]]) -> str:
 
 
 def turn(value: Any) -> int:
-    """The orientation of a stored value, see `hf_dbp.data.readers.orientation`."""
+    """The orientation (EXIF) of a stored value, see `hf_dbp.data.readers.orientation`."""
     if not isinstance(value, dict):
         return 1
     given = value["bytes"] is not None or value["path"] is None
@@ -212,7 +212,7 @@ def stored(value: Any) -> Any:
 
 
 def joined(files: list[str]) -> NDArray[np.generic]:
-    """Join files of one channel each into one array (H, W, C)."""
+    """Join files of one channel each (--channel_files) into one array (H, W, C)."""
     channels = [to_array(read_picture(file, channel=True), 1) for file in files]
     kinds = [f"{c.shape[0]} x {c.shape[1]} pixels of {c.dtype} in {f}" for c, f in zip(channels, files, strict=True)]
     if len({(channel.shape, channel.dtype) for channel in channels}) > 1:

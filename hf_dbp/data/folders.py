@@ -134,7 +134,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def identity(folder: Path) -> tuple[int, int]:
-    """What identifies a folder, whatever path leads to it."""
+    """What identifies a folder in the walk, whatever path leads to it."""
     status = folder.stat()
     return status.st_dev, status.st_ino
 

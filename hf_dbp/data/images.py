@@ -226,7 +226,7 @@ def load_images(source: ImageSource) -> tuple[ImageList, ImageList]:
 
 
 def selected(samples: Any, rows: NDArray[np.int64]) -> Any:
-    """The samples of these rows; unchanged if these are all rows."""
+    """The samples of these rows of a list of images; unchanged if these are all rows."""
     return samples if len(rows) == len(samples) else samples.select(rows)
 
 
@@ -257,7 +257,8 @@ def built_in_images(source: ImageSource) -> tuple[ImageList, ImageList]:
 
 
 def rendered(scenes: WireBonding) -> WireBonding | list[dict[str, NDArray[Any]]]:
-    """The scenes, rendered once and kept in memory unless they would take more than a quarter of a gigabyte."""
+    """The built-in scenes, rendered once and kept in memory unless they would take more than a quarter of a
+    gigabyte."""
     first = scenes[0]
     if len(scenes) * sum(array.nbytes for array in first.values()) > 2**28:
         return scenes
@@ -293,7 +294,7 @@ def check_first(samples: Sequence[Any], column: str, source: ImageSource) -> tup
 def channel_statistics(
     images: ImageList, source: str = "auto", folder: Path | None = None
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of values in [0, 1]; see `hf_dbp.data.values`.
+    """Mean and standard deviation per channel of a list of images, values in [0, 1]; see `hf_dbp.data.values`.
 
     Args:
         images: the training images.
@@ -319,8 +320,8 @@ def measured_once(
     measure: Callable[[ImageList, Sequence[int]], tuple[Any, Any]],
     folder: Path | None,
 ) -> tuple[Any, Any]:
-    """The result of ``measure`` on up to `MEASURED` images at even steps; with a folder, kept there for the next
-    run."""
+    """The result of ``measure`` (statistics, range) on up to `MEASURED` images at even steps; with a folder, kept there
+    for the next run."""
     picks = [int(index) for index in np.linspace(0, len(images) - 1, min(MEASURED, len(images)))]
     if folder is None:
         return measure(images, picks)

@@ -61,7 +61,7 @@ def read_picture(file: str | bytes, channel: bool = False) -> Image.Image | Arra
 
 
 def parsed(file: str | bytes, channel: bool = False) -> Image.Image | Array:
-    """Like `read_picture`, but errors are passed on unchanged."""
+    """Like `read_picture`, but the errors of Pillow, tifffile and OpenCV are passed on unchanged."""
     if isinstance(file, bytes):
         head = file[:12]
     else:
@@ -189,7 +189,7 @@ def tiff_values(file: str | bytes, series: Any, number: int, mapped: bool = True
 
 
 def upright(array_HWC: Array, page: Any) -> Array:
-    """The pixels turned upright by the page's orientation tag; a view, not a copy."""
+    """The pixels of a TIFF page turned upright by its orientation tag; a view, not a copy."""
     orientation = page.tags.valueof(274, 1)
     if orientation in (5, 6, 7, 8):
         array_HWC = array_HWC.transpose(1, 0, 2)

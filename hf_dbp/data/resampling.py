@@ -43,7 +43,8 @@ def augments_on_device(asked: bool | None, args: TrainingArguments, images: Imag
 
 
 def collate(views: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch from the output of `hf_dbp.data.masked.MaskedImages`: finished views, or parts, each on a canvas.
+    """A training batch from the output of `hf_dbp.data.masked.MaskedImages`: finished views, or parts, each on a
+    canvas.
 
     Outside its part a canvas holds arbitrary values; the weights there are zero.
     """

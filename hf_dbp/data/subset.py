@@ -61,7 +61,7 @@ def split_rows(count: int, share: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def draw(rows: Rows, limit: int | None, seed: int) -> Rows:
-    """At most ``limit`` of the rows, drawn at random but kept in order."""
+    """At most ``limit`` of the images' rows, drawn at random but kept in order."""
     if limit is None or limit >= len(rows):
         return rows
     return np.sort(np.random.default_rng(seed).choice(rows, limit, replace=False))

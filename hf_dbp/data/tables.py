@@ -52,7 +52,8 @@ def parquet_table(files: Sequence[str], cache_dir: str | None) -> datasets.Datas
 
 
 def literal(file: str, cache_dir: str | None) -> str:
-    """A path that `datasets` takes literally: a link in place of a path with ``::``, which would chain file systems."""
+    """A path of a parquet file that `datasets` takes literally: a link in place of a path with ``::``, which would
+    chain file systems."""
     if "::" not in file:
         return file
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_dbp" / "links"
@@ -116,7 +117,7 @@ def bytes_and_paths(values: pa.ChunkedArray) -> tuple[pa.ChunkedArray | None, pa
 def replaced(
     table: datasets.Dataset, column: str, encoded: pa.ChunkedArray | None, paths: pa.ChunkedArray | None
 ) -> datasets.Dataset:
-    """The table with a column replaced by {"bytes", "path"}; bytes are not copied."""
+    """The Arrow table with a column replaced by {"bytes", "path"}; bytes are not copied."""
     table = table.flatten_indices() if table._indices is not None else table
     chunks = []
     lengths = [len(chunk) for chunk in (encoded if encoded is not None else paths).chunks]  # type: ignore[union-attr]

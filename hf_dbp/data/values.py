@@ -76,7 +76,7 @@ def in_unit_range(values: NDArray[Any], dtype: np.dtype[Any], value_range: Value
 
 
 def displayed(image_HWC: NDArray[Any], value_range: ValueRange) -> NDArray[Any]:
-    """The image in [0, 1]: RGB unchanged; otherwise the first channel, in grey."""
+    """The image in [0, 1], to look at: RGB unchanged; otherwise the first channel, in grey."""
     pixels = np.clip(in_unit_range(image_HWC, image_HWC.dtype, value_range), 0, 1)
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels[..., :1], 3, axis=2)
 

@@ -97,7 +97,7 @@ def open_rows(file: str, least: int = LARGE) -> TiffRows | None:
 
 
 def plain(page: Any, least: int) -> bool:
-    """Whether the page's rows mean the same as to the reader of whole images."""
+    """Whether the rows of a TIFF page, read alone, mean the same as to the reader of whole images."""
     planes = page.planarconfig != 1 and page.samplesperpixel > 1
     alpha = any(kind in (1, 2) for kind in page.extrasamples)
     known = page.photometric in PLAIN and page.dtype in (np.uint8, np.uint16) and page.bitspersample in (8, 16)

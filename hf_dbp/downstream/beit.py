@@ -51,7 +51,7 @@ def beit_fields(vit: ViTConfig) -> dict[str, Any]:
 
 
 def sides(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of a size that may be a single number."""
+    """Height and width of a config's image or patch size, which may be a single number."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -59,7 +59,7 @@ COMPARED = 200_000  # images; with more, comparing all pairs takes hours
 
 
 def fingerprint(encoder: FrozenEncoder, images: ImageList, how: dict[str, Any]) -> str:
-    """A name for these images, this model and these settings; work with another name is not resumed."""
+    """A name for these images, this model and these settings; an embedding under another name is not resumed."""
     about = [how, encoder.size, list(encoder.mean), list(encoder.std)]
     digest = hashlib.blake2b(json.dumps(about, allow_nan=False).encode())
     for name, tensor in sorted(encoder.vit.state_dict().items()):
@@ -147,7 +147,8 @@ def embed_images(
 
 
 def compare(features_ND: Tensor, names: Sequence[str], record: dict[str, Any]) -> tuple[pa.Array, pa.Array]:
-    """The columns ``duplicate_of`` and ``outlier_score``; adds the number of duplicates to the record."""
+    """The columns ``duplicate_of`` and ``outlier_score`` of a table of features; adds the number of duplicates to the
+    record."""
     record["compared"] = len(names) <= COMPARED
     if not record["compared"]:
         logger.warning("%d images are more than %d: they are not compared with one another", len(names), COMPARED)
@@ -240,7 +241,7 @@ class Embeddings:
 
 
 def described(path: Path) -> dict[str, Any]:
-    """The record in a table; empty if the file does not exist.
+    """The record in a table of features; empty if the file does not exist.
 
     UserError for a file that `hf-dbp embed` did not write.
     """
@@ -340,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def report(file: str, table: Embeddings, record: dict[str, Any]) -> list[str]:
-    """Lines that describe a table."""
+    """Lines that describe a table of features."""
     speed = f"{record['images_per_second']} images/s" if record["embedded_now"] else "they were already there"
     lines = [f"images      {record['images']}, {record['embedded_now']} embedded now: {speed}"]
     if record["unreadable"]:

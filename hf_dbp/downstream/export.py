@@ -107,7 +107,7 @@ def write_onnx(model: nn.Module, example: Tensor, file: Path, output: str, patch
 
 
 def difference(model: nn.Module, onnx_model: onnx_run.Model, batches: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """The shape of each batch, and the largest difference between both outputs."""
+    """The shape of each batch, and the largest difference between the outputs of PyTorch and onnxruntime."""
     found = []
     for pixels in batches:
         with torch.no_grad():
@@ -118,7 +118,7 @@ def difference(model: nn.Module, onnx_model: onnx_run.Model, batches: Sequence[T
 
 
 def latency(run: Callable[[], Any]) -> float:
-    """Median milliseconds per call, after two warm-up calls."""
+    """Median milliseconds per call of a model, after two warm-up calls."""
     times = []
     for _ in range(TIMED + 2):
         began = time.perf_counter()
@@ -128,7 +128,7 @@ def latency(run: Callable[[], Any]) -> float:
 
 
 def readable(images: ImageList, count: int) -> list[NDArray[Any]]:
-    """The first readable images."""
+    """The first readable images, on which to check the exported model."""
     found = []
     for index in range(len(images)):
         try:

@@ -26,7 +26,8 @@ def centred(features_ND: Tensor, mean_D: Tensor | None = None) -> Tensor:
 
 
 def nearest(features_ND: Tensor, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k images most similar to each query: inner products (Q, k), descending, and their rows (Q, k), int64.
+    """The k images most similar to each query, among all features: inner products (Q, k), descending, and their rows
+    (Q, k), int64.
 
     Every pair is compared, a block at a time: exact, with O(block x block + Q x k) memory.
     """

@@ -32,7 +32,8 @@ Array = NDArray[Any]
 
 
 def resized(image_HWC: Array, size: tuple[int, int], box: tuple[float, float, float, float]) -> Array:
-    """A box (left, top, right, bottom) of an image, resized to (height, width), bicubic and antialiased."""
+    """A box (left, top, right, bottom) of an image, resized to (height, width) as PyTorch does it, but by Pillow:
+    bicubic, antialiased."""
     if image_HWC.shape[:2] == tuple(size) and box == (0, 0, image_HWC.shape[1], image_HWC.shape[0]):
         return image_HWC
     kind = image_HWC.dtype if image_HWC.dtype == np.uint8 else np.float32
@@ -41,7 +42,7 @@ def resized(image_HWC: Array, size: tuple[int, int], box: tuple[float, float, fl
 
 
 def bilinear(values_CHW: Array, size: tuple[int, int]) -> Array:
-    """Scale the last two axes to (height, width), bilinear with half-pixel centres."""
+    """Scale the last two axes of logits to (height, width) in NumPy, bilinear with half-pixel centres."""
     for axis, (old, new) in ((1, (values_CHW.shape[1], size[0])), (2, (values_CHW.shape[2], size[1]))):
         at = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, None)
         low = np.minimum(at.astype(int), old - 1)
@@ -113,7 +114,7 @@ class Model:
 
 
 def read(path: str, channels: int) -> Array:
-    """A picture as (height, width, channels); a .npy array unchanged."""
+    """A picture for the exported model as (height, width, channels); a .npy array unchanged."""
     if str(path).endswith(".npy"):
         return np.asarray(np.load(path))
     with Image.open(path) as opened:

@@ -90,7 +90,7 @@ class Work:
 
 
 def fits(path: Path, dtype: Any, shape: tuple[int, ...]) -> bool:
-    """Whether the file holds an array of that type and shape."""
+    """Whether the file of unfinished features holds an array of that type and shape."""
     if not path.is_file():
         return False
     there = np.load(path, mmap_mode="r")
@@ -98,7 +98,7 @@ def fits(path: Path, dtype: Any, shape: tuple[int, ...]) -> bool:
 
 
 def new_map(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    """Create a memory-mapped array of zeros. UserError if the disk has no room for it."""
+    """Create a memory-mapped array of zeros for features. UserError if the disk has no room for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
     if needed > free:

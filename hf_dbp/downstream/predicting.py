@@ -189,14 +189,14 @@ def samples_of(images: str, channel_files: Sequence[str] | None) -> tuple[Sample
 
 
 def note(journal: Any, entry: Mapping[str, Any]) -> None:
-    """Append a line that survives a crash."""
+    """Append a line to the list of images whose prediction is done, so that it survives a crash."""
     journal.write(json.dumps(entry, allow_nan=False) + "\n")
     journal.flush()
     os.fsync(journal.fileno())
 
 
 def read_done(file: Path, settings: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """The rows of the finished images; a last line cut off by a crash is removed from the file.
+    """The rows of the images already predicted; a last line cut off by a crash is removed from the file.
 
     Raises:
         UserError: they come from another model or other settings.
@@ -223,7 +223,7 @@ def read_done(file: Path, settings: Mapping[str, Any]) -> dict[str, list[Row]]:
 def finished(
     predictor: Predictor, samples: Samples, folder: Path, unreadable: dict[str, str], total: int
 ) -> Iterator[tuple[str, list[Row]]]:
-    """Each image with its rows, after its files are written; threads open and write, this one predicts."""
+    """Each predicted image with its rows, after its files are written; threads open and write, this one predicts."""
     names: deque[str] = deque()
     threads = min(4, (os.cpu_count() or 1) + 1)
     progress = tqdm(total=total, initial=total - len(samples), desc="Images", unit="image")
@@ -261,7 +261,7 @@ def finished(
 
 
 def write_table(rows: Sequence[Row], file: Path) -> Path:
-    """Write the rows as CSV or parquet, depending on the name of the file."""
+    """Write the rows of predictions as CSV or parquet, depending on the name of the file."""
     write = pq.write_table if file.suffix == ".parquet" else csv.write_csv
     with whole_file(file) as part:
         write(pa.Table.from_pylist(list(rows)), part)
@@ -269,7 +269,7 @@ def write_table(rows: Sequence[Row], file: Path) -> Path:
 
 
 def report(found: Predictions) -> str:
-    """The results and what to do next, to print at the end of the command."""
+    """The results of a prediction and what to do next, to print at the end of the command."""
     record, where = found.record, shlex.quote(str(found.folder))
     lines = [f"{record['images']} images, {record['images_of_this_run']} of them now, in {record['seconds']:.1f} s"]
     if record["unreadable"]["count"]:

@@ -94,7 +94,7 @@ def k_centre(features_ND: Tensor, count: int, labelled: Sequence[int], seed: int
 
 
 def at_random(features_ND: Tensor, count: int, labelled: Sequence[int], seed: int) -> list[int]:
-    """Rows drawn at random."""
+    """Rows of images to label, drawn at random."""
     order = np.random.default_rng(seed).permutation(np.setdiff1d(np.arange(len(features_ND)), list(labelled)))
     return [int(row) for row in order[:count]]
 

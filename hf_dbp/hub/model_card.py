@@ -142,7 +142,7 @@ def class_columns(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def cell(value: float | int | None) -> str:
-    """A figure or a count as a table cell."""
+    """A figure or a count as a cell of the card's table."""
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
@@ -179,7 +179,7 @@ model = ViTMAEForPreTraining.from_pretrained("{name}")""",
 
 
 def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """One or two sentences on what the model is and what it was trained on."""
+    """The card's first sentences: what the model is and what it was trained on."""
     kind, encoder = config["model_type"], config.get("backbone_config") or config
     shape = (
         f"{encoder['num_hidden_layers']} layers, {encoder['hidden_size']} wide, patches of {encoder['patch_size']} "
@@ -210,7 +210,7 @@ def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
-    """The text below the lines that load the model."""
+    """The card's text below the lines that load the model."""
     kind, encoder = config["model_type"], config.get("backbone_config") or config
     if kind == "dbp_vit_mae":
         return (
@@ -265,7 +265,7 @@ def stock_pipeline(config: Mapping[str, Any], processor: Mapping[str, Any]) -> b
 
 
 def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Settings and circumstances of the run, by name."""
+    """The card's settings and circumstances of the run, by name."""
     if not record:
         return []
     arguments, hardware = record["arguments"], record["hardware"]
@@ -281,13 +281,13 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def told(flag: Nature, value: Any, method: str | None) -> bool:
-    """Whether a setting gets a row: not if it is off or not given, unless its nature says so."""
+    """Whether a setting gets a row in the card: not if it is off or not given, unless its nature says so."""
     counts = method == "dbp" or not flag.dbp
     return bool(flag.card) and counts and value not in (None, "none") and (value is not False or flag.card_if_off)
 
 
 def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any]) -> list[str]:
-    """Sentences on what the model is not good for, or what was not measured."""
+    """The card's sentences on what the model is not good for, or what was not measured."""
     kind = config["model_type"]
     channels = (config.get("backbone_config") or config)["num_channels"]
     headless = ["It has no head: fine-tune it, or train a classifier on its features. Neither was measured here."]
@@ -327,7 +327,7 @@ def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapp
 def metadata(
     config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapping[str, Any], title: str
 ) -> ModelCardData:
-    """The YAML block: results as ``model-index``, emissions, tags."""
+    """The card's YAML block: results as ``model-index``, emissions, tags."""
     kind = config["model_type"]
     purposes = {"upernet": "image-segmentation", "beit": "image-classification"}
     tuned = kind in purposes
@@ -378,7 +378,7 @@ def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """The measured figures of a record by name, for the whole run and for the model in its folder.
+    """The measured figures of a record, for the card, by name, for the whole run and for the model in its folder.
 
     A record of 0.1.0 does not say which weights these are; then the loss is that of its best evaluation.
     """
@@ -391,7 +391,7 @@ def figures(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def hardware_used(record: Mapping[str, Any]) -> str:
-    """The GPUs, else the processor."""
+    """The GPUs, else the processor, for the card."""
     hardware = record["hardware"]
     if "gpu" in hardware:
         return f"{hardware['processes']} x {hardware['gpu']}"

@@ -167,7 +167,7 @@ def load_weights(
 
 
 def check_files(source: str | os.PathLike[str]) -> None:
-    """Open every safetensors file of a folder.
+    """Open every safetensors file of somebody's model folder, to find damaged ones.
 
     UserError for one whose header does not match it, or an invalid index.
     """

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 def fits(source: str, config: ViTMAEConfig, **hub: Any) -> bool:
-    """Whether the model's class can load the checkpoint: a ViT-MAE with the same channels and image size.
+    """Whether the model's class can load the public checkpoint unchanged: a ViT-MAE with the same channels and image
+    size.
 
     A stock class cannot read our checkpoints.
     """

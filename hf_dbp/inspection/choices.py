@@ -47,7 +47,7 @@ class Findings:
 
 
 def common(counts: Counter[Any], shown: int = 4) -> str:
-    """The most common entries with their counts, and the number of others."""
+    """The most common kinds of image with their counts, for the report, and the number of others."""
     first = ", ".join(f"{entry} ({count})" for entry, count in counts.most_common(shown))
     return first + (f" and {len(counts) - shown} other kinds" if len(counts) > shown else "")
 

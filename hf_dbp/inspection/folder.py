@@ -60,7 +60,7 @@ OUTLYING = 0.01  # if 99.8 % of the values span less of the range, there are out
 
 
 def pooled(splits: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    """The content of all splits; names outside ``train`` begin with the name of their split."""
+    """What inspect found in all splits, as one; names outside ``train`` begin with the name of their split."""
     return {
         name if split == "train" else f"{split}/{name}": value
         for split, content in splits.items()
@@ -191,7 +191,7 @@ def describe_masks(
 
 
 def misfit(kind: ImageKind, survey: MaskSurvey, name: str) -> str:
-    """Training's message on a mask whose size differs from its image's; empty if they fit or the image is
+    """Training's message, for inspect, on a mask whose size differs from its image's; empty if they fit or the image is
     unreadable."""
     try:
         check_fit(survey.sizes[name], survey.sizes[name] if kind.error else kind.size, survey.names[name])
@@ -296,7 +296,7 @@ class Heard(logging.Handler):
 
 
 def known(source: type[ImageSource], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the flags that a source has."""
+    """Those of the inspected flags that a source has."""
     names = {field.name for field in dataclasses.fields(source) if field.init}
     return {name: value for name, value in flags.items() if name in names and value is not None}
 
@@ -331,7 +331,7 @@ def rehearse(data: Mapping[str, Any], found: Findings) -> list[str]:
 
 
 def gist(message: str) -> str:
-    """A message without its example and its counts, which differ between parts of the data."""
+    """A warning without its example and its counts, which differ between parts of the data."""
     return re.sub(r"\d+", "N", message.partition(", e.g. ")[0])
 
 

@@ -28,7 +28,7 @@ __all__ = ["Content", "Row", "Sample", "Samples", "read_source", "value_of"]
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A value in a table."""
+    """A sample in a table."""
 
     table: Any
     column: str

@@ -90,7 +90,7 @@ def survey_images(samples: Samples) -> dict[str, ImageKind]:
 
 
 def bulk(array_HWC: NDArray[Any]) -> tuple[float, float]:
-    """The range of the middle 99.8 % of the values, on a grid of 128 x 128 pixels."""
+    """The range of the middle 99.8 % of an image's values, on a grid of 128 x 128 pixels."""
     rows, columns = (np.linspace(0, side - 1, min(side, 128), dtype=int) for side in array_HWC.shape[:2])
     low, high = np.quantile(array_HWC[np.ix_(rows, columns)], (0.001, 0.999))
     return float(low), float(high)
@@ -123,7 +123,7 @@ def size_of(file: str) -> int:
 
 
 def digest(file: str, *, pieces: bool) -> bytes:
-    """The digest of the whole file, or of its beginning, middle and end."""
+    """The digest of a file, to find duplicates: of all of it, or of its beginning, middle and end."""
     hashed = hashlib.blake2b(digest_size=16)
     with Path(file).open("rb") as opened:
         if not pieces:

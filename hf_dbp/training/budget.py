@@ -39,7 +39,7 @@ FIRST = 60.0  # seconds, or a tenth of the budget: then measure the ending and p
 
 
 def schedule(progress: float) -> float:
-    """lr(p) / peak."""
+    """The budget's schedule: lr(p) / peak."""
     if progress < WARM_UP:
         return max(progress, 0.0) / WARM_UP
     return (1 + math.cos(math.pi * min(1.0, (progress - WARM_UP) / (1 - WARM_UP)))) / 2

@@ -101,7 +101,7 @@ def measured_rate(channels: int, mask_ratio: float) -> float:
 
 
 def survey(images: ImageList) -> tuple[int, int, str]:
-    """Median short side in pixels, channels and pixel type of readable images, sampled at even steps."""
+    """What --budget looks at: median short side in pixels, channels and type of readable images, at even steps."""
     kinds = []
     for index in np.linspace(0, len(images) - 1, min(SURVEYED, len(images))).astype(int):
         try:
@@ -155,7 +155,7 @@ def choose(images: ImageList, seconds: float, rate: float | None = None) -> list
 
 
 def fixed(width: int, batch: int) -> list[Choice]:
-    """The choices that depend only on the width of the model and the batch."""
+    """The choices of --budget that depend only on the width of the model and the batch."""
     workers = 1 if (os.cpu_count() or 1) > 1 else 0
     rate = float(f"{4e-3 * (128 / width) ** 0.5:.3g}")
     clock = "the budget's warm-up and cosine follow the clock instead"

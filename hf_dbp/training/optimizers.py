@@ -153,7 +153,8 @@ class HiddenWithAdamW(torch.optim.Optimizer):
 
 
 def made_by_library(name: str, matrices: list[Parameter], **options: Any) -> torch.optim.Optimizer:
-    """An optimizer of pytorch-optimizer. UserError if it needs more than parameters and these options."""
+    """An instance of an optimizer of pytorch-optimizer. UserError if it needs more than parameters and these
+    options."""
     try:
         return library_optimizer(name)(matrices, **options)
     except UserError:

@@ -123,13 +123,13 @@ def last_checkpoint(run: str | os.PathLike[str]) -> str | None:
 
 
 def clear(folder: Path) -> None:
-    """Remove a folder with its content, if it exists."""
+    """Remove a checkpoint's folder with its content, if it exists."""
     if folder.is_dir():
         shutil.rmtree(folder)
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
+    """Flush a checkpoint's file or folder to the disk."""
     if path.is_file():
         with path.open("r+b") as file:
             os.fsync(file.fileno())
@@ -157,7 +157,8 @@ def publish(written: Path, target: Path) -> None:
 
 
 def move_files(written: Path, target: Path) -> None:
-    """Move the files of a model to ``target``, each in one step, and remove the weights of an earlier model there.
+    """Move the files of a saved model to ``target``, each in one step, and remove the weights of an earlier model
+    there.
 
     ``config.json``, which identifies a model, is removed first and written last, so a mixture of two models has none.
     """

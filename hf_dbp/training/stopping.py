@@ -96,7 +96,7 @@ def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
 
 
 def leave(number: int, frame: Any) -> None:
-    """Handler that raises SystemExit(128 + signal), so `finally` blocks can clean up."""
+    """Signal handler that raises SystemExit(128 + signal), so `finally` blocks can clean up."""
     raise SystemExit(128 + number)
 
 

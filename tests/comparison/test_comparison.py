@@ -305,7 +305,7 @@ def written(folder, run):
     return str(folder)
 
 
-def test_finished_runs_are_taken_as_they_are(tmp_path):
+def test_finished_runs_are_taken_as_they_are(tmp_path, sketched):
     runs = [
         made_run("adamw", 0, SLOW),
         made_run("dbp+adamw", 0, SLOW),

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 
+import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -30,14 +31,30 @@ from hf_dbp.recipes import parse_arguments, recipe_arguments, recipe_names, reci
 from hf_dbp.records import RunRecord
 from hf_dbp.training.arguments import GROUPS
 
-CASES = 400
-several = settings(
-    max_examples=CASES,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+CASES = [60, pytest.param(400, marks=pytest.mark.slow)]
+
+
+def cases(*strategies):
+    """Run a test of a folder and drawn values on 60 cases, and in the slow tier on 400."""
+
+    def decorate(test):
+        @pytest.mark.parametrize("count", CASES)
+        def run(tmp_path, count):
+            several = settings(
+                max_examples=count,
+                derandomize=True,
+                deadline=None,
+                database=None,
+                suppress_health_check=[HealthCheck.too_slow],
+            )
+            several(given(st.tuples(*strategies))(lambda values: test(tmp_path, *values)))()
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
+
+
 WORDS = [
     *(
         "",
@@ -169,8 +186,7 @@ def use(groups):
             model_config(model, 3)
 
 
-@several
-@given(st.one_of(changed(PRETRAINING), changed(FINETUNING)), st.sampled_from(["", "# é\n", "\ufeff", "---\n", "- a\n"]))
+@cases(st.one_of(changed(PRETRAINING), changed(FINETUNING)), st.sampled_from(["", "# é\n", "\ufeff", "---\n", "- a\n"]))
 def test_recipes(tmp_path, content, before):
     file = tmp_path / "recipe.yaml"
     with contextlib.suppress(yaml.YAMLError, UnicodeEncodeError):
@@ -180,8 +196,7 @@ def test_recipes(tmp_path, content, before):
         use(parse_arguments(groups, ["--config", str(file), "--use_cpu", "true", "--bf16", "false"]))
 
 
-@several
-@given(st.sampled_from(recipe_names()), st.integers(0, 10**4), st.sampled_from(WORDS), st.integers(0, 3))
+@cases(st.sampled_from(recipe_names()), st.integers(0, 10**4), st.sampled_from(WORDS), st.integers(0, 3))
 def test_recipes_that_are_cut_and_pasted(tmp_path, name, at, word, length):
     text = recipe_path(name).read_text(encoding="utf-8")
     at %= len(text)
@@ -193,8 +208,7 @@ def test_recipes_that_are_cut_and_pasted(tmp_path, name, at, word, length):
 ARGUMENTS = [(key, value) for key, value in PRETRAINING.items() if value is not None]
 
 
-@several
-@given(
+@cases(
     st.lists(st.sampled_from(ARGUMENTS), max_size=6),
     st.lists(
         st.tuples(
@@ -206,7 +220,7 @@ ARGUMENTS = [(key, value) for key, value in PRETRAINING.items() if value is not 
     ),
     st.booleans(),
 )
-def test_flags(valid, odd, joined):
+def test_flags(tmp_path, valid, odd, joined):
     arguments = ["--use_cpu", "true"]
     for key, value in [*valid, *odd]:
         text = json.dumps(value) if isinstance(value, dict) else str(value)
@@ -218,8 +232,7 @@ def test_flags(valid, odd, joined):
 CONFIG = json.loads(DBPViTMAEConfig(**TINY).to_json_string(use_diff=False))
 
 
-@several
-@given(changed(CONFIG))
+@cases(changed(CONFIG))
 def test_configurations(tmp_path, content):
     (tmp_path / "config.json").write_text(json.dumps(content))
     if content.get("model_type") == "dbp_vit_mae":
@@ -236,8 +249,7 @@ def test_configurations(tmp_path, content):
 RECORD = json.loads(json.dumps({"schema": 1} | dataclasses.asdict(made_run().record)))
 
 
-@several
-@given(changed(RECORD))
+@cases(changed(RECORD))
 def test_run_records(tmp_path, content):
     (tmp_path / "run.json").write_text(json.dumps(content))
     with refusing():
@@ -253,8 +265,7 @@ def test_run_records(tmp_path, content):
 PLAN = recipe("compare_methods.yaml") | {"seeds": [0, 1], "against": None}
 
 
-@several
-@given(changed(PLAN))
+@cases(changed(PLAN))
 def test_plans(tmp_path, content):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     with refusing():

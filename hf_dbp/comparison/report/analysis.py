@@ -82,7 +82,7 @@ def search_row(run: Run) -> dict[str, Any]:
 
 
 def over(by_seed: RunsBySeed, figure: Callable[[Run], float | None]) -> Mean | None:
-    """Mean of a figure over the runs that have it."""
+    """Mean of a figure over the compared runs that have it."""
     values = [value for run in by_seed.values() if (value := figure(run)) is not None and math.isfinite(value)]
     return mean_interval(values) if values else None
 
@@ -187,7 +187,7 @@ def compare(a: str, baseline: RunsBySeed, b: str, other: RunsBySeed) -> dict[str
 
 
 def test(values: Sequence[tuple[float | None, float | None]]) -> Any:
-    """Paired comparison of the pairs with two finite numbers; None if there are none."""
+    """Paired test, for the report, of the pairs with two finite numbers; None if there are none."""
     pairs = [(x, y) for x, y in values if x is not None and y is not None and math.isfinite(x) and math.isfinite(y)]
     return paired_test([x for x, _ in pairs], [y for _, y in pairs]) if pairs else None
 
@@ -271,7 +271,7 @@ def setting_of(chosen: dict[str, RunsBySeed]) -> dict[str, Any]:
 
 
 def plain(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures with all dataclasses as mappings."""
+    """The report's figures with all dataclasses as mappings."""
 
     def item(value: Any) -> Any:
         if isinstance(value, list):

@@ -72,7 +72,7 @@ def loss_chart(chosen: dict[str, RunsBySeed], x: str, unit: str, scale: float, n
 
 
 def zoom(axis: Axes, end: float) -> None:
-    """Limit the axis to ``end``."""
+    """Limit the axis of a chart to ``end``."""
     lines = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axis.lines]
     values = np.concatenate([y[x <= end] for x, y in lines]) if lines else np.empty(0)
     if values.size > 1:

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -70,6 +70,13 @@ class Picture:
     name: str
     caption: str
     figure: Figure
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    def file(self, kind: str) -> bytes:
+        """The figure as PNG or SVG, rendered once."""
+        if kind not in self.files:
+            self.files[kind] = rendered(self.figure, kind)
+        return self.files[kind]
 
 
 Block = Heading | Paragraph | Items | Code | Table | Picture
@@ -103,9 +110,9 @@ def write_markdown(path: Path, blocks: Sequence[Block]) -> None:
                 parts.append(
                     "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in r)} |" for r in lines)
                 )
-            case Picture(name, caption, figure):
+            case Picture(name, caption):
                 for kind in ("png", "svg"):
-                    (path.parent / f"{name}.{kind}").write_bytes(rendered(figure, kind))
+                    (path.parent / f"{name}.{kind}").write_bytes(block.file(kind))
                 parts.append(f"![{caption}]({name}.png)\n\n{caption} ([SVG]({name}.svg))")
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
@@ -145,8 +152,8 @@ def html_block(block: Block) -> str:
             body = "".join(f"<tr>{line}</tr>" for line in lines)
             caption = html.escape(caption)
             return f'<p class="caption">{caption}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        case Picture(_, caption, figure):
-            data = base64.b64encode(rendered(figure, "svg")).decode("ascii")
+        case Picture(_, caption):
+            data = base64.b64encode(block.file("svg")).decode("ascii")
             caption = html.escape(caption)
             image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{data}">'
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

@@ -43,7 +43,8 @@ def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> l
 
 
 def left_out(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> list[str]:
-    """Finished runs at a setting that was not chosen, except those of the search with the first seed."""
+    """Finished runs of a comparison at a setting that was not chosen, except those of the search with the first
+    seed."""
     found = []
     for run in runs:
         by_seed = chosen.get(run.planned.variant, {})

@@ -15,7 +15,7 @@ Figures = dict[str, Any]
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with ``digits`` significant digits; a dash for None."""
+    """A number as text in the report, with ``digits`` significant digits; a dash for None."""
     if value is None:
         return NONE
     text = f"{value:.{digits}g}"
@@ -23,7 +23,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def mean(figures: Figures | None, digits: int = 4) -> str:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds, as text in the report."""
     if figures is None:
         return NONE
     spread = "" if figures["sd"] is None else f" ± {number(figures['sd'], 2)}"
@@ -102,7 +102,7 @@ def introduction(analysis: Figures, command: str, note: str, jobs: int) -> list[
 
 
 def circumstances(analysis: Figures, jobs: int) -> list[str]:
-    """Sentences on data, length, machine, energy and code."""
+    """The report's sentences on data, length, machine, energy and code."""
     where = analysis["setting"]
     hardware, data, energy, arguments = (where[key] for key in ("hardware", "data", "energy", "arguments"))
     devices = plural(hardware["gpus"], "GPU") if "gpus" in hardware else plural(hardware["cores"], "core")
@@ -137,7 +137,7 @@ def data_line(data: Figures) -> str:
 
 
 def length(arguments: Figures, unit: str) -> str:
-    """Steps or epochs, and the batch size; for another script's record, whatever it says."""
+    """Steps or epochs, and the batch size, in the report's words; for another script's record, whatever it says."""
     steps, epochs = arguments["max_steps"], arguments["num_train_epochs"]
     if not epochs and not steps:
         return "not recorded"

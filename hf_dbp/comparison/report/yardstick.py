@@ -161,7 +161,7 @@ def saving(
     runs: Sequence[Run], chosen: dict[str, RunsBySeed], a: str, b: str,
     figure: Callable[[Run], float | None], ratio: float,
 ) -> Figures | None:  # fmt: skip
-    """The saving of ``b`` by one quality; None if no seed has it on both sides."""
+    """The saving of ``b`` by one quality (loss, probe); None if no seed has it on both sides."""
     ends, own = ends_of(runs, chosen[a], a, figure), ends_of([], chosen[b], b, figure)
     if len(own) != 1:
         return None
@@ -197,7 +197,7 @@ def saving(
 
 
 def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings: dict[str, Figures]) -> list[str]:
-    """Why the pair has no headline; empty if it has one."""
+    """Why the yardstick has no headline for the pair; empty if it has one."""
     reasons = [remark.removesuffix(".") for remark in edge_remarks(plan, {name: chosen[name] for name in (a, b)})]
     tried = {name: settings_tried(plan, name) for name in (a, b)}
     if tried[a] != tried[b]:
@@ -219,7 +219,7 @@ def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings:
 
 
 def headline_of(pair: Figures) -> str:
-    """One sentence: the smallest saving, or why there is none to state."""
+    """The headline of the yardstick: the smallest saving, or why there is none to state."""
     who = f"{pair['other']} against {pair['baseline']}"
     if pair["headline"] is None:
         return f"{who}: no headline, for {'; '.join(pair['no_headline'])}."

@@ -77,7 +77,7 @@ def read_labels(source: str, image_size: Callable[[str], tuple[int, int]]) -> Fo
 
 
 def points(values: Sequence[float]) -> NDArray[np.float64]:
-    """x0, y0, x1, y1 ... as (V, 2)."""
+    """A label file's x0, y0, x1, y1 ... as (V, 2)."""
     return np.asarray(values, np.float64).reshape(-1, 2)
 
 

@@ -61,7 +61,7 @@ def mask_folder(
 
 
 def draw(source: str, files: dict[str, str], names: Sequence[str] | None, kept: Path, target: Path) -> None:
-    """Write the masks to a temporary folder, then rename it."""
+    """Draw the masks of labels into a temporary folder, then rename it."""
 
     def size_of(name: str) -> tuple[int, int]:
         if name not in files:

@@ -128,7 +128,7 @@ def parts(ids_HW: NDArray[Any]) -> Iterator[Part]:
 
 
 def area(ring: Ring) -> float:
-    """The area inside a ring."""
+    """The area inside an outline."""
     x, y = ring[:, 0], ring[:, 1]
     return float(abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2)
 
@@ -166,11 +166,11 @@ def outlines(pixels_HW: NDArray[np.bool_]) -> list[Ring]:
 
 
 def turn(before: tuple[int, int], at: tuple[int, int], after: tuple[int, int]) -> int:
-    """1 for a turn to the right (y points down), -1 to the left, 0 straight on."""
+    """1 for a turn of an outline to the right (y points down), -1 to the left, 0 straight on."""
     return (at[0] - before[0]) * (after[1] - at[1]) - (at[1] - before[1]) * (after[0] - at[0])
 
 
 def corners(ring: Ring) -> Ring:
-    """A ring without vertices in the middle of straight lines."""
+    """An outline without vertices in the middle of straight lines."""
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
     return np.asarray(ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]])

@@ -81,7 +81,8 @@ def evaluation_record(
 
 
 def confusion(confusion_KK: NDArray[Any]) -> dict[str, Any]:
-    """The confusion matrix; of more than `WHOLE` classes its entries that are not 0, as [true, predicted, images]."""
+    """The confusion matrix in `eval.json`; of more than `WHOLE` classes its entries that are not 0, as [true,
+    predicted, images]."""
     counts_KK = confusion_KK.astype(int)
     if len(counts_KK) <= WHOLE:
         return {"rows": "true", "columns": "predicted", "images": counts_KK.tolist()}
@@ -89,7 +90,8 @@ def confusion(confusion_KK: NDArray[Any]) -> dict[str, Any]:
 
 
 def calibration(trainer: ClassificationTrainer) -> list[dict[str, float | int]]:
-    """For each bin of confidence that has images: their number, mean confidence and accuracy."""
+    """The calibration in `eval.json`: for each bin of confidence that has images their number, mean confidence and
+    accuracy."""
     return [
         {"images": int(count), "confidence": float(confidence / count), "accuracy": float(right / count)}
         for count, confidence, right in trainer.tally.bins_3B.T
@@ -112,7 +114,7 @@ def accounts(
 
 
 def summary(record: Mapping[str, Any], folder: Path) -> str:
-    """The results and where they are, to print at the end of a run."""
+    """The results of a classifier's run and where they are, to print at its end."""
     low, high = record["accuracy_interval_95"]
     rows = [
         f"\nclassifier on {record['data']['source']}: {folder}",

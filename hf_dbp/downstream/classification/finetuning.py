@@ -54,7 +54,7 @@ def build_model(model_args: ModelArguments, names: Sequence[str], num_channels: 
 
 
 def view_size(model_args: ModelArguments, config: Any) -> tuple[int, int]:
-    """Height and width of a view."""
+    """Height and width of a classifier's view."""
     return model_args.size or sides(config.image_size)
 
 

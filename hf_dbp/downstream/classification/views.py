@@ -156,7 +156,7 @@ def central_view(
 
 
 def image_processor(views: CentralViews) -> BeitImageProcessorPil:
-    """The stock image processor that prepares images as evaluation does.
+    """The stock image processor of a classifier, which prepares images as evaluation does.
 
     It resizes the short side and crops the centre only for 8-bit images with 1 or 3 channels and square views; others
     it only normalises, so bring them to the view's size first.

@@ -47,7 +47,7 @@ def balanced(
     rare_crops: float = 0.0,
     rare_classes: Sequence[str] | None = None,
 ) -> tuple[UperNetLoss | None, RareCrops | None]:
-    """The loss that replaces the stock one, and the crops around rare classes; None if not asked for.
+    """The loss that replaces UperNet's own, and the crops around rare classes; None if not asked for.
 
     Args:
         model: the UperNet to train, unwrapped.

@@ -57,7 +57,7 @@ def class_pixels(ids_HW: NDArray[Any], classes: int) -> NDArray[np.int64]:
 
 
 def joined(above_W: NDArray[Any], below_W: NDArray[Any], parents: list[int]) -> int:
-    """Unite the parts of two rows that touch, corners included; return the number of unions."""
+    """Unite the parts of a mask in two rows that touch, corners included; return the number of unions."""
     width, pairs = len(above_W), []
     for shift in (-1, 0, 1):
         over, under = above_W[max(0, -shift) : width - max(0, shift)], below_W[max(0, shift) : width - max(0, -shift)]
@@ -73,7 +73,7 @@ def joined(above_W: NDArray[Any], below_W: NDArray[Any], parents: list[int]) -> 
 
 
 def root(part: int, parents: list[int]) -> int:
-    """The representative of all parts united with this one."""
+    """The representative of all parts of a mask united with this one."""
     while parents[part] != part:
         parents[part] = parents[parents[part]]
         part = parents[part]

@@ -20,7 +20,7 @@ __all__ = ["class_scores", "evaluation_record", "per_class", "summary"]
 
 
 def per_class(trainer: SegmentationTrainer) -> dict[str, dict[str, float | int | None]]:
-    """The scores of each class in the last evaluation, by name; see `class_scores`."""
+    """The scores of each class in a UperNet's last evaluation, by name; see `class_scores`."""
     confusion_KK = trainer.confusion_KK
     counts = np.diag(confusion_KK), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     return class_scores(*counts, trainer.model.config.id2label)
@@ -106,7 +106,7 @@ def _share(part: np.int64, whole: np.int64) -> float | None:
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:
-    """The results and where they are, to print at the end of a run."""
+    """The results of a UperNet's run and where they are, to print at its end."""
     rows = [f"\nUperNet on {record['data']['source']}: {folder}"]
     rows.append(f"  mean IoU {record['mean_iou']:.4f} (most common class everywhere: "
                 f"{record['majority_class_mean_iou']:.4f}), loss {record['loss']:.4f}")  # fmt: skip

@@ -62,7 +62,8 @@ def build_model(
 
 
 def image_processor(data: WholeImages) -> BeitImageProcessorPil:
-    """The stock image processor that scales and normalises as evaluation does, but does not pad to the crop.
+    """The stock image processor of a UperNet, which scales and normalises as evaluation does, but does not pad to the
+    crop.
 
     It scales only 8-bit images with 1 or 3 channels: it would take two channels for grey and alpha and blend them, and
     it refuses 16 bits.

@@ -203,7 +203,7 @@ class RowsView:
 
 
 def adapted(image_HWC: npt.NDArray[Any], channels: int) -> npt.NDArray[Any]:
-    """Convert grey to RGB if the model needs it."""
+    """Convert a grey image to RGB if the segmenter needs it."""
     return np.repeat(image_HWC, 3, axis=2) if image_HWC.shape[2] == 1 and channels == 3 else image_HWC
 
 

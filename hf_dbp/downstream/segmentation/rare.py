@@ -76,7 +76,7 @@ class RareCrops:
 
 
 def a_pixel(mask_HW: NDArray[np.int32], chosen: int, rng: np.random.Generator) -> tuple[int, int] | None:
-    """Row and column of one of the class's pixels; None if the mask holds none."""
+    """Row and column of one pixel of a rare class; None if the mask holds none."""
     found = np.flatnonzero(mask_HW == chosen)
     if not found.size:
         return None

@@ -241,7 +241,7 @@ class RetrievalArguments(HubFlags):
 def statistics_of(
     args: RetrievalArguments, images: LabelledImages, validation: LabelledImages
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel: those of the ViT's image processor, else of the images.
+    """Mean and standard deviation per channel for retrieval: those of the ViT's image processor, else of the images.
 
     Gives both lists their range of values.
     """
@@ -304,7 +304,7 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
 
 
 def figures(confusion_KK: NDArray[np.int64], names: dict[int, str]) -> dict[str, Any]:
-    """The figures of `eval.json` for a confusion matrix."""
+    """The figures of retrieval's `eval.json`, from a confusion matrix."""
     scores, pixels_K = scores_from_confusion(confusion_KK), confusion_KK.sum(axis=1)
 
     def number(value: float) -> float | None:
