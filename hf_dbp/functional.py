@@ -27,6 +27,8 @@ A leading ``...`` may be L: layers of one shape are updated as one batched produ
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,7 @@ __all__ = [
     "decorrelation_step_",
     "fused_weight",
     "largest_eigenvalue",
+    "layer_weight",
     "sample_rows",
     "second_moment_sums",
     "step_share",
@@ -65,8 +68,36 @@ def decorrelated_linear(
     """
     if naive:
         return F.linear(F.linear(x_ND, R_DD.detach().to(x_ND.dtype)), weight_OD, bias_O)
-    A_OD = fused_weight(weight_OD, R_DD)
-    return F.linear(x_ND, A_OD.to(weight_OD.dtype), bias_O)
+    return F.linear(x_ND, layer_weight(weight_OD, R_DD), bias_O)
+
+
+def layer_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
+    """``A = W R`` (paper eq. 3) in the dtype that a layer multiplies its inputs with; differentiable in W alone.
+
+    Under autocast it is W + W (R - I) in autocast's dtype, one product and one rounding of W and of the sum. R = I
+    gives W as autocast rounds it for a plain layer, bit for bit. `fused_weight` is more exact, but its launches on a
+    GPU can last longer than a small layer.
+    """
+    device = weight_OD.device.type
+    if not torch.is_autocast_enabled(device):
+        return fused_weight(weight_OD, R_DD).to(weight_OD.dtype)
+    low = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        low_OD = weight_OD.to(low)
+        return torch.addmm(low_OD, low_OD, excess(R_DD.detach(), low))
+
+
+def excess(R_DD: Tensor, dtype: torch.dtype) -> Tensor:
+    """``R - I``, subtracted in R's dtype and then rounded, so that a small correction keeps its leading digits."""
+    if torch.compiler.is_compiling() or type(R_DD) is not Tensor:  # nothing traced or simulated may be kept
+        return (R_DD - torch.eye(len(R_DD), dtype=dtype, device=R_DD.device)).to(dtype)
+    return torch.sub(R_DD, identity(len(R_DD), dtype, R_DD.device), out=torch.empty_like(R_DD, dtype=dtype))
+
+
+@functools.lru_cache(maxsize=16)
+def identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The identity matrix, made once for each size."""
+    return torch.eye(size, dtype=dtype, device=device)
 
 
 def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
@@ -86,8 +117,7 @@ def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
         return weight_OD.to(dtype) @ R_DD.to(dtype)
     low = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        excess_DD = R_DD - torch.eye(len(R_DD), dtype=R_DD.dtype, device=R_DD.device)
-        return weight_OD.to(dtype) + (weight_OD.to(low) @ excess_DD.to(low)).to(dtype)
+        return weight_OD.to(dtype) + (weight_OD.to(low) @ excess(R_DD, low)).to(dtype)
 
 
 def covariance_sums(x_MD: Tensor, R_DD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_dbp.errors import UserError
-from hf_dbp.functional import decorrelated_linear, fused_weight, sample_rows
+from hf_dbp.functional import decorrelated_linear, fused_weight, layer_weight, sample_rows
 from hf_dbp.padding import Padding
 
 __all__ = [
@@ -76,6 +76,36 @@ class RowSampling:
         return min(max(count, 1), num_rows)
 
 
+class JointDraws:
+    """The rows that all layers of a model draw in one step, computed for all of them at once.
+
+    The hash of one draw is about fifty small operations. Launched for every layer, they take longer on a GPU than the
+    forward pass of a small model. When a second layer asks for a sample of the same size, the samples of all are drawn.
+
+    Args:
+        keys: the layers' keys (`sample_rows`); draw k of layer l has the key ``keys[l] + k``.
+    """
+
+    def __init__(self, keys: list[Tensor]) -> None:
+        self.keys_L = torch.stack(keys)
+        self.counts = [0] * len(keys)  # draws of each layer so far
+        self.asked: set[tuple[int, int, int]] = set()
+        self.known: dict[tuple[int, int, int], Tensor] = {}
+
+    def rows(self, position: int, num_rows: int, num_samples: int) -> Tensor:
+        """Indices (M,) of the next draw of the layer at ``position``."""
+        draw = self.counts[position]
+        self.counts[position] += 1
+        what = (num_rows, num_samples, draw)
+        if what in self.asked and what not in self.known:
+            self.known = {old: rows for old, rows in self.known.items() if old[2] == draw}
+            self.known[what] = torch.vmap(lambda key: sample_rows(num_rows, num_samples, key))(self.keys_L + draw)
+        self.asked.add(what)
+        if what in self.known:
+            return self.known[what][position]
+        return sample_rows(num_rows, num_samples, self.keys_L[position] + draw)
+
+
 class Decorrelation(nn.Module):
     """The decorrelation matrix R of one layer input, and the rows sampled from it for the next update of R.
 
@@ -88,6 +118,8 @@ class Decorrelation(nn.Module):
         name: name of the layer, for warnings.
         key: int64 scalar tensor that decides which rows are drawn next; `hf_dbp.seed_sampling` sets it, each draw adds
             1.
+        draws: the draws of all layers seeded together, in place of ``key`` where nothing is compiled.
+        position: this layer's place among them.
     """
 
     R: nn.Parameter
@@ -101,6 +133,8 @@ class Decorrelation(nn.Module):
         self.padding: Padding | None = None
         self.name = ""
         self.key = torch.zeros((), dtype=torch.int64, device="cpu")  # not on the meta device, even if R still is
+        self.draws: JointDraws | None = None
+        self.position = 0
         self.reset_parameters()
 
     @property
@@ -125,6 +159,8 @@ class Decorrelation(nn.Module):
         num_samples = self.sampling.num_samples(num_rows, self.num_features)
         if num_samples == num_rows:
             return None
+        if self.draws is not None and not torch.compiler.is_compiling():
+            return self.draws.rows(self.position, num_rows, num_samples).to(self.R.device)
         key = self.key.to(self.R.device)
         self.key = key + 1  # other rows for the next micro-batch
         return sample_rows(num_rows, num_samples, key)
@@ -263,7 +299,7 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
             kernel = R_DD.detach().to(pixels_BCHW.dtype).view(-1, *self.weight.shape[1:])
             z_BDhw = F.conv2d(pixels_BCHW, kernel, stride=self.stride)
             return F.conv2d(z_BDhw, self.weight.flatten(1)[:, :, None, None], self.bias)
-        A_OD = fused_weight(self.weight.flatten(1), R_DD).to(self.weight.dtype)
+        A_OD = layer_weight(self.weight.flatten(1), R_DD)
         return F.conv2d(pixels_BCHW, A_OD.view_as(self.weight), self.bias, stride=self.stride)
 
     def gather_patches(self, pixels_BCHW: Tensor) -> None:

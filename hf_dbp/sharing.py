@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_dbp.errors import UserError
-from hf_dbp.functional import fused_weight
+from hf_dbp.functional import decorrelated_linear, fused_weight, layer_weight
 from hf_dbp.layers import (
     DecorrelatedLayer,
     DecorrelatedLinear,
@@ -74,7 +74,7 @@ class SharingLinear(SharingLayer, DecorrelatedLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.owns:
             return super().forward(x)
-        return nn.functional.linear(x, fused_weight(self.weight, self.decorrelation.R).to(self.weight.dtype), self.bias)
+        return decorrelated_linear(x, self.weight, self.bias, self.decorrelation.R)
 
 
 class SharingPatchProjection(SharingLayer, DecorrelatedPatchProjection):
@@ -97,7 +97,7 @@ class SharingConv1D(SharingLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.owns:
             self.decorrelation.gather(x)
-        A_DO = fused_weight(self.weight.T, self.decorrelation.R).T.to(self.weight.dtype).contiguous()
+        A_DO = layer_weight(self.weight.T, self.decorrelation.R).T.contiguous()
         return torch.addmm(self.bias, x.reshape(-1, self.nx), A_DO).view(*x.shape[:-1], self.nf)
 
     def plain_weight(self) -> Tensor:

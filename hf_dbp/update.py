@@ -45,7 +45,7 @@ from hf_dbp.functional import (
     second_moment_sums,
     step_share,
 )
-from hf_dbp.layers import Decorrelation, RowSampling
+from hf_dbp.layers import Decorrelation, JointDraws, RowSampling
 
 __all__ = [
     "ETA",
@@ -103,6 +103,9 @@ def seed_sampling(module: nn.Module, *, seed: int, step: int, rank: int = 0) -> 
     values = [hash((seed, step, rank, layer)) % 2**62 for layer in range(len(found))]
     torch._foreach_zero_(keys)
     torch._foreach_add_(keys, values)
+    draws = JointDraws([key.to(keys[0].device) for key in keys])
+    for position, decorrelation in enumerate(found):
+        decorrelation.draws, decorrelation.position = draws, position
 
 
 @torch.no_grad()

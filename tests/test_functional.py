@@ -15,6 +15,7 @@ from hf_dbp.functional import (
     decorrelation_step_,
     fused_weight,
     largest_eigenvalue,
+    layer_weight,
     sample_rows,
     second_moment_sums,
     step_share,
@@ -73,6 +74,31 @@ def test_autocast_rounds_only_the_correction() -> None:
     assert ((A.double() - exact).abs() <= 2**-7 * (W.abs() @ off)).all()
     assert ((grad.double() - pull.double() @ R.double().T).abs() <= 2**-7 * (pull.abs() @ off.T)).all()
     assert A.dtype == grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_multiplies_with_the_plain_weight_at_the_identity(dtype: torch.dtype) -> None:
+    W = torch.randn(5, 8, dtype=dtype)
+    assert torch.equal(layer_weight(W, torch.eye(8)), W)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer_weight(W, torch.eye(8)), W.bfloat16())
+
+
+def test_a_layers_weight_under_autocast_is_rounded_twice() -> None:
+    """|A - W R| <= 2**-8 (2 |W| + 3 |W| |R - I|) entry by entry, so R - I is not lost; its gradient likewise."""
+    R, W = near_identity(64, dtype=torch.float32), torch.randn(32, 64, requires_grad=True)
+    pull = torch.randn(32, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        A = layer_weight(W, R)
+        (grad,) = torch.autograd.grad(A, W, pull)
+    off = (R - torch.eye(64)).abs()
+    exact = W.detach().double() @ R.double()
+    assert ((A.double() - exact).abs() <= 2**-8 * (2 * W.abs() + 3 * W.abs() @ off)).all()
+    gradient = pull.double() @ R.double().T
+    assert ((grad.double() - gradient).abs() <= 2**-8 * (2 * pull.abs() + 3 * pull.abs().float() @ off.T)).all()
+    assert (A.dtype, grad.dtype) == (torch.bfloat16, torch.float32)
+    change = (A.detach().double() - W.detach().bfloat16().double()).norm()
+    assert change.item() == pytest.approx(float((exact - W.detach().double()).norm()), rel=0.1)
 
 
 def hand_step(x: Tensor, R: Tensor, eta: float, kappa: float) -> Tensor:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_dbp.update
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
-from hf_dbp.functional import decorrelation_metrics
-from hf_dbp.layers import RowSampling
+from hf_dbp.functional import decorrelation_metrics, sample_rows
+from hf_dbp.layers import JointDraws, RowSampling
 from hf_dbp.update import (
     configure_sampling,
     discard_rows,
@@ -136,6 +138,20 @@ def test_a_draw_depends_on_seed_step_rank_and_layer_alone() -> None:
     seed_sampling(module, seed=1, step=2)
     keys = {layer.decorrelation.key.item() for _, layer in decorrelated_layers(module)}
     assert len(keys) == 5
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 3), st.integers(5, 40)), min_size=1, max_size=12),
+    keys=st.lists(st.integers(0, 2**62), min_size=4, max_size=4),
+)
+def test_joint_draws_are_those_of_each_layer(counts: list[tuple[int, int]], keys: list[int]) -> None:
+    """Whichever layers draw samples of whichever sizes in whichever order, often or never."""
+    joint, drawn = JointDraws([torch.tensor(key) for key in keys]), [0] * len(keys)
+    for layer, num_rows in counts:
+        alone = sample_rows(num_rows, num_rows // 2, torch.tensor(keys[layer] + drawn[layer]))
+        drawn[layer] += 1
+        assert torch.equal(joint.rows(layer, num_rows, num_rows // 2), alone)
 
 
 def test_switching_gathering_off_and_discarding() -> None:
