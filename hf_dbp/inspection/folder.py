@@ -1,6 +1,6 @@
 """Report what a folder contains, how it will be used, and recipes to start from: the main of `hf-dbp inspect`.
 
-    hf-dbp inspect IMAGES --masks MASKS
+    hf-dbp inspect IMAGES --masks MASKS [--background_dir GOOD_IMAGES]
     hf-dbp inspect FOLDER_OF_PARQUET_OR_TARS
     hf-dbp inspect --dataset_name HUB_ID
 
@@ -16,21 +16,23 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from hf_dbp.data.arguments import FolderFlags
-from hf_dbp.data.decoding import UnreadableImageError, check_fit, unturned_masks
+from hf_dbp.data.decoding import UnreadableImageError, check_fit, unturned_masks, wrong_channels
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.labels.formats import label_format
 from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import BINARY, IGNORE, Palette, check_kinds, grey_code
+from hf_dbp.downstream.segmentation.background import background_files
 from hf_dbp.downstream.segmentation.data import load_labelled_images
 from hf_dbp.downstream.segmentation.source import LabelFlags, SegmentationSource
 from hf_dbp.errors import UserError, command
@@ -68,7 +70,7 @@ def pooled(splits: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
     }
 
 
-def training_share(splits: Mapping[str, Mapping[str, Any]]) -> int:
+def training_share(splits: Mapping[str, Collection[Any]]) -> int:
     """The number that training will see: ``train`` minus the held-out share if there is no ``validation``."""
     count = len(splits["train"])
     return count if splits.get("validation") else count - max(1, round(count * VALIDATION))
@@ -138,6 +140,31 @@ def describe_values(readable: Sequence[ImageKind], found: Findings) -> None:
             )
 
 
+def survey_background(args: argparse.Namespace, found: Findings) -> list[ImageKind]:
+    """Report on the good images, and return the kinds of those that training can use.
+
+    Raises:
+        UserError: there are no pictures in the folder.
+    """
+    if args.background_dir is None:
+        return []
+    samples: Samples = {files[0]: files for files in background_files(args.background_dir, args.channel_files)}
+    kinds, channels = survey_images(samples), found.pretraining["num_channels"]
+    usable = [
+        kind
+        for kind in kinds.values()
+        if not kind.error and (kind.counted == channels or (kind.counted, channels) == (1, 3))
+    ]
+    found.lines.append(f"background {len(usable)} good images in {args.background_dir}: they count as class 0")
+    odd = next((kind for kind in kinds.values() if kind not in usable), None)
+    if odd is not None:
+        reason = odd.error or f"{odd.name}: {wrong_channels((*odd.size, odd.counted), channels)}"
+        found.problems.append(
+            f"{len(kinds) - len(usable)} of {len(kinds)} good images will be left out of training, e.g. {reason}"
+        )
+    return usable
+
+
 def describe_masks(
     args: argparse.Namespace, content: Content, kinds: Mapping[str, ImageKind], found: Findings
 ) -> Samples:
@@ -178,13 +205,16 @@ def describe_masks(
     found.finetuning = dict(content.mask_flags)
     found.finetuning |= {"num_channels": found.pretraining["num_channels"], "crop_size": crop}
     found.finetuning["long_edge"] = choose_scale([kind for kind in kinds.values() if not kind.error], survey, found)
-    ids = describe_classes(args, survey, found)
+    good = survey_background(args, found)
+    ids = describe_classes(args, survey, good, found)
     if not ids:
         found.finetuning = {}
         return masks
     if not pairs.get("validation"):
         choose_split({name: ids.get(name, Counter()) for name in masks}, found)
-    labelled = max(2, training_share(pairs))
+    if good:
+        found.finetuning["background_dir"] = args.background_dir
+    labelled = max(2, training_share({**pairs, "train": [*pairs["train"], *good]}))
     found.finetuning["per_device_train_batch_size"] = max(2, min(16, labelled // 2))
     found.finetuning |= choose_length(max(1, labelled // found.finetuning["per_device_train_batch_size"]), found)
     return masks
@@ -200,7 +230,9 @@ def misfit(kind: ImageKind, survey: MaskSurvey, name: str) -> str:
     return ""
 
 
-def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findings) -> dict[str, Counter[str]]:
+def describe_classes(
+    args: argparse.Namespace, survey: MaskSurvey, good: Sequence[ImageKind], found: Findings
+) -> dict[str, Counter[str]]:
     """Report class balance, and choose the flags that name the classes; return class -> pixels for each mask."""
     if not survey.pixels:
         return {}
@@ -249,12 +281,15 @@ def describe_classes(args: argparse.Namespace, survey: MaskSurvey, found: Findin
         mask: sum((Counter({names[v]: n}) for v, n in values.items()), Counter())
         for mask, values in survey.values.items()
     }
-    total = sum(balance.values(), Counter())
+    total = sum(balance.values(), Counter({order[0]: sum(math.prod(kind.size) for kind in good)}))
     for name in [*order, *(total.keys() - set(order))]:
         if name in total or name != IGNORE:
             share, holders = total[name] / total.total(), sum(name in counts for counts in balance.values())
             found.lines.append(f"           {name:<20} {share:8.3%} of the pixels, in {holders} masks")
-    choose_balance([name for name in order if name != IGNORE], total, held_by_crops(survey, names, found), found)
+    chances = held_by_crops(survey, names, found)
+    share = len(survey.chances) / max(1, len(survey.chances) + len(good))  # of crops that see a mask
+    chances = {name: chance if name == order[0] else chance * share for name, chance in chances.items()}
+    choose_balance([name for name in order if name != IGNORE], total, chances, found)
     return balance
 
 
@@ -381,7 +416,10 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and run. A user's mistake ends with one line on stderr and exit status 2."""
     images = ("channel_files", "dataset_name", "dataset_config_name", "image_column_name", "mask_suffix")
-    declared = [flags_of(FolderFlags, *images), flags_of(LabelFlags, "annotation_column_name", "palette")]
+    declared = [
+        flags_of(FolderFlags, *images),
+        flags_of(LabelFlags, "annotation_column_name", "background_dir", "palette"),
+    ]
     parser = argparse.ArgumentParser(prog="hf-dbp inspect", description=__doc__.split("\n\n")[0], parents=declared)
     parser.add_argument(
         "folder",

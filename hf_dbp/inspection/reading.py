@@ -80,6 +80,14 @@ def read_source(args: argparse.Namespace) -> Content:
         raise UserError(
             "--masks is for a folder of pictures; the masks of a table are a column, --annotation_column_name"
         )
+    content = read_content(args)
+    if args.background_dir is not None and content.pairs is None and not content.problem:
+        raise UserError(f"--background_dir {args.background_dir} goes with masks of defects: give --masks")
+    return content
+
+
+def read_content(args: argparse.Namespace) -> Content:
+    """The content of what is given, with masks if there are any."""
     if args.dataset_name is not None:
         return read_tables(args, None)
     if args.masks is None:

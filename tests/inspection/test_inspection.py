@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -482,3 +483,75 @@ def test_what_training_says_is_said(capsys):
     with pytest.raises(ValueError, match="nothing to learn") as error:
         labelled(num_labels=4)
     assert f"PROBLEM    {error.value}" in out
+
+
+# ---- good images, and labels in place of masks ----
+
+
+def defects(number):
+    mask = np.zeros((32, 40), np.uint8)
+    mask[4:10, number : number + 12] = 1
+    return mask
+
+
+def good_images(count=5, channels=2):
+    Path("good").mkdir()
+    for number in range(count):
+        image = RNG.integers(0, 65535, (channels, 32, 40), dtype=np.uint16)
+        tifffile.imwrite(f"good/{number}.tif", image, photometric="minisblack")
+
+
+def test_good_images_are_reported_and_named_in_the_recipe(capsys):
+    write(count=8, mask=defects)
+    good_images()
+    tifffile.imwrite("good/odd.tif", RNG.integers(0, 65535, (4, 32, 40), dtype=np.uint16), photometric="minisblack")
+    out = report(capsys, "--masks", "masks", "--background_dir", "good")
+    assert "background 5 good images in good: they count as class 0" in out
+    assert "1 of 6 good images will be left out of training, e.g. good/odd.tif: " in out
+    assert "class 1                3.462% of the pixels, in 8 masks" in out  # 8 * 72 / (13 * 32 * 40)
+    recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert recipe["background_dir"] == "good"
+    flags = {name: recipe[name] for name in ("train_dir", "train_mask_dir", "background_dir")}
+    train, validation = load_labelled_images(SegmentationSource(**flags, num_labels=2, max_unreadable=1))
+    assert (train.background, validation.background) == (5, 1)
+    with pytest.raises(SystemExit):
+        inspect(["images", "--background_dir", "good"])
+    assert "--background_dir good goes with masks of defects: give --masks" in capsys.readouterr().err
+
+
+def test_good_images_make_a_class_rare(capsys):
+    """A defect in every mask, and of a quarter of its pixels, is in few crops beside forty good images."""
+    write(count=4, mask=lambda number: np.pad(np.ones((16, 20), np.uint8), ((0, 16), (0, 20))))
+    good_images(40)
+    assert "balance" not in report(capsys, "--masks", "masks")
+    out = report(capsys, "--masks", "masks", "--background_dir", "good")
+    assert "balance    class 1: less than 12.50% of the pixels each" in out
+    assert "class 1: in less than 20% of the crops" in out
+    assert read_yaml(Path("outputs/inspection/finetune.yaml"))["rare_crops"] == "0.33"
+
+
+def test_labels_are_inspected_as_the_masks_drawn_from_them(capsys):
+    """Classes by their names, balance of what they outline, and a recipe that names the labels."""
+    Path("images").mkdir()
+    shapes = [
+        {"label": "pit", "points": [[2, 2], [8, 2], [8, 8], [2, 8]], "shape_type": "polygon"},
+        {"label": "scratch", "points": [[10, 2], [38, 2], [38, 30], [10, 30]], "shape_type": "polygon"},
+    ]
+    for number in range(6):
+        cv2.imwrite(f"images/{number}.png", RNG.integers(0, 255, (32, 40, 3), dtype=np.uint8))
+        content = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imagePath": f"{number}.png"}
+        content |= {"imageData": None, "imageHeight": 32, "imageWidth": 40}
+        Path("labels").mkdir(exist_ok=True)
+        Path(f"labels/{number}.json").write_text(json.dumps(content), encoding="utf-8")
+    out = report(capsys, "--masks", "labels")
+    assert "drawn as masks of background, pit, scratch" in out and "PROBLEM" not in out
+    recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
+    assert recipe["train_mask_dir"] == "labels" and "num_labels" not in recipe
+    source = SegmentationSource(train_dir="images", train_mask_dir=recipe["train_mask_dir"])
+    train, validation = load_labelled_images(source)
+    assert list(source.class_names().values()) == ["background", "pit", "scratch"]
+    masks = [images[index][1] for images in (train, validation) for index in range(len(images))]
+    shares = np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=3) / (6 * 32 * 40)
+    for name, share in zip(("background", "pit", "scratch"), shares, strict=True):
+        assert f"{name:<20} {share:8.3%} of the pixels" in out
+    assert "balance    pit: less than 8.33% of the pixels each" in out

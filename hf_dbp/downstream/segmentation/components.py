@@ -1,7 +1,7 @@
-"""Count the connected parts of each class of a mask in bands of rows, so memory does not grow.
+"""Count the connected parts of each class of a mask in bands of rows, so memory grows with neither height nor parts.
 
-Parts are 8-connected. OpenCV labels them in each band; a part that touches one in the band above is united with it, and
-each such union subtracts one from the count.
+Parts are 8-connected. OpenCV labels them in each band; a graph joins those that touch a part in the band above, and
+each such union subtracts one from the count. Only the parts that reach the last row of a band are carried to the next.
 
 Shapes: K classes; H, W height and width; n rows of a band.
 """
@@ -13,6 +13,8 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 __all__ = ["Components", "class_pixels"]
 
@@ -34,17 +36,11 @@ class Components:
         """
         rows = max(1, band // ids_HW.shape[1])
         for chosen in np.flatnonzero(class_pixels(ids_HW, len(self.counts_K))):
-            above: NDArray[Any] | None = None
-            parents: list[int] = [0]
+            above_W = np.zeros(ids_HW.shape[1], np.int64)  # parts that reach the row above, from 1; 0 for none
             for top in range(0, ids_HW.shape[0], rows):
-                count, labels = cv2.connectedComponents((ids_HW[top : top + rows] == chosen).astype(np.uint8))
-                first = len(parents)
-                parents.extend(range(first, first + count - 1))
-                labels = np.where(labels > 0, labels + first - 1, 0)
-                self.counts_K[chosen] += count - 1
-                if above is not None:
-                    self.counts_K[chosen] -= joined(above, labels[0], parents)
-                above = labels[-1]
+                count, labels_nW = cv2.connectedComponents((ids_HW[top : top + rows] == chosen).astype(np.uint8))
+                unions, above_W = united(above_W, labels_nW, count - 1)
+                self.counts_K[chosen] += count - 1 - unions
         return self.counts_K
 
 
@@ -56,25 +52,30 @@ def class_pixels(ids_HW: NDArray[Any], classes: int) -> NDArray[np.int64]:
     return pixels_K
 
 
-def joined(above_W: NDArray[Any], below_W: NDArray[Any], parents: list[int]) -> int:
-    """Unite the parts of a mask in two rows that touch, corners included; return the number of unions."""
-    width, pairs = len(above_W), []
+def united(above_W: NDArray[Any], labels_nW: NDArray[Any], parts: int) -> tuple[int, NDArray[np.int64]]:
+    """Unite a band's parts with those of the row above that they touch, corners included.
+
+    Args:
+        above_W: parts in the row above, numbered from 1; 0 for none.
+        labels_nW: parts in the band, likewise.
+        parts: number of parts in the band.
+
+    Returns:
+        The number of unions, and the united parts in the band's last row, numbered anew from 1.
+    """
+    width, before = len(above_W), int(above_W.max())
+    pairs = []
     for shift in (-1, 0, 1):
-        over, under = above_W[max(0, -shift) : width - max(0, shift)], below_W[max(0, shift) : width - max(0, -shift)]
+        over = above_W[max(0, -shift) : width - max(0, shift)]
+        under = labels_nW[0][max(0, shift) : width - max(0, -shift)]
         touching = (over > 0) & (under > 0)
-        pairs.append(np.stack([over[touching], under[touching]], axis=1))
-    unions = 0
-    for one, other in np.unique(np.concatenate(pairs), axis=0).tolist():
-        roots = root(one, parents), root(other, parents)
-        if roots[0] != roots[1]:
-            parents[roots[1]] = roots[0]
-            unions += 1
-    return unions
-
-
-def root(part: int, parents: list[int]) -> int:
-    """The representative of all parts of a mask united with this one."""
-    while parents[part] != part:
-        parents[part] = parents[parents[part]]
-        part = parents[part]
-    return part
+        pairs.append(np.stack([over[touching] - 1, before + under[touching] - 1]))
+    nodes, (ones, others) = before + parts, np.concatenate(pairs, axis=1)
+    if not nodes:
+        return 0, np.zeros(width, np.int64)
+    graph = coo_array((np.ones(len(ones), np.bool_), (ones, others)), shape=(nodes, nodes))
+    left, group_N = connected_components(graph, directed=False)
+    last_W = np.zeros(width, np.int64)
+    there = labels_nW[-1] > 0
+    last_W[there] = np.unique(group_N[before + labels_nW[-1][there] - 1], return_inverse=True)[1] + 1
+    return nodes - left, last_W

@@ -5,7 +5,7 @@ hold one class id per pixel (index images, with or without a palette), or colour
 label reduction, id 0 becomes `ignore_index` and the others move down by one (ADE20K). All masks are read before
 training, and ids that are neither a class nor `ignore_index` are refused. If an image or mask cannot be read or does
 not fit the other, the pair is skipped and counted: in training the next pair takes its place, and evaluation leaves it
-out.
+out. Images without masks may be class 0 as a whole (`background`).
 
 Shapes: H, W height and width; C channels.
 """
@@ -44,6 +44,7 @@ from hf_dbp.data.tars import OTHER_PICTURES
 from hf_dbp.data.threads import in_threads
 from hf_dbp.data.values import UNIT
 from hf_dbp.data.wire_bonding import WireBonding
+from hf_dbp.downstream.segmentation.background import Blank, with_background
 from hf_dbp.downstream.segmentation.rare import RareCrops, a_pixel
 from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.downstream.segmentation.transforms import Augmentation
@@ -82,6 +83,7 @@ class LabelledImages:
         value_range: of float images, see `hf_dbp.data.values`.
         kind: kind of the values, as in `hf_dbp.data.images.ImageList`.
         kinds: kinds of the masks that `mask` has read, by name.
+        background: how many of the images are good ones, see `hf_dbp.downstream.segmentation.background`.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class LabelledImages:
         self.samples, self.columns, self.num_channels, self.name = samples, columns, num_channels, name
         self.num_labels, self.ignore_index, self.reduce_labels = num_labels, ignore_index, reduce_labels
         self.palette, self.value_range, self.kind = palette, UNIT, ""
-        self.left_out = LeftOut()
+        self.left_out, self.background = LeftOut(), 0
         self.kinds: dict[str, MaskKind] = {}
         self.unreadable = UnreadableImages(len(samples), max_unreadable)
 
@@ -143,11 +145,13 @@ class LabelledImages:
 
     def _pair(self, index: int) -> tuple[Array, npt.NDArray[np.int32]]:
         sample = self.samples[int(index)]
-        value = sample[self.columns[0]]
+        value, labels = (sample[column] for column in self.columns)
         image_HWC = decode(value, self.num_channels, self._where(value, index))
         check_kind(image_HWC.dtype, self.kind, self._where(value, index))
-        mask_HW = self._ids(sample[self.columns[1]], index)
-        check_fit(mask_HW.shape, image_HWC.shape, self._where(sample[self.columns[1]], index))
+        if isinstance(labels, Blank):
+            return image_HWC, np.zeros(image_HWC.shape[:2], np.int32)
+        mask_HW = self._ids(labels, index)
+        check_fit(mask_HW.shape, image_HWC.shape, self._where(labels, index))
         return image_HWC, mask_HW
 
     def images_alone(self) -> ImageList:
@@ -159,7 +163,8 @@ class LabelledImages:
     def mask(self, index: int) -> npt.NDArray[np.int32]:
         """Return only the mask. Errors as for the pair."""
         try:
-            return self._ids(self.samples[int(index)][self.columns[1]], index, noted=True)
+            labels = self.samples[int(index)][self.columns[1]]
+            return self._pair(index)[1] if isinstance(labels, Blank) else self._ids(labels, index, noted=True)
         except UnreadableImageError as error:
             self.unreadable.add(index, error)
             raise
@@ -243,7 +248,8 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
     Raises:
         UserError: there is no such data or column, images and masks do not pair, or the first image or mask is wrong.
     """
-    left_out = LeftOut()
+    left_out, given, background = LeftOut(), True, dict[str, int]()
+    splits: dict[str, Any]
     if source.dataset_name == BUILT_IN:
         splits, columns = built_in_pairs(source), ("image", "annotation")
     else:
@@ -251,7 +257,10 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
         columns = _find_columns(pairs["train"], source)
         left_out.use(OTHER_PICTURES, f".{columns[1]}", sum(map(len, pairs.values())))
         left_out.warn(source.name)
+        given = "validation" in pairs
         splits = _drawn({split: _encoded(data, columns) for split, data in pairs.items()}, source)
+    if source.background_dir is not None:
+        splits, background = with_background(splits, columns, source, given=given)
     lists: list[LabelledImages] = []
     for split, samples in splits.items():
         images = LabelledImages(
@@ -264,6 +273,7 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
         )  # fmt: skip
         if len(images) == 0:
             raise UserError(f"{images.name} has no images")
+        images.background = background.get(split, 0)
         images.num_channels = images.readable(0)[0].shape[2]
         images.kind = (lists or [images])[0].readable(0)[0].dtype.kind
         lists.append(images)

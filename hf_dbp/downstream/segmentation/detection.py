@@ -65,7 +65,8 @@ def detection(images: Sequence[ImageFigures], recall: float = RECALL) -> dict[st
     if not (positive.size and negative.size):
         return None
     wins = stats.mannwhitneyu(positive, negative).statistic
-    threshold = float(np.sort(positive)[::-1][int(np.ceil(recall * positive.size)) - 1])
+    enough = np.arange(1, positive.size + 1) / positive.size >= recall
+    threshold = float(np.sort(positive)[::-1][np.argmax(enough)])
     found, alarms = positive >= threshold, negative >= threshold
     return {
         "images_with_any": positive.size,

@@ -81,6 +81,10 @@ def evaluation_record(
             "train_images": len(trainer.train_dataset),
             "validation_images": len(trainer.eval_dataset),
             "validation_pixels": int(pixels_K.sum()),
+            "background_images": {
+                split: data.images.background
+                for split, data in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset))
+            },
             "unreadable": unreadable_images({}, trainer.train_dataset.images, trainer.eval_dataset.images),
             "left_out": trainer.train_dataset.images.left_out.record(),
         },

@@ -11,7 +11,8 @@ on the rest of its batch, and on a CPU each forward pass runs in one thread, as 
 neither the number of images, nor a resume, nor the number of cores changes a logit.
 
 Logits come in bands, from top to bottom, so memory does not grow with an image's height: for an image of width w after
-scaling, K S w + K n W numbers are held for a crop of S pixels and bands of n rows, n W K <= 2^24 (or one row).
+scaling, K S w + K n W numbers are held for a crop of S pixels and bands of n rows, n W K <= 2^24 (or one row). On a CPU
+a forward pass has at most 2^18 pixels (or one window): more windows would take more memory and no less time.
 
 Shapes: C channels; K classes; h, w scaled height and width; H, W the image's; S crop size; B windows of a batch.
 """
@@ -55,7 +56,8 @@ __all__ = [
 ]
 
 BATCH = 8  # default number of windows per forward pass
-BAND = 2**24  # logits per band at the image's resolution
+BAND = 2**24  # logits per band
+PIXELS = 2**18  # pixels per forward pass on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +196,8 @@ def _forwards(
             logits = _at_size(logits, crop_size, crop_size)
         return logits
 
+    if device.type == "cpu":
+        batch_size = max(1, min(batch_size, PIXELS // crop_size**2))
     batches = iter(lambda: list(islice(windows, batch_size)), [])
     if device.type != "cpu":
         for batch in batches:
@@ -235,11 +239,19 @@ def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_siz
         end = max(height, crop_size) if last else tops[tops.index(top) + 1]
         rows = _covered(tops, crop_size, top, end).to(sums.device)
         columns = _covered(lefts, crop_size, 0, sums.shape[2]).to(sums.device)
-        average = sums[:, : end - top] / (rows[:, None] * columns)
-        yield Band(number, view, top, average[:, : height - top, :width], last)
-        kept = sums[:, end - top :].clone()
-        sums[:, : kept.shape[1]] = kept
-        sums[:, kept.shape[1] :] = 0
+        shown = min(end, height) - top
+        piece = max(1, BAND // (sums.shape[0] * sums.shape[2]))
+        for start in range(0, shown, piece):
+            part = slice(start, min(start + piece, shown))
+            average = sums[:, part] / (rows[part, None] * columns)
+            yield Band(number, view, top + start, average[:, :, :width], last and part.stop == shown)
+        if last:
+            sums = torch.zeros(0)  # freed before those of the next view
+            continue
+        kept = crop_size - (end - top)
+        for sums_SW in sums:
+            sums_SW[:kept] = sums_SW[end - top :].clone()
+        sums[:, kept:] = 0
 
 
 def _covered(origins: Sequence[int], crop_size: int, first: int, end: int) -> Tensor:
@@ -261,19 +273,16 @@ def logit_bands(model: nn.Module, views: Iterable[View], crop_size: int, batch_s
         model: in eval mode; takes only crops of ``crop_size``.
         views: views, opened as needed.
         crop_size: side of the windows.
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; on a CPU at most `PIXELS` pixels.
     """
     held: list[Tensor] = []
     above = 0
     for band in _averages(model, views, crop_size, batch_size):
         height, width = band.view.target
-        piece = max(1, BAND // (band.logits_KnW.shape[0] * width))
         if band.view.size == band.view.target:
-            for start in range(0, band.logits_KnW.shape[1], piece):
-                part = band.logits_KnW[:, start : start + piece]
-                end = band.last and start + piece >= band.logits_KnW.shape[1]
-                yield Band(band.number, band.view, band.top + start, part, end)
+            yield band
             continue
+        piece = max(1, BAND // (band.logits_KnW.shape[0] * width))
         held = [band.logits_KnW] if band.top == 0 else [*held, band.logits_KnW]
         if band.last and height <= piece:
             logits = _at_size(torch.cat(held, dim=1)[None], height, width)[0]
@@ -301,7 +310,7 @@ def _stretched(band: Band, held_Knw: Tensor, above: int, piece: int) -> Generato
         mixed = held_Knw[:, lower[y] - above] * (1 - share) + held_Knw[:, upper[y] - above] * share
         end = bool(y[-1] == height - 1)
         yield Band(band.number, band.view, int(y[0]), _at_size(mixed[None], len(y), width)[0], end)
-    keep = int(lower[min(int(np.searchsorted(upper, seen)), height - 1)])
+    keep = min(seen, int(lower[min(int(np.searchsorted(upper, seen)), height - 1)]))
     return [held_Knw[:, keep - above :]], keep
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ from hf_dbp.records import write_json
 __all__ = ["Segmented", "Segmenter", "load"]
 
 LARGE_MASK = 2**26  # pixels
+BLOCK = 2**25  # values of a large image scaled at a time
 EXPORTS = ("coco", "labelme")
 OVERLAY = 1600  # pixels of the longer side
 
@@ -171,29 +173,39 @@ class Truth:
 
 
 class RowsView:
-    """A view of a large TIFF, read and scaled only as far as windows need it."""
+    """A view of a large TIFF, read and scaled only as far as windows need it; windows side by side share their rows."""
 
     def __init__(self, rows: TiffRows, preparation: Preparation, channels: int) -> None:
         self.rows, self.preparation, self.channels = rows, preparation, channels
         self.target = rows.shape[0], rows.shape[1]
         self.size = long_edge_size(*self.target, preparation.long_edge)
+        self.lock, self.kept = threading.Lock(), ((0, 0), np.zeros(0, rows.dtype))
 
     def crop(self, top: int, left: int, side: int) -> Tensor:
         bottom = min(top + side, self.size[0])
-        part = self.scaled(top, bottom)[:, left : left + side]
+        with self.lock:
+            if self.kept[0] != (top, bottom):
+                self.kept = (top, bottom), self.scaled(top, bottom)
+            part = self.kept[1][:, left : left + side]
         pixels = self.preparation.normalized(part, self.rows.dtype)
         return nn.functional.pad(pixels, (0, side - pixels.shape[2], 0, side - pixels.shape[1]))
 
     def scaled(self, top: int, bottom: int) -> npt.NDArray[Any]:
-        """Rows of the scaled image; the bicubic kernel reaches twice the scale beyond them."""
+        """Rows of the scaled image, from at most `BLOCK` values at a time; the bicubic kernel reaches twice the scale
+        beyond them."""
         if self.size == self.target:
             return adapted(self.rows.rows(top, bottom), self.channels)
         scale = self.target[0] / self.size[0]
-        first = max(0, int(top * scale - 2 * max(scale, 1) - 1))
-        end = min(self.target[0], int(bottom * scale + 2 * max(scale, 1)) + 2)
-        part = adapted(self.rows.rows(first, end), self.channels)
-        box = (0.0, top * scale - first, float(self.target[1]), bottom * scale - first)
-        return resized(part, (bottom - top, self.size[1]), box)
+        block = max(1, int(BLOCK / (self.rows.shape[1] * self.rows.shape[2] * scale)))
+        parts = []
+        for start in range(top, bottom, block):
+            end = min(start + block, bottom)
+            above = max(0, int(start * scale - 2 * max(scale, 1) - 1))
+            below = min(self.target[0], int(end * scale + 2 * max(scale, 1)) + 2)
+            part = adapted(self.rows.rows(above, below), self.channels)
+            box = (0.0, start * scale - above, float(self.target[1]), end * scale - above)
+            parts.append(resized(part, (end - start, self.size[1]), box))
+        return np.concatenate(parts)
 
     def small(self, side: int) -> npt.NDArray[Any]:
         """A subsampled image (every n-th pixel) for an overlay."""

@@ -26,6 +26,10 @@ class LabelFlags:
     validation_mask_dir: Annotated[str | None, Nature("data")] = field(
         default=None, metadata={"help": "As train_mask_dir, for validation."}
     )
+    background_dir: Annotated[str | None, Nature("data")] = field(
+        default=None,
+        metadata={"help": "Folder of good images, without any defect: they need no masks and count as class 0."},
+    )
     palette: Annotated[str | None, Nature("data")] = field(
         default=None,
         metadata={"help": "Colour masks: YAML file of class names and colours. 0/255 masks: binary."},
@@ -65,6 +69,10 @@ class SegmentationSource(LabelFlags, ImageSource):
             raise UserError("--train_mask_dir needs --train_dir, the folder of the images; give both")
         if (self.validation_dir is None) != (self.validation_mask_dir is None) and self.train_mask_dir is not None:
             raise UserError("--validation_dir and --validation_mask_dir belong together; give both or neither")
+        if self.background_dir is not None and self.reduce_labels:
+            raise UserError(
+                "--background_dir labels images as class 0, which --reduce_labels ignores; give one of them"
+            )
         self._draw_labels()
 
     def _draw_labels(self) -> None:

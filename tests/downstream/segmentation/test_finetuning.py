@@ -138,6 +138,7 @@ def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
         "train_images": 8,
         "validation_images": 3,
         "validation_pixels": 3 * 48 * 48,
+        "background_images": {"train": 0, "validation": 0},
         "unreadable": {"count": 0, "images": {}},
         "left_out": LeftOut().record(),
     }
