@@ -15,7 +15,10 @@ from torch import Tensor
 
 from hf_dbp.data.masked import MaskedImages
 
-__all__ = ["plot_curves", "plot_reconstructions"]
+__all__ = ["literal_names", "plot_curves", "plot_reconstructions"]
+
+#: decorates what draws names of classes and files: as they are, where matplotlib would read a formula between two `$`
+literal_names = matplotlib.rc_context({"text.parse_math": False})
 
 
 def displayed(pixels_CHW: Tensor, data: MaskedImages) -> list[NDArray[Any]]:

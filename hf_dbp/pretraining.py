@@ -362,7 +362,7 @@ def summary(record: RunRecord, folder: Path) -> str:
     lines.append("  model, image processor, card, run.json, curves.png, reconstruction.png are in that folder")
     if record.method == "dbp":
         run, fused = (shlex.quote(f"{folder}{ending}") for ending in ("", "-fused"))
-        lines.append(f"  next: python training_scripts/fuse_checkpoint.py {run} --output_dir {fused}")
+        lines.append(f"  next: hf-dbp fuse {run} --output_dir {fused}")
     return "\n".join([*lines, *asked_lines(record.asked_used)])
 
 

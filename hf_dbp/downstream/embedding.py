@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -353,7 +354,7 @@ def report(file: str, table: Embeddings, record: dict[str, Any]) -> list[str]:
         order = np.argsort(-table.outlier_scores)[:5]
         lines.append("outliers    farthest from their neighbours (column `outlier_score`):")
         lines += [f"            {table.outlier_scores[row]:.3f}  {table.names[row]}" for row in order]
-    lines += [f"written     {file}", f"next        hf-dbp select {file} --budget 40"]
+    lines += [f"written     {file}", f"next        hf-dbp select {shlex.quote(file)} --budget 40"]
     return lines
 
 

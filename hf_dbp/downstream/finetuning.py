@@ -179,6 +179,11 @@ class FinetuningTrainer(ResumingTrainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
+    def _get_learning_rate(self) -> float:
+        """The learning rate that the logs show: that of neck and heads, undiminished by the decay over layers."""
+        assert self.optimizer is not None
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
     def labelled(self, labels: Tensor) -> Tensor:
         """The number of items over which a micro-batch's loss is a mean: its images, unless a task counts something
         else."""

@@ -15,6 +15,7 @@ from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import DECODING_ERRORS, decode, stored
 from hf_dbp.data.masks import Palette
 from hf_dbp.downstream.segmentation.figures import class_colours
+from hf_dbp.figures import literal_names
 from hf_dbp.inspection.reading import Samples, value_of
 
 __all__ = ["thumbnail", "write_contact_sheet", "write_pictures"]
@@ -74,6 +75,7 @@ def write_contact_sheet(path: Path, samples: Samples, masks: Samples, palette: s
     write_pictures(path, pictures)
 
 
+@literal_names
 def write_pictures(path: Path, pictures: Sequence[tuple[str, Array]]) -> None:
     """Write a PNG of titled pictures, RGB in [0, 1], six per row."""
     rows = -(-len(pictures) // COLUMNS)

@@ -44,6 +44,7 @@ from hf_dbp.inspection.choices import (
     choose_length,
     choose_pretraining,
     choose_scale,
+    choose_size,
     choose_split,
     common,
     held_by_crops,
@@ -387,6 +388,7 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
     kinds = survey_images(samples)
     readable = describe_images(samples, content.files, kinds, found)
     choose_pretraining(training_share(content.images), readable, found)
+    head = choose_size(found, masks=content.pairs is not None)
     data = {"dataset_name": args.dataset_name, "dataset_config_name": args.dataset_config_name}
     data |= {"train_dir": args.folder, "channel_files": args.channel_files} | content.flags
     if args.masks is not None and Path(args.masks).resolve() == Path(args.folder).resolve():
@@ -398,7 +400,7 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
         masks = describe_masks(args, content, kinds, found)
         if found.finetuning:
             found.finetuning |= {"train_mask_dir": labels} if args.label_names else {}
-            flags = {"model_name_or_path": "outputs/industrial-fused"} | data | found.finetuning
+            flags = {"model_name_or_path": "outputs/industrial-fused"} | data | head | found.finetuning
             write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)
             commands.append(f"hf-dbp finetune --config {shlex.quote(str(output / 'finetune.yaml'))}")
     if args.masks is None and (classify := describe_class_folders(content.images, args.folder, found)):

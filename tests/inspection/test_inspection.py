@@ -80,6 +80,20 @@ def test_large_images_are_seen_as_tiles(capsys):
     assert read_yaml(Path("outputs/inspection/pretrain.yaml"))["native_tiles"] == "true"
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_without_a_gpu_model_and_head_are_small(capsys, monkeypatch, gpu):
+    """On a CPU the head of the recipe takes most of the time; on a GPU the recipes stay as they are."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    write()
+    assert ("no GPU: model_size: mini (the recipe's own: tiny)" in report(capsys)) is not gpu
+    out = report(capsys, "--masks", "masks")
+    wanted = ("tiny", "256", "128") if gpu else ("mini", "64", "32")
+    said = "model_size: mini, head_size: 64, auxiliary_head_size: 32 (the recipe's own: tiny, 256, 128)"
+    assert (said in out) is not gpu
+    pretraining, finetuning = (read_yaml(Path(f"outputs/inspection/{name}.yaml")) for name in ("pretrain", "finetune"))
+    assert (pretraining["model_size"], finetuning["head_size"], finetuning["auxiliary_head_size"]) == wanted
+
+
 def test_corrupt_files_and_copies(capsys, caplog):
     write()
     Path("images/2.tif").write_bytes(Path("images/2.tif").read_bytes()[:900])

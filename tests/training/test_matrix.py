@@ -1,9 +1,9 @@
 """Random runs: for any settings, the files on disk match what the run reports.
 
 Settings of evaluation, saving, best checkpoint, stop and resume, accumulation, optimizer and schedule are drawn for
-four Trainers: the command of pre-training, README's `ResumingTrainer`, a stock Trainer with our callback, and the
-command of fine-tuning on made-up masks. Each case is a tiny run, and another one that nothing happens to where the
-first is stopped. Then
+five Trainers: the command of pre-training, README's `ResumingTrainer`, a stock Trainer with our callback, and the
+commands of fine-tuning on made-up masks and on made-up classes. Each case is a tiny run, and another one that nothing
+happens to where the first is stopped. Then
 
 - the figure of the folder is that of its weights, evaluated by a Trainer or a command of its own, and so is that of
   each checkpoint in it;
@@ -13,6 +13,7 @@ first is stopped. Then
   the mean over its images or labelled pixels, in however many parts they came;
 - a run that was stopped and resumed is the undisturbed one, to the bit; with a schedule-free optimizer, which rounds
   whenever it changes between the weights that it trains and those that are saved, to a thousandth of the loss;
+- the summary calls the model the best only where a best checkpoint was restored;
 - what a Trainer cannot do is refused before the first step.
 
 Five cases of each are drawn by default, always the same. `make truth` draws 200 others in all and prints the seed; a
@@ -21,18 +22,21 @@ failing one is drawn again by its settings and the name of its Trainer,
     TRUTH_RUNS=200 TRUTH_SEED=N python -m pytest tests/training/test_matrix.py -k finetuning
 """
 
+import io
 import json
 import math
 import os
 import random
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from class_images import NAMES, class_folders
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,9 +46,18 @@ from test_resuming import at_step, losses, send
 from test_truth import NoMeter, measured, plain, rates
 from tiny import TINY
 from torch.nn.modules.module import register_module_forward_hook
-from transformers import Trainer, UperNetForSemanticSegmentation, ViTConfig, ViTMAEForPreTraining, ViTModel
+from transformers import (
+    BeitForImageClassification,
+    Trainer,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
 
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
+from hf_dbp.downstream.classification import finetuning as classifying
+from hf_dbp.downstream.classification.augmentation import Mixing
 from hf_dbp.downstream.segmentation import finetuning
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
@@ -52,9 +65,8 @@ from hf_dbp.pretraining import main
 from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.saving import whole_checkpoints
 
-RUNS, SEED = int(os.environ.get("TRUTH_RUNS", "20")), int(os.environ.get("TRUTH_SEED", "0"))
+RUNS, SEED = int(os.environ.get("TRUTH_RUNS", "25")), int(os.environ.get("TRUTH_SEED", "0"))
 RATE, IMAGES, VOID = 1e-2, 12, 255
-TRAINERS = ("pretraining", "readme", "stock", "finetuning")
 CONFIG = DBPViTMAEConfig(**(TINY | {"num_hidden_layers": 1}))
 
 
@@ -86,6 +98,13 @@ def cases(draw, trainer):
     if given["lr_scheduler_type"] == "reduce_lr_on_plateau":  # some wait for more than any run learns
         how = {"patience": chance.randint(0, 1), "threshold": chance.choice([1e-4, 0.5]), "factor": 0.5}
         given["lr_scheduler_kwargs"] = json.dumps(how)
+    if trainer in TASKS:
+        given["layer_decay"] = chance.choice([1.0, 0.65])
+    if trainer == "classify":
+        given |= {"metric_for_best_model": chance.choice(["accuracy", "balanced_accuracy", "loss"])}
+        given |= {"mixup": chance.choice([0.0, 0.8]), "cutmix": chance.choice([0.0, 1.0])}
+        given |= {"label_smoothing_factor": chance.choice([0.0, 0.1]), "drop_path": chance.choice([0.0, 0.3])}
+        given |= chance.choice([{}, {"balanced_sampling": True}, {"class_weights": "sqrt"}])
     stoppable = trainer != "stock" and (trainer != "readme" or save is not None)
     return given, chance.choice([None, chance.randint(0, steps - 2)]) if stoppable else None
 
@@ -139,20 +158,28 @@ class Part(NamedTuple):
 
 @contextmanager
 def trained_parts():
-    """Every micro-batch of a training step, as the models see them."""
-    parts = []
+    """Every micro-batch of a training step, as the models see them; a classifier's, with the targets of its images."""
+    parts, targets, mixed = [], [], Mixing.__call__
+
+    def mix(self, *args):
+        pixels_BCHW, targets_BK = mixed(self, *args)
+        targets.append(targets_BK)
+        return pixels_BCHW, targets_BK
 
     def see(module, args, kwargs, output):
         if isinstance(module, ViTMAEForPreTraining | UperNetForSemanticSegmentation) and torch.is_grad_enabled():
             images, labels = len(kwargs["pixel_values"]), kwargs.get("labels")
             weight = images if isinstance(module, ViTMAEForPreTraining) else int((labels != VOID).sum())
             parts.append(Part(images, output.loss.item(), weight))
+        elif isinstance(module, BeitForImageClassification) and torch.is_grad_enabled():
+            loss = -(targets[-1] * output.logits.log_softmax(dim=1)).sum(dim=1).mean()
+            parts.append(Part(len(output.logits), loss.item(), len(output.logits)))
 
     handle = register_module_forward_hook(see, with_kwargs=True)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mixing, "__call__", mix)
         yield parts
-    finally:
-        handle.remove()
+    handle.remove()
 
 
 def check_parts(parts, given, history, images, *, drop_last):
@@ -338,12 +365,13 @@ def check_stock(folder, given, stop, parts, made):
             again.train(resume_from_checkpoint=str(there[max(there)]))
 
 
-# ---- the command of fine-tuning ----
+# ---- the commands of fine-tuning ----
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny ViT, and images whose channels show the ids of their masks, in stripes of another width each."""
+    """A tiny ViT; images whose channels show the ids of their masks, in stripes of another width each; and images of
+    three classes, of which one has stripes."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
@@ -358,76 +386,111 @@ def made(tmp_path_factory):
             mask[:8, : 4 * (number % 4)] = VOID  # so that images weigh differently
             Image.fromarray(image).save(folder / split / "images" / f"{number}.png")
             Image.fromarray(mask).save(folder / split / "masks" / f"{number}.png")
+    class_folders(folder / "classes")
+    for split, kept in (("train", (6, 4, 2)), ("validation", (3, 2, 2))):  # IMAGES, unevenly, and seven
+        for name, count in zip(NAMES, kept, strict=True):
+            for file in sorted((folder / "classes" / split / name).iterdir())[count:]:
+                file.unlink()
     return folder
+
+
+def as_flags(**given):
+    fixed = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "per_device_eval_batch_size": 2}
+    return [part for key, value in (fixed | given).items() if value is not None for part in (f"--{key}", str(value))]
 
 
 def finetuning_flags(output, made, **given):
     data = {f"{split}{kind}_dir": made / split / name for split in ("train", "validation")
             for kind, name in (("", "images"), ("_mask", "masks"))}  # fmt: skip
     sizes = {"crop_size": 32, "long_edge": 0, "head_size": 8, "auxiliary_head_size": 8, "num_labels": 3}
-    fixed = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "output_dir": output}
-    fixed |= {"per_device_eval_batch_size": 2}
-    return [part for key, value in (data | sizes | fixed | given).items() if value is not None
-            for part in (f"--{key}", str(value))]  # fmt: skip
+    return as_flags(output_dir=output, **data, **sizes, **given)
 
 
-def check_finetuning(folder, given, stop, parts, made):
+def classify_flags(output, made, **given):
+    return as_flags(output_dir=output, train_dir=made / "classes", **given)
+
+
+class Task(NamedTuple):
+    """A command of fine-tuning: its main, its flags, the figure that it publishes first, where polynomials end."""
+
+    main: Any
+    flags: Any
+    figure: str
+    lr_end: float
+
+
+TASKS = {
+    "finetuning": Task(finetuning.main, finetuning_flags, "mean_iou", 0.0),
+    "classify": Task(classifying.main, classify_flags, "accuracy", 1e-7),
+}
+
+
+def check_finetuning(task, folder, given, stop, parts, made):
     options = given | {"do_train": True, "model_name_or_path": made / "vit"}
-    arguments = finetuning_flags(folder / "run", made, **options)
+    metric = f"eval_{given.get('metric_for_best_model', task.figure)}"
+    sign = -1 if metric == "eval_loss" else 1
+    arguments = task.flags(folder / "run", made, **options)
     if stop is not None:
         with stopped(stop):
-            finetuning.main(arguments)
-    finetuning.main(arguments)
+            task.main(arguments)
+    with redirect_stdout(io.StringIO()) as printed:
+        task.main(arguments)
     history = history_of(folder / "run")
     check_parts(parts, given, history, IMAGES, drop_last=True)
     run = json.loads((folder / "run" / "eval.json").read_text())
-    again = finetuning.main(finetuning_flags(folder / "alone", made, do_eval=True, model_name_or_path=folder / "run"))
+    again = task.main(task.flags(folder / "alone", made, do_eval=True, model_name_or_path=folder / "run"))
     assert run["loss"] == pytest.approx(again["eval_loss"], rel=1e-6)
-    assert (run["mean_iou"], run["per_class"]) == (again["eval_mean_iou"], again["per_class"])
+    assert (run[task.figure], run["per_class"]) == (again[f"eval_{task.figure}"], again["per_class"])
     evaluated = {row["step"]: row for row in run["evaluations"]}
     saved = whole_checkpoints(folder / "run")
-    if given["load_best_model_at_end"] and evaluated.keys() & saved.keys():
-        assert run["mean_iou"] == max(evaluated[step]["eval_mean_iou"] for step in evaluated.keys() & saved.keys())
+    restored = given["load_best_model_at_end"] and bool(evaluated.keys() & saved.keys())
+    assert (run["best_checkpoint"] is not None, "(best)" in printed.getvalue()) == (restored, restored)
+    if restored:
+        best = max(sign * evaluated[step][metric] for step in evaluated.keys() & saved.keys())
+        assert sign * run[metric.removeprefix("eval_")] == best
     else:
         assert run["step"] == given["max_steps"]
     if run["step"] in evaluated:
         assert run["loss"] == evaluated[run["step"]]["eval_loss"]
-    best = max(evaluated.values(), key=lambda row: row["eval_mean_iou"], default={"step": run["step"]})["step"]
+    best = max(evaluated.values(), key=lambda row: sign * row[metric], default={"step": run["step"]})["step"]
     row = run["asked_used"].get("step of the model", {"asked": run["step"], "used": run["step"]})
     assert (row["asked"], row["used"]) == (best, run["step"])
     for step in saved.keys() & evaluated.keys():
-        alone = finetuning_flags(folder / "alone", made, do_eval=True, model_name_or_path=saved[step])
-        assert finetuning.main(alone)["eval_loss"] == pytest.approx(evaluated[step]["eval_loss"], rel=1e-6)
+        alone = task.main(task.flags(folder / "alone", made, do_eval=True, model_name_or_path=saved[step]))
+        assert alone["eval_loss"] == pytest.approx(evaluated[step]["eval_loss"], rel=1e-6)
     assert run["data"]["train_images"] == IMAGES
-    followed = {step: row["eval_mean_iou"] for step, row in evaluated.items()}
-    wanted = expected_rates(given | {"lr_end": 0.0}, followed, higher=True)
+    followed = {step: row[metric] for step, row in evaluated.items()}
+    wanted = expected_rates(given | {"lr_end": task.lr_end}, followed, higher=sign > 0)
     assert rates(folder / "run") == pytest.approx(wanted)
     check_checkpoints(folder / "run", given)
     if stop is None:
         return
-    undisturbed = finetuning.main(finetuning_flags(folder / "undisturbed", made, **options))
+    undisturbed = task.main(task.flags(folder / "undisturbed", made, **options))
     for theirs in undisturbed["evaluations"]:
         ours = evaluated[theirs["step"]]
-        for name in ("eval_loss", "eval_mean_iou"):
+        for name in ("eval_loss", metric):
             assert ours[name] == pytest.approx(theirs[name], **tolerance(given))
     ends = [(one["step"], one["loss"]) for one in (run, undisturbed)]
     check_same_end(given, stop, *ends, (folder / "run", folder / "undisturbed"))  # type: ignore[call-arg]
 
 
-CHECKS = dict(zip(TRAINERS, (check_pretraining, check_trainer, check_stock, check_finetuning), strict=True))
+CHECKS = {"pretraining": check_pretraining, "readme": check_trainer, "stock": check_stock}
+CHECKS |= {name: partial(check_finetuning, task) for name, task in TASKS.items()}
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", CHECKS)
 def test_what_lies_on_disk_is_what_a_run_says(trainer, made, monkeypatch):
     for name in ("pretraining.plot_reconstructions", "pretraining.plot_curves"):
         monkeypatch.setattr(f"hf_dbp.{name}", lambda *_, **__: None)
     for name in ("plot_predictions", "plot_curves"):
         monkeypatch.setattr(f"hf_dbp.downstream.segmentation.finetuning.{name}", lambda *_, **__: None)
+    for name in ("plot_confusion", "plot_calibration", "plot_mistakes", "plot_curves"):
+        monkeypatch.setattr(f"hf_dbp.downstream.classification.finetuning.{name}", lambda *_, **__: None)
     monkeypatch.setattr("hf_dbp.training.clocked.EnergyMeter", lambda *_: NoMeter())
 
     @seed(SEED)
     @settings(
-        max_examples=RUNS // len(TRAINERS), deadline=None, database=None, phases=[Phase.generate],
+        max_examples=RUNS // len(CHECKS), deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=[*HealthCheck],
     )  # fmt: skip
     @given(cases(trainer))

@@ -14,12 +14,15 @@ from hf_dbp.data.values import displayed
 from hf_dbp.downstream.classification.metrics import BINS
 from hf_dbp.downstream.classification.trainer import Mistake
 from hf_dbp.downstream.classification.views import CentralViews
+from hf_dbp.figures import literal_names
 
 __all__ = ["plot_calibration", "plot_confusion", "plot_mistakes"]
 
+LONGEST = 24  # characters of a name beside the matrix
 NUMBERED = 20  # maximum number of classes for which cells show counts and rows names
 
 
+@literal_names
 def plot_confusion(
     confusion_KK: NDArray[Any], names: Sequence[str], path: str | os.PathLike[str], *, numbered: int = NUMBERED
 ) -> None:
@@ -34,6 +37,7 @@ def plot_confusion(
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
     if len(names) <= numbered:
+        names = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names]
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
         axis.set_yticks(range(len(names)), names)
         for i, j in np.argwhere(confusion_KK > 0):
@@ -60,6 +64,7 @@ def plot_calibration(bins_3B: NDArray[Any], path: str | os.PathLike[str]) -> Non
     figure.savefig(path, dpi=100)
 
 
+@literal_names
 def plot_mistakes(mistakes: Sequence[Mistake], data: CentralViews, path: str | os.PathLike[str]) -> None:
     """Write a PNG of the most confident mistakes, each with a caption, or a PNG that says there are none."""
     columns = 4

@@ -13,6 +13,7 @@ from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.values import displayed
 from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels
+from hf_dbp.figures import literal_names
 
 __all__ = ["class_colours", "plot_predictions"]
 
@@ -35,6 +36,7 @@ def _painted(ids_HW: npt.NDArray[Any], colours_K3: npt.NDArray[np.float64]) -> n
     return np.where(known[..., None], colours_K3[np.where(known, ids_HW, 0)], VOID)
 
 
+@literal_names
 def plot_predictions(
     model: UperNetForSemanticSegmentation,
     data: WholeImages,
