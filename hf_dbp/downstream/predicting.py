@@ -48,6 +48,7 @@ __all__ = ["Predictions", "Predictor", "load_predictor", "main", "predict"]
 
 logger = logging.getLogger(__name__)
 
+SYNC = 1.0  # seconds between writes of the journal to the disk; a killed process loses nothing in between
 DONE, RECORD, TABLE = "done.jsonl", "predictions.json", "predictions"
 #: what an architecture's name in config.json ends in: the module that predicts with it
 TASKS = {
@@ -151,7 +152,7 @@ def predict(
     done = read_done(folder / DONE, predictor.settings)
     left = {name: files for name, files in samples.items() if name not in done}
     unreadable: dict[str, str] = {}
-    started = time.monotonic()
+    started = synced = time.monotonic()
     with (folder / DONE).open("a", encoding="utf-8") as journal:
         if not done:
             note(journal, {"settings": finite(predictor.settings)})
@@ -159,6 +160,9 @@ def predict(
             rows = finite(found)  # as a resumed run reads them back
             note(journal, {"image": name, "rows": rows})
             done[name] = rows
+            if time.monotonic() - synced > SYNC:
+                os.fsync(journal.fileno())
+                synced = time.monotonic()
     seconds = time.monotonic() - started
     rows = [row for name in samples if name in done for row in done[name]]
     record = {

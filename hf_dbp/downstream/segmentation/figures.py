@@ -12,10 +12,11 @@ from matplotlib.patches import Patch
 from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.data.values import displayed
+from hf_dbp.downstream.segmentation.detection import ImageFigures, worst_images
 from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels
 from hf_dbp.figures import literal_names
 
-__all__ = ["class_colours", "plot_predictions"]
+__all__ = ["class_colours", "plot_predictions", "plot_worst"]
 
 VOID = (0.0, 0.0, 0.0)
 LEGEND_LIMIT = 30
@@ -84,3 +85,24 @@ def plot_predictions(
         patches.append(Patch(color=VOID, label="void"))
     figure.legend(handles=patches, loc="outside lower center", ncols=6, fontsize="small", frameon=False)
     figure.savefig(path, dpi=100)
+
+
+def plot_worst(
+    model: UperNetForSemanticSegmentation,
+    data: WholeImages,
+    images: Sequence[ImageFigures],
+    path: str | os.PathLike[str],
+    *,
+    crop_size: int,
+) -> None:
+    """Write a PNG as `plot_predictions` does of the images with the lowest mean IoU, worst first.
+
+    Args:
+        model: a UperNet in eval mode, with `config.id2label`.
+        data: evaluation images.
+        images: the figures of each.
+        path: PNG file to write.
+        crop_size: as in training.
+    """
+    worst = [(image.index, f"image {image.index}: {image.mean_iou:.4f}") for image in worst_images(images)]
+    plot_predictions(model, data, path, crop_size=crop_size, shown_images=worst)

@@ -24,10 +24,9 @@ from hf_dbp.downstream.finetuning import finish, options_of, trained, trained_mo
 from hf_dbp.downstream.segmentation.arguments import GROUPS, DataArguments, FinetuningArguments, ModelArguments
 from hf_dbp.downstream.segmentation.balance import balanced
 from hf_dbp.downstream.segmentation.data import TrainingCrops, load_labelled_images
-from hf_dbp.downstream.segmentation.detection import worst_images
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED, Evaluated, autocast_of
-from hf_dbp.downstream.segmentation.figures import plot_predictions
+from hf_dbp.downstream.segmentation.figures import plot_predictions, plot_worst
 from hf_dbp.downstream.segmentation.inference import WholeImages
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation
@@ -137,8 +136,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
     def plot(folder: Path) -> None:
         best = trainer.accelerator.unwrap_model(trainer.model).eval()
         plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
-        worst = [(image.index, f"image {image.index}: {image.mean_iou:.4f}") for image in worst_images(trainer.images)]
-        plot_predictions(best, eval_data, folder / "worst.png", crop_size=data_args.crop_size, shown_images=worst)
+        plot_worst(best, eval_data, trainer.images, folder / "worst.png", crop_size=data_args.crop_size)
 
     finish(trainer, record, plot, summary, destination)
     return record

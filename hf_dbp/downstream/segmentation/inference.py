@@ -44,11 +44,13 @@ __all__ = [
     "Band",
     "Counts",
     "ImageCounts",
+    "Likely",
     "Preparation",
     "View",
     "WholeImages",
     "WholeView",
     "count_pixels",
+    "likely",
     "logit_bands",
     "predict_labels",
     "whole_image_logits",
@@ -57,6 +59,7 @@ __all__ = [
 
 BATCH = 8  # default number of windows per forward pass
 BAND = 2**24  # logits per band
+PART = 2**22  # logits turned into probabilities at a time
 PIXELS = 2**18  # pixels per forward pass on a CPU
 
 
@@ -206,6 +209,7 @@ def _forwards(
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool, _restored_threads(threads):
         waiting: deque[tuple[list[Window], Future[Tensor]]] = deque()
+        torch.set_num_threads(1)  # here too: more would take the cores of the forward passes
         for batch in batches:
             waiting.append((batch, pool.submit(forward, batch)))
             if len(waiting) > threads:
@@ -377,13 +381,37 @@ class Counts:
         image.hits_K += np.diag(confusion_KK)
         image.true_K += confusion_KK.sum(axis=1)
         image.predicted_K += confusion_KK.sum(axis=0)
-        image.foreground = max(image.foreground, foreground(logits_KnW))
+        image.foreground = max(image.foreground, *(part.foreground for part in likely(logits_KnW)))
 
 
-def foreground(logits_KnW: Tensor) -> float:
-    """The highest probability, over the pixels, of any class but 0."""
-    others_nW = torch.logsumexp(logits_KnW[1:], dim=0) - logits_KnW[0]
-    return float(torch.sigmoid(others_nW.max()))
+@dataclasses.dataclass(frozen=True)
+class Likely:
+    """What some rows of logits say: from row ``top`` of them on, the classes, and how sure.
+
+    Attributes:
+        top: their first row.
+        ids_nW: the likeliest class of each pixel.
+        chance_nW: its probability.
+        foreground: the highest probability, over the pixels, of any class but 0.
+    """
+
+    top: int
+    ids_nW: Tensor
+    chance_nW: Tensor
+    foreground: float
+
+
+def likely(logits_KnW: Tensor) -> Iterator[Likely]:
+    """The likeliest classes, from at most `PART` logits (or one row) at a time, so that no copy of a band is held."""
+    classes, rows, width = logits_KnW.shape
+    step = max(1, PART // (classes * width))
+    for top in range(0, rows, step):
+        part_KnW = logits_KnW[:, top : top + step]
+        best_nW, ids_nW = part_KnW.max(dim=0)
+        odds_KnW = (part_KnW - best_nW).exp_()  # 1 for the likeliest class
+        chance_nW = odds_KnW.sum(dim=0).reciprocal_()
+        others_nW = odds_KnW[1:].sum(dim=0).mul_(chance_nW)
+        yield Likely(top, ids_nW, chance_nW, float(others_nW.max()))
 
 
 def count_pixels(

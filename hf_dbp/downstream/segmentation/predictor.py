@@ -36,6 +36,7 @@ import tifffile
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from hf_dbp.data.augmentation import resized
@@ -52,7 +53,7 @@ from hf_dbp.downstream.segmentation.components import Components, class_pixels
 from hf_dbp.downstream.segmentation.evaluation import class_scores
 from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
-from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, foreground, logit_bands
+from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, likely, logit_bands
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError
@@ -248,13 +249,12 @@ class Segmented:
 
     def add(self, top: int, logits_KnW: Tensor) -> None:
         """Add the logits of some rows."""
-        classes, rows, _ = logits_KnW.shape
-        best_nW, ids_nW = logits_KnW.max(dim=0)
-        chance_nW = (logits_KnW - best_nW).exp_().sum(dim=0).reciprocal_()
-        ids = ids_nW.flatten().cpu()
-        self.ids_HW[top : top + rows] = ids_nW.cpu().numpy()
-        self.confidence_K += torch.bincount(ids, chance_nW.flatten().double().cpu(), minlength=classes).numpy()
-        self.score = max(self.score, foreground(logits_KnW))
+        for part in likely(logits_KnW):
+            ids_nW, first = part.ids_nW.cpu(), top + part.top
+            self.ids_HW[first : first + len(ids_nW)] = ids_nW.numpy()
+            chances = part.chance_nW.flatten().double().cpu()
+            self.confidence_K += torch.bincount(ids_nW.flatten(), chances, minlength=len(logits_KnW)).numpy()
+            self.score = max(self.score, part.foreground)
 
 
 # ---- prediction ----
@@ -319,13 +319,18 @@ class Segmenter:
         device, autocast = next(self.model.parameters()).device.type, self.how.autocast
         kind = getattr(torch, autocast or "bfloat16")
         found: Segmented | None = None
+        rows = tqdm(desc="Rows", unit="row", leave=False, disable=True)
         with torch.autocast(device, kind, enabled=autocast is not None):
             for band in logit_bands(self.model, views(), self.how.crop_size, self.how.batch_size):
                 if found is None:
                     ids_HW = np.zeros(band.view.target, self.dtype)
                     found = Segmented(ids_HW, np.zeros(len(self.names)), 0.0, waiting.pop(0))
+                    if isinstance(band.view, RowsView):  # of an image that takes long
+                        rows = tqdm(total=len(ids_HW), desc=f"Rows of {found.image.name}", unit="row", leave=False)
                 found.add(band.top, band.logits_KnW)
+                rows.update(band.logits_KnW.shape[1])
                 if band.last:
+                    rows.close()
                     yield found
                     found = None
 
@@ -408,8 +413,8 @@ def write_overlay(stem: Path, picture: npt.NDArray[Any], ids_HW: npt.NDArray[Any
     """Write the small image, with values in [0, 1], and every class but 0 in colour over it."""
     step = -(-max(ids_HW.shape) // OVERLAY)
     ids = ids_HW[::step, ::step]
-    colours = class_colours(classes)[ids]
-    mixed = np.where((ids > 0)[..., None], 0.45 * picture + 0.55 * colours, picture)
+    colours = class_colours(classes).astype(np.float32)[ids]
+    mixed = np.where((ids > 0)[..., None], np.float32(0.45) * picture + np.float32(0.55) * colours, picture)
     done, encoded = cv2.imencode(".jpg", (mixed[..., ::-1] * 255).astype(np.uint8))
     assert done
     with whole_file(stem.with_name(f"{stem.name}.jpg")) as part:

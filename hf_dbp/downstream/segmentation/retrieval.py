@@ -20,7 +20,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -38,7 +38,9 @@ from hf_dbp.data.images import channel_statistics, share_value_range, unreadable
 from hf_dbp.downstream.encoder import check_channels, load_vit
 from hf_dbp.downstream.neighbours import centred, nearest
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images
-from hf_dbp.downstream.segmentation.figures import plot_predictions
+from hf_dbp.downstream.segmentation.detection import detection, image_figures
+from hf_dbp.downstream.segmentation.evaluation import class_scores
+from hf_dbp.downstream.segmentation.figures import plot_predictions, plot_worst
 from hf_dbp.downstream.segmentation.finetuning import DataArguments, image_processor
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, window_origins
 from hf_dbp.downstream.segmentation.mean_iou import scores_from_confusion
@@ -279,9 +281,10 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
     built = time.monotonic() - began
     batches = ([eval_data[index]] for index in range(len(eval_data)))
     found = count_pixels(model, batches, num_labels=len(names), ignore_index=source.ignore_index, crop_size=crop)
-    confusion_KK, loss_sum = found.confusion_KK, found.loss_sum
+    confusion_KK, loss_sum, images = found.confusion_KK, found.loss_sum, image_figures(found.images)
     record = {
         **figures(confusion_KK, names), "loss": loss_sum / confusion_KK.sum(),
+        "detection": detection(images), "images": [asdict(image) for image in images],
         "data": {
             "source": source.name, "train_images": len(train_images), "validation_images": len(eval_images),
             "validation_pixels": int(confusion_KK.sum()),
@@ -300,16 +303,13 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
     image_processor(eval_data).save_pretrained(folder)
     write_json(folder / "eval.json", record)
     plot_predictions(model, eval_data, folder / "predictions.png", crop_size=crop)
+    plot_worst(model, eval_data, images, folder / "worst.png", crop_size=crop)
     return record
 
 
 def figures(confusion_KK: NDArray[np.int64], names: dict[int, str]) -> dict[str, Any]:
     """The figures of retrieval's `eval.json`, from a confusion matrix."""
     scores, pixels_K = scores_from_confusion(confusion_KK), confusion_KK.sum(axis=1)
-
-    def number(value: float) -> float | None:
-        return None if np.isnan(value) else float(value)
-
     return {
         "schema": 1,
         "task": "segmentation",
@@ -318,14 +318,8 @@ def figures(confusion_KK: NDArray[np.int64], names: dict[int, str]) -> dict[str,
         "mean_accuracy": scores["mean_accuracy"],
         "overall_accuracy": scores["overall_accuracy"],
         "majority_class_mean_iou": float(pixels_K.max() / pixels_K.sum() / np.count_nonzero(pixels_K)),
-        "per_class": {
-            name: {
-                "iou": number(scores["per_category_iou"][k]),
-                "accuracy": number(scores["per_category_accuracy"][k]),
-                "pixels": int(pixels_K[k]),
-            }
-            for k, name in names.items()
-        },
+        "per_class": class_scores(np.diag(confusion_KK), pixels_K, confusion_KK.sum(axis=0), names),
+        "confusion": {"rows": "true", "columns": "predicted", "pixels": confusion_KK.tolist()},
     }
 
 
@@ -343,5 +337,5 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     for name, scores in record["per_class"].items():
         print(f"            {name:<20} IoU " + ("absent" if scores["iou"] is None else f"{scores['iou']:.4f}"))
-    print(f"written     model, eval.json and predictions.png, in {args.output_dir}")
+    print(f"written     model, eval.json, predictions.png and worst.png, in {args.output_dir}")
     return record

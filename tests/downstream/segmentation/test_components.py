@@ -1,5 +1,7 @@
 """Parts of a mask, counted in bands, against OpenCV over the whole."""
 
+import tracemalloc
+
 import cv2
 import numpy as np
 import pytest
@@ -30,3 +32,14 @@ def test_a_spiral_is_one_part(rows):
         spiral[ring + 2 : 9 - ring, ring] = 1
         spiral[ring + 2, ring : ring + 3] = 1
     assert Components(2).counted(spiral, band=9 * rows)[1] == cv2.connectedComponents(spiral)[0] - 1 == 1
+
+
+def test_however_many_parts_there_are_those_of_a_band_are_held():
+    ids = np.zeros((1600, 1600), np.uint8)
+    ids[::2, ::2] = 1
+    tracemalloc.start()
+    try:
+        assert Components(2).counted(ids, band=2**15)[1] == 800**2
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()

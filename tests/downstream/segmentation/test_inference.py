@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,3 +116,42 @@ def test_evaluation_takes_no_more_for_higher_images(monkeypatch, stretch):
         assert found.confusion_KK.sum() == label.size
         taken[height] = largest.found
     assert taken[640] < 1.1 * taken[64] and taken[640] < 40 * label.size  # bytes; all logits are 160 a pixel
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31), classes=st.integers(2, 6), height=st.integers(1, 12), width=st.integers(1, 12),
+    part=st.integers(1, 300), spread=st.sampled_from([0.1, 3.0, 40.0]),
+)  # fmt: skip
+def test_the_likeliest_class_is_that_of_the_softmax(seed, classes, height, width, part, spread):
+    """Some rows at a time: ids, their probability, and the highest of any class but 0."""
+    logits = torch.randn(classes, height, width, generator=torch.Generator().manual_seed(seed)) * spread
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "PART", part)
+        found = list(inference.likely(logits))
+    softmax = logits.double().softmax(dim=0)
+    tops = [each.top for each in found]
+    assert tops == np.cumsum([0, *(len(each.ids_nW) for each in found[:-1])]).tolist()
+    assert max(each.ids_nW.numel() for each in found) <= max(part // classes, width)
+    assert torch.equal(torch.cat([each.ids_nW for each in found]), logits.argmax(dim=0))
+    chance = torch.cat([each.chance_nW for each in found]).double()
+    torch.testing.assert_close(chance, softmax.max(dim=0).values, rtol=1e-5, atol=1e-6)
+    highest = max(each.foreground for each in found)
+    assert highest == pytest.approx(float(softmax[1:].sum(dim=0).max()), abs=1e-6)
+
+
+def test_on_a_cpu_a_forward_pass_has_few_pixels_and_one_thread_beside_it(monkeypatch):
+    """Else memory grows with the batch and the crop, and threads of the blending take the cores of the model."""
+    monkeypatch.setattr(inference, "PIXELS", 3 * 16**2)
+    image, threads = torch.randn(3, 40, 40), torch.get_num_threads()
+    model, small = PixelModel(16), PixelModel(16)
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            bands = inference.logit_bands(model, [inference.WholeView(image, (40, 40))], 16, batch_size=8)
+            beside = [(torch.get_num_threads(), band)[0] for band in bands]
+            whole_image_logits(small, [image], 16, batch_size=2)
+        assert set(beside) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert set(model.batches) == {3} and set(small.batches) == {2}

@@ -286,6 +286,30 @@ def test_rows_of_a_large_tiff_are_seen_as_the_whole(segmenter, tmp_path, monkeyp
     rows.view.rows.close()
 
 
+@pytest.mark.parametrize("name", ["native", "smaller"])
+def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter, tmp_path, monkeypatch, name):
+    """However far an image is scaled down, and whichever part of it a window sees."""
+    image = np.random.default_rng(0).integers(0, 65536, (300, 220, 2), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig")
+    monkeypatch.setattr(predictor_module, "open_rows", lambda file: open_rows(file, least=1))
+    predictor = load(str(segmenter[name][0]), device="cpu")
+    (whole,) = predictor.predict([predictor.open("a", [str(tmp_path / "a.tif")])])
+    view = predictor.open("a", [str(tmp_path / "a.tif")]).view
+    monkeypatch.setattr(predictor_module, "BLOCK", 20 * 220 * 2)  # twenty rows
+    opened, read = predictor.open("a", [str(tmp_path / "a.tif")]), []
+    rows, side = opened.view.rows.rows, predictor.how.crop_size
+    opened.view.rows.rows = lambda top, bottom: read.append((top, bottom)) or rows(top, bottom)
+    (blocks,) = predictor.predict([opened])
+    assert (blocks.ids_HW == whole.ids_HW).mean() > 0.999
+    tops = inference.window_origins(view.size[0], side)
+    if name == "native":
+        assert read == [(top, top + side) for top in tops]  # once for all windows of a row
+    else:
+        assert max(bottom - top for top, bottom in read) <= 20 + 4 * 300 / view.size[0] + 3
+    for image_view in (view, whole.image.view, opened.view):
+        image_view.rows.close()
+
+
 def test_of_a_large_image_no_more_is_held_than_is_kept(segmenter, tmp_path):
     """Rows that a view keeps bring no band of tiles along; counting needs no copy of eight bytes per pixel."""
     image = np.random.default_rng(0).integers(0, 256, (4000, 2000, 2), np.uint8)

@@ -1,5 +1,6 @@
 """Segmentation by the nearest labelled patches."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from transformers import ViTConfig, ViTModel
 from hf_dbp.cli import main
 from hf_dbp.downstream.segmentation import retrieval
 from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
+from hf_dbp.downstream.segmentation.detection import image_figures
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.downstream.segmentation.retrieval import RetrievalSegmenter, build_memory, class_shares, load_retrieval
 
@@ -58,7 +60,8 @@ def test_what_looks_alike_is_labelled_alike(folder, capsys):
     assert record["data"]["train_images"] == 4 and record["memory"]["left_out"] == 0
     assert f"mean IoU    {record['mean_iou']:.4f}" in capsys.readouterr().out
     assert retrieve(folder, "--neighbours", "1")["mean_iou"] > 0.8
-    assert (folder / "out" / "predictions.png").stat().st_size > 1000
+    for picture in ("predictions.png", "worst.png"):
+        assert (folder / "out" / picture).stat().st_size > 1000
     assert isinstance(ViTModel.from_pretrained(folder / "out", add_pooling_layer=False), ViTModel)
 
 
@@ -76,6 +79,9 @@ def test_a_saved_model_gives_the_figures_that_were_written(folder):
     confusion = found.confusion_KK
     again = retrieval.figures(confusion, {k: f"class {k}" for k in range(3)})
     assert {name: record[name] for name in again} == again
+    assert set(again["per_class"]["class 1"]) == {"iou", "accuracy", "precision", "recall", "dice", "pixels"}
+    assert record["images"] == [dataclasses.asdict(image) for image in image_figures(found.images)]
+    assert record["detection"] is None  # every image holds more than background
 
 
 def test_a_patch_takes_the_weighted_shares_of_its_nearest():
