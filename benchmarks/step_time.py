@@ -46,7 +46,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_dbp import SIZES, DBPViTMAEConfig, DBPViTMAEForPreTraining, initialize_mae_, update_decorrelation
 from hf_dbp.training.optimizers import HiddenWithAdamW
-from hf_dbp.update import set_gathering
+from hf_dbp.update import seed_sampling, set_gathering
 
 INTERVAL = 5
 PARTS = ("forward", "backward", "optimizer", "update")
@@ -98,6 +98,8 @@ def naive_model(stock: ViTMAEForPreTraining) -> ViTMAEForPreTraining:
 class Method:
     """One way to train: a model, its optimizer, and its step in four parts."""
 
+    count = 0  # updates so far
+
     def __init__(self, name: str, args: argparse.Namespace, size: str, device: str) -> None:
         self.base, _, compiled = name.partition("+")
         torch.manual_seed(0)
@@ -126,6 +128,9 @@ class Method:
         updates = self.base.startswith("dbp") and (due or self.interval == 1)
         if self.base.startswith("dbp"):
             set_gathering(self.model, updates)
+            if updates:
+                self.count += 1
+                seed_sampling(self.model, seed=0, step=self.count)
         mark()
         with self.autocast():
             loss = self.forward(pixels).loss

@@ -82,9 +82,8 @@ def layer_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device):
         return fused_weight(weight_OD, R_DD).to(weight_OD.dtype)
     low = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        low_OD = weight_OD.to(low)
-        return torch.addmm(low_OD, low_OD, excess(R_DD.detach(), low))
+    low_OD = weight_OD.to(low)
+    return torch.addmm(low_OD, low_OD, excess(R_DD.detach(), low))  # autocast leaves what is low already as it is
 
 
 def excess(R_DD: Tensor, dtype: torch.dtype) -> Tensor:
