@@ -148,6 +148,7 @@ def test_loops_of_ones_own_save_and_go_on_to_the_bit(launcher, tmp_path):
     assert type(fuse(resumed)) is type(zoo.bert()[0])
 
 
+@pytest.mark.slow
 def test_two_processes_choose_alike_and_hold_one_r(tmp_path):
     """Each sees other sentences, of other lengths, and one expert only: R is equal to the bit, as one process's is."""
     script = Path(__file__).parent / "two_any_model_processes.py"

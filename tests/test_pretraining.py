@@ -64,7 +64,7 @@ def losses(record):
 
 
 @pytest.mark.parametrize("method", ["dbp", "bp", "stock"])
-def test_every_method_trains_saves_and_fuses_to_a_stock_vit(tmp_path, method, capsys):
+def test_every_method_trains_saves_and_fuses_to_a_stock_vit(real_pictures, tmp_path, method, capsys):
     record = main(flags(tmp_path / "run", method=method, optimizer="muon" if method == "bp" else "adamw"))
     assert [row["step"] for row in record.rows] == [3, 6, 9, 12]
     assert losses(record)[-1] < losses(record)[0]

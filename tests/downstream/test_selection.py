@@ -98,7 +98,7 @@ def listed(folder):
     return list(csv.DictReader((folder / "selection.csv").read_text().splitlines()))
 
 
-def test_from_a_folder_to_a_list_and_a_contact_sheet(tmp_path, capsys, caplog):
+def test_from_a_folder_to_a_list_and_a_contact_sheet(real_pictures, tmp_path, capsys, caplog):
     (tmp_path / "images").mkdir()
     rng = np.random.default_rng(0)
     for index in range(12):

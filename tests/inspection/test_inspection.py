@@ -1,6 +1,7 @@
 """`hf-dbp inspect` says what is there; a newcomer's mistakes each get what was found and what to do."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import tarfile
@@ -18,7 +19,8 @@ from PIL import Image
 
 from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.masks import Palette, index_mask
-from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
+from hf_dbp.downstream.segmentation.data import SegmentationSource, built_in_pairs, load_labelled_images
+from hf_dbp.inspection import reading
 from hf_dbp.inspection.folder import main as inspect
 from hf_dbp.inspection.mask_survey import crop_chances
 from hf_dbp.inspection.survey import duplicates
@@ -55,7 +57,7 @@ def labelled(**flags):
     return load_labelled_images(SegmentationSource(train_dir="images", train_mask_dir="masks", **flags))
 
 
-def test_what_is_there_and_what_will_be_done(capsys):
+def test_what_is_there_and_what_will_be_done(real_pictures, capsys):
     write()
     Path("masks/5.png").unlink()
     out = report(capsys, "--masks", "masks")
@@ -379,10 +381,12 @@ def test_tables_are_inspected_by_the_reading_of_training(capsys, kind):
     assert (len(train), len(validation)) == (5, 1) and set(np.unique(train[0][1])) == {0, 1, 2}
 
 
-def test_the_built_in_images_are_inspected(capsys):
+def test_the_built_in_images_are_inspected(capsys, monkeypatch):
+    few = {"max_train_samples": 16, "max_eval_samples": 4}
+    monkeypatch.setattr(reading, "built_in_pairs", lambda source: built_in_pairs(dataclasses.replace(source, **few)))
     inspect(["--dataset_name", "wire_bonding"])
     out = capsys.readouterr().out
-    assert "images     250\n" in out and "2 of uint8 (250)" in out and "masks      250; 0 images have none" in out
+    assert "images     20\n" in out and "2 of uint8 (20)" in out and "masks      20; 0 images have none" in out
     recipe = read_yaml(Path("outputs/inspection/finetune.yaml"))
     assert (recipe["dataset_name"], recipe["num_labels"]) == ("wire_bonding", "5") and "train_dir" not in recipe
 

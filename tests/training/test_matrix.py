@@ -16,8 +16,8 @@ happens to where the first is stopped. Then
 - the summary calls the model the best only where a best checkpoint was restored;
 - what a Trainer cannot do is refused before the first step.
 
-Five cases of each are drawn by default, always the same. `make truth` draws 200 others in all and prints the seed; a
-failing one is drawn again by its settings and the name of its Trainer,
+Two cases of each are drawn by default, and in the slow tier five, always the same. `make truth` draws 200 others in
+all and prints the seed; a failing one is drawn again by its settings and the name of its Trainer,
 
     TRUTH_RUNS=200 TRUTH_SEED=N python -m pytest tests/training/test_matrix.py -k finetuning
 """
@@ -65,7 +65,7 @@ from hf_dbp.pretraining import main
 from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.saving import whole_checkpoints
 
-RUNS, SEED = int(os.environ.get("TRUTH_RUNS", "25")), int(os.environ.get("TRUTH_SEED", "0"))
+SEED = int(os.environ.get("TRUTH_SEED", "0"))
 RATE, IMAGES, VOID = 1e-2, 12, 255
 CONFIG = DBPViTMAEConfig(**(TINY | {"num_hidden_layers": 1}))
 
@@ -478,8 +478,15 @@ CHECKS = {"pretraining": check_pretraining, "readme": check_trainer, "stock": ch
 CHECKS |= {name: partial(check_finetuning, task) for name, task in TASKS.items()}
 
 
+#: how many runs of each are drawn: of those asked for in all, else few, and in the slow tier more
+RUNS: list[Any] = [2, pytest.param(5, marks=pytest.mark.slow)]
+if "TRUTH_RUNS" in os.environ:
+    RUNS = [int(os.environ["TRUTH_RUNS"]) // len(CHECKS)]
+
+
+@pytest.mark.parametrize("runs", RUNS)
 @pytest.mark.parametrize("trainer", CHECKS)
-def test_what_lies_on_disk_is_what_a_run_says(trainer, made, monkeypatch):
+def test_what_lies_on_disk_is_what_a_run_says(trainer, runs, made, monkeypatch):
     for name in ("pretraining.plot_reconstructions", "pretraining.plot_curves"):
         monkeypatch.setattr(f"hf_dbp.{name}", lambda *_, **__: None)
     for name in ("plot_predictions", "plot_curves"):
@@ -490,12 +497,12 @@ def test_what_lies_on_disk_is_what_a_run_says(trainer, made, monkeypatch):
 
     @seed(SEED)
     @settings(
-        max_examples=RUNS // len(CHECKS), deadline=None, database=None, phases=[Phase.generate],
+        max_examples=runs, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=[*HealthCheck],
     )  # fmt: skip
     @given(cases(trainer))
     def drawn(case):
-        note(f"drawn with TRUTH_RUNS={RUNS} TRUTH_SEED={SEED}, -k {trainer}")
+        note(f"drawn with TRUTH_RUNS={runs * len(CHECKS)} TRUTH_SEED={SEED}, -k {trainer}")
         with tempfile.TemporaryDirectory() as folder, trained_parts() as parts:
             CHECKS[trainer](Path(folder), *case, parts, made)  # type: ignore[call-arg]
 

@@ -64,7 +64,7 @@ def same(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_it_learns_and_records_what_it_did(run):
+def test_it_learns_and_records_what_it_did(real_pictures, run):
     folder, record = run
     saved = json.loads((folder / "eval.json").read_text())
     assert saved == json.loads(json.dumps(record))

@@ -106,7 +106,7 @@ def test_what_is_evaluated_is_saved_without_being_asked(encoder, tmp_path):
     assert record["mean_iou"] == max(row["eval_mean_iou"] for row in record["evaluations"])
 
 
-def test_the_worst_images_are_shown_beside_the_others(encoder, tmp_path, monkeypatch):
+def test_the_worst_images_are_shown_beside_the_others(real_pictures, encoder, tmp_path, monkeypatch):
     """Those of the lowest mean IoU, in order, with the figures that eval.json has."""
     shown = {}
 

@@ -53,7 +53,7 @@ def retrieve(folder, *flags):
     return json.loads((folder / "out" / "eval.json").read_text())
 
 
-def test_what_looks_alike_is_labelled_alike(folder, capsys):
+def test_what_looks_alike_is_labelled_alike(real_pictures, folder, capsys):
     record = retrieve(folder)
     assert record["mean_iou"] > 0.8
     assert record["majority_class_mean_iou"] < 0.5
