@@ -1,5 +1,5 @@
-"""Small models shared by the tests: every size is the smallest at which the property still shows; and what spares all
-of them the same work."""
+"""Small models shared by the tests, every size the smallest at which the property still shows; and work that the tests
+do once instead of many times."""
 
 import functools
 import gc

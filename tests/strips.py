@@ -1,4 +1,4 @@
-"""Strips as line cameras take them of rail, steel and web: long, thin, textured, with defects on a few pixels."""
+"""Strips as line cameras see them (rail, steel, web): long, thin, textured, with defects of a few pixels."""
 
 from __future__ import annotations
 

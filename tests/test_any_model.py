@@ -34,14 +34,14 @@ def decorrelated(title, sampling=ALL_ROWS):
 
 
 def disturb(model):
-    """Any R, near the identity."""
+    """Give every R a random value near the identity."""
     torch.manual_seed(1)
     for _, decorrelation in decorrelations(model):
         decorrelation.R.add_(0.05 * torch.randn_like(decorrelation.R))
 
 
 def step(model, batch, eta=0.01):
-    """A training forward, and the update that follows the optimizer's."""
+    """A training forward pass, and the update of R that follows the optimizer step."""
     model.train()
     zoo.output(model, batch)
     return update_decorrelation(model, eta=eta, bound=False)
@@ -74,7 +74,7 @@ def test_the_swap_changes_nothing_to_the_bit(title):
 
 @MODELS
 def test_an_update_is_the_formula_on_the_tokens_of_each_shared_input(title):
-    """R - eta C R with C from z = R x of the layer's own input, which a hook of the test's saw; padding left out."""
+    """R - eta C R with C from z = R x of the layer's own input, seen by a hook of the test; padding is left out."""
     model, batch = decorrelated(title)
     disturb(model)
     seen = {}
@@ -119,7 +119,7 @@ def test_fusing_gives_the_stock_model_in_float64(title):
 
 @MODELS
 def test_what_is_saved_loads_in_the_stock_class(title, tmp_path, recwarn):
-    """Fused, bit-identical. Unfused, it is the same function, and the decorrelated model resumes from it bit for
+    """Fused, it is bit-identical. Unfused, it is the same function, and the decorrelated model resumes from it bit for
     bit."""
     model, batch = decorrelated(title)
     disturb(model)
@@ -245,10 +245,10 @@ class Doubtful(nn.Module):
     """Layers that cannot be decorrelated, and two that can."""
 
     class Packed(nn.Linear):
-        """As of a quantising library."""
+        """A weight as quantising libraries hold it."""
 
     class QuantizedLinear(nn.Module):
-        """Of another library, not even an nn.Linear."""
+        """A layer of another library that is not even an nn.Linear."""
 
         def forward(self, x):
             return x

@@ -174,7 +174,7 @@ def test_several_gpus_of_one_process_are_refused_before_training(tmp_path):
 
 
 def test_our_trainer_takes_one_gpu_and_says_so(tmp_path, caplog):
-    """What the scripts do on a machine with several, started without a launcher."""
+    """As the scripts do on a machine with several GPUs when started without a launcher."""
     args = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     args._n_gpu = 2
     model = convert_to_decorrelated(Regression())
@@ -199,7 +199,7 @@ class Views(torch.utils.data.Dataset):
 
 
 def mae_trainer(folder, config, trainer_class=ResumingTrainer, **options):
-    """A plain user's Trainer of our model: stock order of images, masks from the random state."""
+    """A user's plain Trainer of our model: stock order of images, masks from the random state."""
     torch.manual_seed(0)
     given = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True}
     given |= {"use_cpu": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
@@ -240,7 +240,7 @@ def test_a_stock_trainer_is_refused_what_it_cannot_restore(tmp_path, mae_config,
 
 
 def test_our_trainer_restores_any_model_that_was_decorrelated(tmp_path):
-    """It is not what its class makes of its configuration."""
+    """Such a model is not what its class builds from its configuration."""
     options = {"save_strategy": "steps", "save_steps": 4}
     whole, _ = trained(tmp_path, DecorrelationCallback(), ResumingTrainer, **options)
     shutil.rmtree(tmp_path / "checkpoint-8")

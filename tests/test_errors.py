@@ -282,7 +282,7 @@ def ends_with_one_line_of(capfd, arguments, *expected):
 
 @pytest.fixture(scope="module")
 def read_only(tmp_path_factory):
-    """A folder on a read-only file system for the superuser, one without permission for others."""
+    """A folder that cannot be written to: read-only for the superuser, without permission for others."""
     folder = tmp_path_factory.mktemp("read_only")
     if os.geteuid():
         folder.chmod(0o555)

@@ -215,8 +215,8 @@ def test_another_key_draws_other_rows_and_the_same_key_the_same() -> None:
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_the_largest_eigenvalue_is_never_exceeded_and_mostly_found(scale: float) -> None:
-    """Noise, a direction that stands out, a mean; more rows than features, and fewer; at least half, and all but a
-    tenth of one that is four times the next."""
+    """Noise, a dominant direction, a mean; more rows than features, and fewer. At least half of it is found, and nine
+    tenths where it is four times the next."""
     separate = 0
     for _ in range(300):
         rows, features = torch.randint(2, 60, (2,)).tolist()

@@ -76,7 +76,7 @@ def test_names_that_left_their_module_are_found(module: str, name: str) -> None:
 def test_a_moved_module_runs_by_its_old_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As ``python -m`` does it."""
+    """As with ``python -m``."""
     sys.modules.pop("hf_dbp.model_card", None)
     monkeypatch.setattr("sys.argv", ["model_card", "--help"])
     with pytest.raises(SystemExit) as stop, pytest.warns(DeprecationWarning, match="hf_dbp.model_card is now"):

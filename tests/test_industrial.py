@@ -159,7 +159,8 @@ def test_which_statistics(tmp_path):
 
 @pytest.mark.slow
 def test_defects_on_strips_are_found_by_the_recipes_as_inspect_writes_them():
-    """Sixteen times as long as high, 0.24 % of the pixels defect: 0.8 of IoU. Smaller models and fewer steps alone."""
+    """Strips sixteen times as long as high with 0.24 % defective pixels reach an IoU of 0.8; only model and steps are
+    smaller."""
     write_strips(Path(), 48, (64, 1024))
     quick = ["--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false", "--use_cpu"]
     main(["inspect", "images", "--masks", "masks"])

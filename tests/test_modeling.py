@@ -45,7 +45,7 @@ def perturbed(model: DBPViTMAEForPreTraining) -> DBPViTMAEForPreTraining:
 
 
 def stock_of(config: DBPViTMAEConfig) -> ViTMAEForPreTraining:
-    """transformers' class, rightly initialised."""
+    """transformers' class, correctly initialised."""
     fields = {k: v for k, v in config.to_dict().items() if k in ViTMAEConfig.__dataclass_fields__ and k != "model_type"}
     stock = (ViTMAEForPreTraining if isinstance(config.image_size, int) else RectangularViTMAE)(ViTMAEConfig(**fields))
     initialize_mae_(stock)

@@ -73,7 +73,7 @@ def test_a_class_below_may_say_it_otherwise() -> None:
 
 
 def test_transformers_own_parser_reads_annotated_flags() -> None:
-    """Scripts hand our classes to it."""
+    """Scripts pass our classes to it."""
     (arguments,) = HfArgumentParser(DecorrelationArguments).parse_args_into_dataclasses(["--eta", "0.25"])
     assert arguments.eta == 0.25
 
@@ -90,7 +90,7 @@ def value_of(name: str, which: str) -> str:
 
 @pytest.mark.parametrize("method", ["dbp", "bp"])
 def test_a_resumed_run_tells_what_its_flags_say(method: str) -> None:
-    """Each flag of pre-training alone with another value: told, refused or ignored, as declared."""
+    """Each flag of pre-training, changed alone, is told, refused or ignored as declared."""
     flags = natures(*GROUPS)
     same = {name: value_of(name, "old") for name in flags} | {"method": method, "optimizer": "adamw", "seed": 1}
     before = record(method=method, arguments=same)

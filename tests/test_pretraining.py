@@ -237,7 +237,8 @@ def test_a_checkpoint_brings_its_statistics(tmp_path, asked, mean):
 
 
 def test_a_share_of_the_validation_images_without_a_readable_one(tmp_path, monkeypatch, capsys):
-    """Of one process: the next readable image is what its layers are measured on. Of all: a mistake."""
+    """If one process has none, its layers are measured on the next readable image; if all have none, it is a
+    mistake."""
 
     def read_nothing(trainer, _):
         assert trainer.evaluation_row(0.5)["mean_squared_correlation"] > 0

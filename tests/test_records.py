@@ -81,7 +81,7 @@ ELSEWHERE = {"records.py", "recipes/__init__.py", "downstream/onnx_run.py"}
 
 
 def test_whatever_else_is_written_as_json_cannot_hold_what_is_not_finite():
-    """Caches and journals, which do not go through `write_json`."""
+    """This holds for caches and journals too, which do not go through `write_json`."""
     package, found = Path(hf_dbp.__file__).parent, []
     for file in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

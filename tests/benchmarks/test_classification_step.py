@@ -1,4 +1,4 @@
-"""The step of a classifier is timed beside the stock Trainer's: in turns, the same number of steps each."""
+"""A classifier's step is timed against the stock Trainer's: they take turns, with equally many steps each."""
 
 import json
 

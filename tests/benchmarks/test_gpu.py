@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, in small on the CPU: one table last, what does not fit is named, the time is kept to."""
+"""The GPU benchmark, scaled down to the CPU: it ends with one table, names what does not fit, and keeps to its time."""
 
 import json
 import sys

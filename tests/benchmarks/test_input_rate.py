@@ -1,4 +1,4 @@
-"""The benchmark of the input compares like with like: every way gives the views of the plain one."""
+"""The input benchmark compares like with like: every way gives the same views as the plain one."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Steps of a plan's variants are the plan's: model, optimizer, interval; each variant is timed in every turn."""
+"""The timed steps use the plan's model, optimizer and interval, and every turn times each variant."""
 
 import sys
 

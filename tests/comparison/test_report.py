@@ -228,7 +228,7 @@ FAST = {
 
 
 def published(name):
-    """Of a report under docs/results: by variant its best loss, and by (variant, baseline) overhead and savings."""
+    """From a report under docs/results: each variant's best loss, and overhead and savings by (variant, baseline)."""
     report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
     losses, overheads, savings = {}, {}, {}
     for variant, figures in report["variants"].items():

@@ -15,7 +15,7 @@ SEEDS = range(3)
 
 
 def ended(variant, seed, steps, loss, *, accuracy=None, second=1.0, usual=40):
-    """A run of a complete schedule of so many steps that ends with this loss, its encoder probed."""
+    """A run with a complete schedule of so many steps that ends with this loss; its encoder is probed."""
     run = made_run(variant, seed, [1.0] * (steps // 10 - 1) + [loss], second=second)
     run.planned = dataclasses.replace(run.planned, length=None if steps == usual else steps)
     if accuracy is not None:
@@ -24,7 +24,7 @@ def ended(variant, seed, steps, loss, *, accuracy=None, second=1.0, usual=40):
 
 
 def figures_of(seed, **changed):
-    """Of one seed: AdamW at 40, 60 and 80 steps and DBP at 40, at 1.1 s a step."""
+    """The runs of one seed: AdamW for 40, 60 and 80 steps, and DBP for 40 at 1.1 s a step."""
     off = 0.01 * seed
     runs = [
         ended("adamw", seed, 40, 0.50 + off, accuracy=0.50),

@@ -1,4 +1,4 @@
-"""Photographs in all forms of data sets, and runs in separate processes."""
+"""Photographs in every form of data set, and runs in separate processes."""
 
 import io
 import json
@@ -41,7 +41,7 @@ FLAGS = {
 
 
 def encoded_photographs(count: int) -> list[bytes]:
-    """JPEG bytes: real photographs, made small; drawn ones where the data is absent."""
+    """JPEG bytes of real photographs, scaled down; of drawn ones if the data is absent."""
     rng = np.random.default_rng(0)
     files = sorted(PHOTOGRAPHS.glob("train-*.parquet"))
     pictures: list[Image.Image] = []

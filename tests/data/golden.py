@@ -1,4 +1,5 @@
-"""Figures of what training sees of images that were always read right: `golden.json` holds those of commit 65cb07c.
+"""What training sees, in figures, of images that were always read correctly: `golden.json` holds those of commit
+65cb07c.
 
 `figures` writes pictures of the usual kinds, opens them as training does, and samples the arrays, the views of
 pre-training, the crops of fine-tuning and the pixels of evaluation.
@@ -22,7 +23,7 @@ SIZES = ((80, 90), (97, 80), (130, 120))
 
 
 def scene(number: int, channels: int) -> NDArray[np.float64]:
-    """Smooth and sharp parts, in [0, 1]."""
+    """A picture with smooth and sharp parts, in [0, 1]."""
     rng, size = np.random.default_rng(number), SIZES[number]
     picture = np.stack([cv2.GaussianBlur(rng.random(size), (0, 0), 1 + channel) for channel in range(channels)], axis=2)
     picture = (picture - picture.min()) / np.ptp(picture)
@@ -55,7 +56,7 @@ def sampled(array: Any, count: int = 12) -> list[float]:
 
 
 def figures(folder: Path, kind: str, api: Any) -> dict[str, list[float]]:
-    """Of each stage its samples.
+    """The samples of each stage.
 
     Args:
         folder: empty, to write into.

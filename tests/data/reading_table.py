@@ -84,7 +84,7 @@ FILES: dict[str, Callable[[Path], object]] = {
 
 
 def rows() -> Iterable[str]:
-    """A row per kind of file, from reading one."""
+    """One row per kind of file, found by reading one."""
     with tempfile.TemporaryDirectory() as folder:
         for label, write in FILES.items():
             path = Path(folder) / "a"
@@ -122,7 +122,7 @@ def table() -> str:
 
 
 def with_table(page: str) -> str:
-    """The page with the table of today."""
+    """The page with the current table."""
     start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     return page[:start] + table() + page[end:]
 

@@ -35,7 +35,7 @@ CASES = [60, pytest.param(400, marks=pytest.mark.slow)]
 
 
 def cases(*strategies):
-    """Run a test of a folder and drawn values on 60 cases, and in the slow tier on 400."""
+    """Run a test, which takes a folder and drawn values, on 60 cases, and in the slow tier on 400."""
 
     def decorate(test):
         @pytest.mark.parametrize("count", CASES)

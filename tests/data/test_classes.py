@@ -1,4 +1,5 @@
-"""Labels from folders, tables and CSV files; each kind of label that cannot be learned from is refused by one line."""
+"""Labels from folders, tables and CSV files; every kind of label that nothing can be learned from is refused in one
+line."""
 
 import datasets
 import numpy as np
@@ -27,7 +28,7 @@ def source(folder, path, **options):
 
 @pytest.fixture
 def eight(tmp_path):
-    """Eight pictures, of which the first four and the last four may be a class each."""
+    """Eight pictures; the first four may be one class and the last four another."""
     pictures(tmp_path, [f"images/{n}.png" for n in range(8)])
     return tmp_path
 

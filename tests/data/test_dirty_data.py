@@ -35,7 +35,7 @@ def encoded(image, kind, **options):
 
 
 def png_claiming(width, height):
-    """A PNG file of a hundred bytes that says it is as large as that."""
+    """A PNG file of a hundred bytes that claims this size."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -46,7 +46,7 @@ def png_claiming(width, height):
 
 
 def tiff_claiming(rows, **options):
-    """A TIFF file whose header says it has so many rows."""
+    """A TIFF file whose header claims so many rows."""
     stream = io.BytesIO()
     tifffile.imwrite(stream, RNG.integers(0, 255, (24, 20, 3), np.uint8), photometric="rgb", **options)
     stream.seek(0)
@@ -194,7 +194,7 @@ def test_a_reason_that_names_an_error_stays_whole_on_its_way_out_of_a_worker():
 
 
 def test_a_cache_is_of_one_depth(tmp_path, dirty):
-    """Eight bits and sixteen become one another; white stays white."""
+    """Images of 8 and 16 bits are converted into each other; white stays white."""
     for name in os.listdir(dirty):
         if (dirty / name).is_file() and name != "sixteen.png":
             (dirty / name).unlink()

@@ -1,4 +1,4 @@
-"""No figure moves for images that were read right before: see `golden`."""
+"""No figure changes for images that were read correctly before: see `golden`."""
 
 import json
 from pathlib import Path

@@ -32,7 +32,7 @@ def hub(tmp_path, photographs, write) -> Iterator[HubServer]:
 @pytest.fixture
 def ask(hub, tmp_path):
     def start(*sources: dict[str, Any], home: str = "home") -> list[dict[str, Any]]:
-        """What a separate process finds for each source."""
+        """Start a separate process that says what it finds for each source."""
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("hub_client.py"))],
             input=json.dumps(sources),
@@ -97,7 +97,7 @@ LASTING = {
 
 @pytest.mark.slow
 def test_what_passes_is_tried_again_and_what_stays_ends_in_one_line(hub, ask, tmp_path):
-    """The third and fourth file fail; when the Hub is back, the same command resumes and needs only the rest."""
+    """The third and fourth file fail; once the Hub is back, the same command resumes and fetches only the rest."""
     files = hub.repos["dataset", "me/open"].files
     for status in (429, 503, None):
         hub.add(f"passing/{status}", files)
@@ -119,7 +119,7 @@ def test_what_passes_is_tried_again_and_what_stays_ends_in_one_line(hub, ask, tm
 
 @pytest.mark.slow
 def test_a_data_set_is_inspected(hub, tmp_path):
-    """As training downloads it; a gated one is refused in the same words."""
+    """It is downloaded as in training; a gated one is refused in the same words."""
 
     def inspected(name: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Images used + images left out, named with the reason = images that lie there; the same for every way of reading them.
+"""Images used + images left out, each with its reason = images that are there, whichever way they are read.
 
 Folders are drawn: nested, with class folders called train or test, odd characters in every name, links, hidden files,
 kinds that nothing reads, masks; parquet files and tars of mixed members whose names may speak of splits.
@@ -93,7 +93,7 @@ def keys_of(splits, column) -> dict[str, list[int]]:
 
 
 def both_ways(folder: Path, cache: Path, **fields):
-    """What is used and what is left out, converted and streamed: the same."""
+    """What is used and what is left out: the same converted and streamed."""
     source = ImageSource(train_dir=str(folder), cache_dir=str(cache), **fields)
     encoded, streamed = encoded_splits(source), streamed_splits(source)
     keys = keys_of(encoded.splits, encoded.column)

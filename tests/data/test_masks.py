@@ -30,7 +30,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def with_palette(ids, order):
-    """A palette PNG of these ids, its palette in another order: the same picture, other indices."""
+    """A palette PNG of these ids with its palette in another order: the same picture with other indices."""
     place = {number: index for index, number in enumerate(order)}
     picture = Image.fromarray(np.vectorize(place.get)(ids).astype(np.uint8), "P")
     picture.putpalette([part for number in order for part in COLOURS[number]])
@@ -38,7 +38,7 @@ def with_palette(ids, order):
 
 
 def write(masks, images=Path("images"), folder=Path("masks"), name="{}.png"):
-    """Images, and masks that ``masks`` makes from number and ids; returns the ids."""
+    """Write images, and masks that ``masks`` makes from number and ids; return the ids."""
     drawn = []
     for number in range(6):
         for place in (images, folder):

@@ -1,4 +1,4 @@
-"""The order of images: each once an epoch by one process, blocks about once, a function of (seed, epoch)."""
+"""The order of images, a function of (seed, epoch): each image once per epoch in one process, each block about once."""
 
 from types import SimpleNamespace
 
@@ -70,7 +70,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 
 def test_neighbours_are_torn_apart():
-    """Of images that lie side by side in a file, few are side by side in the order."""
+    """Few images that are neighbours in a file are neighbours in the order."""
     sampler = EpochSampler(4000, 0, blocks=(np.full(40, 100), np.ones(40, np.int64)), lanes=Lanes(2, 16))
     indices = np.array([index for _, index in sampler])
     assert (np.abs(np.diff(indices)) == 1).mean() < 0.01

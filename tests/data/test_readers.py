@@ -111,7 +111,7 @@ def test_tiff_of_two_and_more_channels_by_hand(tmp_path, channels, big_endian):
     ],
 )
 def test_the_layouts_in_which_microscopes_store_channels(tmp_path, options):
-    """Only tifffile writes these, too."""
+    """No other library than tifffile, which reads them, writes these."""
     planes = pixels(np.uint16, 2, 24, 40)
     tifffile.imwrite(tmp_path / "a.tif", planes, **options)
     np.testing.assert_array_equal(read(tmp_path / "a.tif"), np.moveaxis(planes, 0, 2))

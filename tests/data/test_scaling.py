@@ -15,7 +15,8 @@ def means(run) -> list[float]:
 
 @pytest.mark.slow
 def test_two_processes_are_one(train, write, photographs, tmp_path):
-    """The same images a step: the same losses; R the same to the bit on both; each image once, by one of them."""
+    """Steps with the same images have the same losses; both hold the same R to the bit; one of them sees each image,
+    once."""
     folder = write(tmp_path / "data", "parquet", photographs)
     flags = (
         "--sample_fraction",
@@ -46,7 +47,8 @@ SAVED = (*EPOCHS, "--dataloader_num_workers", "2", "--save_strategy", "steps", "
 
 
 def as_if_undisturbed(undisturbed, resumed) -> None:
-    """The same images in the same order at every step, losses and R to the bit, steps that are run again included."""
+    """Every step, repeated ones included, has the same images in the same order, and the same losses and R to the
+    bit."""
     last = {line["step"]: line for line in resumed.traces[0]}
     assert [last[line["step"]] for line in undisturbed.traces[0]] == undisturbed.traces[0]
     assert all(line == last[line["step"]] for line in resumed.traces[0])
@@ -56,7 +58,7 @@ def as_if_undisturbed(undisturbed, resumed) -> None:
 
 @pytest.mark.slow
 def test_a_killed_streamed_run_goes_on_as_if_nothing_had_happened(train, write, photographs, tmp_path):
-    """SIGKILL in the first and in the second epoch, with workers; then a Hub in place of the folder, which fails."""
+    """SIGKILL in the first and in the second epoch, with workers; then the same from a Hub that fails at times."""
     folder = write(tmp_path / "data", "parquet", photographs)
     undisturbed = train("undisturbed", folder, *SAVED)
     assert undisturbed.status == 0, undisturbed.stderr[-2000:]

@@ -17,7 +17,7 @@ from hf_dbp.recipes import read_yaml
 
 
 def seen(size, view=(64, 64), draws=2000):
-    """How often each row and each column was in a view."""
+    """How often each row and each column was part of a view."""
     rng, rows, columns = np.random.default_rng(0), np.zeros(size[0]), np.zeros(size[1])
     for _ in range(draws):
         left, top, right, bottom = (int(edge) for edge in random_resized_crop(rng, size, view))

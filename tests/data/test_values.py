@@ -80,7 +80,7 @@ def test_a_picture_is_the_same_in_every_form(form, channels):
 )
 @settings(max_examples=60, deadline=None)
 def test_augmentation_never_erases_values(low, span, channels, seed):
-    """Also of a picture beyond the range that was measured on others."""
+    """Not even those of a picture beyond the range that was measured on others."""
     pixels = np.random.default_rng(seed).random((24, 24, channels))
     image, mask = (low + span * pixels).astype(np.float32), np.zeros((24, 24), np.int32)
     augmentation, mean = Augmentation(24, None, 255, scale=(1, 1)), np.full(channels, 0.5, np.float32)
@@ -108,7 +108,7 @@ def test_the_range_is_measured_once_and_kept(tmp_path, monkeypatch, caplog):
 
 
 def test_statistics_that_a_killed_run_left_are_measured_again(tmp_path, monkeypatch):
-    """An empty or a cut file of an earlier version; now they are written aside and renamed."""
+    """Earlier versions could leave an empty or truncated file; now it is written under another name and renamed."""
     images = ImageList([{"image": image} for image in pictures(2)], "image", 2)
     expected = channel_statistics(images, "measured", tmp_path)
     (file,) = tmp_path.glob("statistics-*.json")

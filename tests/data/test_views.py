@@ -32,7 +32,7 @@ def encoded(picture, kind="JPEG", **options):
 
 
 def smooth(height, width, channels=3, seed=0):
-    """A picture with detail of all sizes down to some pixels, away from black and white."""
+    """A picture with detail of every size down to a few pixels, away from black and white."""
     rng = np.random.default_rng(seed)
     sums = sum(
         resized(rng.random((side, side, channels)).astype(np.float32), (height, width)) for side in (4, 9, 20, 40)
@@ -51,7 +51,7 @@ def stored_values(pixels):
 
 
 def view(data, epoch, index):
-    """A training view, finished on the device if that is where it is finished."""
+    """A training view, finished on the device if views are finished there."""
     if not data.on_device:
         return data[epoch, index]["pixel_values"]
     return data.finished(collate([data[epoch, index]]))["pixel_values"][0]
@@ -76,7 +76,7 @@ def reference_crop(rng):
 
 
 def seen_crop(pixels_CHW):
-    """Left, top, width, height and whether flipped, read off a view of `coordinates`."""
+    """Left, top, width, height and whether it is flipped, read from a view of `coordinates`."""
     found = []
     for channel, axis, side in ((0, 0, SIDES[1]), (1, 1, SIDES[0])):
         profile = stored_values(pixels_CHW[channel]).mean(axis).numpy() / 200 * side - 0.5  # pixel coordinates
@@ -96,7 +96,7 @@ def coordinates():
 
 
 def drawn_crop(data, epoch):
-    """Left, top, width, height and whether flipped, as the generator of image 0 has it."""
+    """Left, top, width, height and whether it is flipped, as the generator of image 0 draws them."""
     rng = image_rng(7, epoch, 0)
     rng.random(data.num_patches, dtype=np.float32)
     left, top, right, bottom = random_resized_crop(rng, SIDES, data.size)
@@ -104,7 +104,7 @@ def drawn_crop(data, epoch):
 
 
 def test_crops_have_the_papers_distribution():
-    """Area, aspect, position, against the definition, over epochs of one image."""
+    """Area, aspect and position of one image over many epochs, against the definition."""
     data = masked_images([np.zeros((*SIDES, 3), np.uint8)])
     drawn = np.array([drawn_crop(data, epoch) for epoch in range(20_000)])
     rng = np.random.default_rng(1)
@@ -123,7 +123,7 @@ def test_crops_have_the_papers_distribution():
 
 @pytest.mark.parametrize("way", ["scaled JPEG", "whole JPEG", "array", "on the device"])
 def test_the_crop_that_is_drawn_is_the_one_that_is_seen(way):
-    """Read off the pixels that come out, flips included; of a scaled file the edges are whole pixels of the scale."""
+    """Read from the resulting pixels, flips included; in a scaled file, edges are whole pixels of the scale."""
     value = np.asarray(coordinates()) if way == "array" else encoded(coordinates(), quality=95, subsampling=0)
     data = masked_images([value], size=(24, 24), on_device=way == "on the device")
     with WHOLE_SCALE if way == "whole JPEG" else patch.dict(parts.FLAGS):
@@ -161,7 +161,7 @@ def pillow_view(value, size, epoch, data):
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 96)])
 def test_at_full_scale_views_are_pillows(size):
-    """To two steps of 8 bits, and seldom that: both round twice."""
+    """Within two of 255 steps, and seldom that many: both round twice."""
     value = encoded(Image.fromarray(smooth(110, 150)), quality=90)
     data = masked_images([value], size=size)
     with WHOLE_SCALE:
@@ -309,7 +309,7 @@ def test_only_8_bit_images_are_fed_to_the_device():
 
 
 def test_a_run_learns_the_same_from_views_of_the_device(tmp_path, photographs, write, monkeypatch):
-    """With a worker: the losses of the loader's views, up to the rounding of their pixels."""
+    """With a worker, losses equal those of the loader's views up to the rounding of their pixels."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     folder = write(tmp_path / "images", "imagefolder", photographs[:40])
     given = {"train_dir": folder, "method": "bp", "model_size": "mini", "image_size": 32, "patch_size": 8, "seed": 3}

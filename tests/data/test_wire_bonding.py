@@ -74,7 +74,7 @@ def test_every_class_is_there_at_sensible_shares() -> None:
 
 
 def test_wires_hold_together_when_small() -> None:
-    """Wires of a 64-pixel mask, joined by their bonds, are the lines of the 512-pixel one and not crumbs."""
+    """In a 64-pixel mask, wires joined by their bonds are the lines of the 512-pixel mask, not fragments."""
     for index in range(12):
         joined = [
             cv2.connectedComponents(np.isin(render(index, size=s)[1], (1, 2, 3)).astype(np.uint8))[0] for s in (64, 512)

@@ -1,4 +1,4 @@
-"""What other libraries write is read to the value, or refused by one line: never another shape, type or channel."""
+"""What other libraries write is read exactly, or refused in one line: never with another shape, type or channel."""
 
 import struct
 
@@ -62,7 +62,7 @@ def test_some_tiffs_of_the_table(tmp_path, kind):
 @pytest.mark.parametrize("compression", ["LZW", "ZSTD", "DEFLATE"])
 @pytest.mark.parametrize("channels", [2, 4])
 def test_channels_beyond_pictures_keep_depth_and_number(tmp_path, compression, channels):
-    """The flagship: two channels of 16 bits. OpenCV made one channel of 8 bits of them."""
+    """The main case, two channels of 16 bits, which OpenCV turned into one channel of 8 bits."""
     image = drawn(RNG, "uint16", 24, 20, channels)
     write_tiff(tmp_path / "a.tif", image, Layout(compression, "uint16", channels, "predictor 2"))
     found = decode({"bytes": None, "path": str(tmp_path / "a.tif")}, None, "a")
@@ -178,7 +178,7 @@ def test_five_hundred_arrays_of_any_writer(tmp_path_factory, start):
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("compression", ["NONE", "LZW", "PACKBITS", "DEFLATE", "CCITTFAX4", "CCITTFAX3"])
 def test_white_is_zero_is_one_rule_on_every_path(tmp_path, bits, compression):
-    """As Pillow and, where it reads them, OpenCV have it; of 16 bits both give the stored values, the rule inverts."""
+    """As Pillow and, where it can read them, OpenCV do; both leave 16-bit values as stored, which the rule inverts."""
     if "CCITT" in compression and bits > 1:
         pytest.skip("fax has one bit")
     depth, top = ("uint16" if bits == 16 else "uint8"), 2**bits - 1

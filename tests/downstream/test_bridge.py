@@ -32,7 +32,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "heads.md"
 
 
 def trained_mae(**fields: Any) -> DBPViTMAEForPreTraining:
-    """A decorrelated ViT-MAE whose every tensor, R included, is away from its start."""
+    """A decorrelated ViT-MAE in which every tensor, R included, differs from its initial value."""
     mae = DBPViTMAEForPreTraining(DBPViTMAEConfig(**(TINY | fields)))
     initialize_mae_(mae)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Features as a table: whole, resumed, compared; every way to the same figures as the plain one."""
+"""Features as a table: written at once, resumed, compared; every way gives the figures of the plain one."""
 
 import json
 from pathlib import Path

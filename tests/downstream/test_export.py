@@ -1,4 +1,4 @@
-"""ONNX equals PyTorch, and runs from what is written alone."""
+"""ONNX equals PyTorch and needs nothing but the files that are written."""
 
 import json
 import subprocess

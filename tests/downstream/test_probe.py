@@ -102,7 +102,7 @@ def probed(folder, *flags):
 
 
 def test_names_of_files_are_not_taken_for_splits(folder):
-    """`datasets` reads a split out of val_1.png and test_0.png."""
+    """`datasets` would read splits from val_1.png and test_0.png."""
     for name in ("dark", "bright"):
         shutil.copytree(folder / "images" / name, folder / "shown" / name)
         for file in (folder / "shown" / name).iterdir():
@@ -149,7 +149,7 @@ def test_damaged_images_in_parquet_are_left_out(folder):
 
 
 def test_two_channels_of_sixteen_bits(folder):
-    """What a ViT that was pre-trained on such files is probed with."""
+    """As a ViT that was pre-trained on such files is probed."""
     rng = np.random.default_rng(0)
     shutil.rmtree(folder / "images")
     for name, low in (("whole", 0), ("broken", 30_000)):

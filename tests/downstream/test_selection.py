@@ -76,7 +76,7 @@ def test_as_many_as_asked_for_all_different_none_a_copy_none_labelled(method, co
 
 
 def test_equal_features_are_chosen_from_too():
-    """Fewer clusters than asked for: the rest is made up."""
+    """There are fewer clusters than images to choose: the rest is filled up."""
     assert len(set(select_images(table_of(torch.ones(9, 3)), 5, "typical"))) == 5
 
 

@@ -130,7 +130,7 @@ def test_pictures_that_are_there_are_shown_and_the_command_copies_all(folder, tm
     ({"dice": 0.6035, "precision": 0.5, "recall": 0.75}, "0.6035 | 0.5000 | 0.7500"), ({}, "- | - | -"),
 ])  # fmt: skip
 def test_segmentation_scores_with_a_class_that_is_absent(tmp_path, more, cells):
-    """With the figures of a record of now, and of 0.1.0."""
+    """With the figures of a current record, and of one of 0.1.0."""
     encoder = {"num_hidden_layers": 4, "hidden_size": 8, "patch_size": 8, "num_channels": 2, "image_size": 16}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "upernet", "backbone_config": encoder}))
     run = {"seed": 0, "versions": {}, "hardware": {"processor": "x", "cores": 2, "processes": 1}}

@@ -1,4 +1,4 @@
-"""Folders of images as classes, as `hf-dbp inspect` tells of them."""
+"""Folders of images as classes, as `hf-dbp inspect` reports them."""
 
 from hf_dbp.inspection.choices import Findings
 from hf_dbp.inspection.class_folders import describe_class_folders

@@ -272,7 +272,7 @@ def seen(images):
 
 
 def test_folders_train_and_validation_are_the_splits(capsys):
-    """As in pre-training: what is to be validated on is not trained on."""
+    """As in pre-training: images of the validation folder are not trained on."""
     in_splits()
     train, validation = labelled()
     assert [len(train), len(validation)] == [6, 2]
@@ -327,7 +327,7 @@ def test_the_range_of_the_values_and_what_is_done_with_it(capsys):
 
 @pytest.mark.parametrize("orientation", [3, 6])
 def test_photographs_turned_by_exif_whose_masks_are_not(capsys, caplog, orientation):
-    """Half a turn, or a square's quarter, would misalign silently; the same words in training."""
+    """Half a turn, or a quarter turn of a square, would misalign silently; training uses the same words."""
     write(size=(40, 40))
     for number in range(6):
         Path(f"images/{number}.tif").unlink()
@@ -439,7 +439,7 @@ def test_aspect_by_both_sides_and_the_smallest_objects(capsys):
 
 @pytest.mark.parametrize(("share", "wanted"), [(0.05, True), (0.6, False)])
 def test_crops_are_drawn_around_classes_that_few_crops_hold(capsys, share, wanted):
-    """By the crops, not by the masks: every mask holds the class."""
+    """Judged by the crops, not by the masks: every mask holds the class."""
 
     def strip(number):
         mask = np.zeros((32, 1000), np.uint8)
@@ -495,7 +495,7 @@ def unreadable(images):
 
 
 def test_what_training_says_is_said(capsys):
-    """A mistake that no line of the inspection is made for: the loader's own message."""
+    """For a mistake that inspection itself does not look for, it passes on the loader's message."""
     write(4, mask=lambda number: np.full((32, 40), 3, np.uint8))
     out = report(capsys, "--masks", "masks")
     with pytest.raises(ValueError, match="nothing to learn") as error:

@@ -130,7 +130,7 @@ def test_masks_may_come_second():
 
 
 class Clock:
-    """A clock that every look moves on."""
+    """A clock that advances at every look."""
 
     def __init__(self, tick):
         self.now, self.tick = 0.0, tick
@@ -150,7 +150,7 @@ TINY = [
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds of the budget's own, so that tests mean the same on any machine."""
+    """A clock for the budget alone, so that tests mean the same on every machine."""
     clock = Clock(0.25)
     monkeypatch.setattr(budget, "time", clock)
     monkeypatch.setattr(pretraining, "command_began", lambda: clock.now)

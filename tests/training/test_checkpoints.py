@@ -47,7 +47,7 @@ def test_bfloat16_products_are_taken_in_float64(tmp_path, trained):
 
 
 def test_an_unfinished_run_gives_its_best_checkpoint(tmp_path):
-    """A learning rate that ruins the model in the end; then the run is cut off before its last save."""
+    """A learning rate ruins the model in the end; then the run is interrupted before its last save."""
     run = tmp_path / "run"
     record = main(flags(run, learning_rate=60.0, warmup_steps=1000, num_train_epochs=2))
     for file in run.iterdir():
@@ -88,7 +88,7 @@ def test_bfloat16_runs_pass_the_check_of_fusing(tmp_path):
 
 
 def test_a_model_takes_the_place_of_an_earlier_one_whole_or_not_at_all(tmp_path, trained, monkeypatch):
-    """Of an earlier save no shard stays; what breaks off while a model is written leaves the earlier one."""
+    """No shard of an earlier save stays; an interruption while a model is written leaves the earlier one."""
     run, fused = tmp_path / "run", tmp_path / "fused"
     record = main(flags(run, num_train_epochs=1))
     extract_vit(trained).save_pretrained(fused, max_shard_size="20KB")

@@ -194,7 +194,7 @@ def test_a_nan_is_caught_at_its_step_and_spreads_nowhere(
 
 
 def test_steps_that_are_skipped_do_not_count_in_the_training_loss(tmp_path, injected) -> None:
-    """Two of three at the very start, when there is no finite loss yet."""
+    """Two of the first three steps, when there is no finite loss yet."""
     injected("batch", {0, 1})
     (row,) = main(flags(tmp_path, num_train_epochs=1)).rows
     assert row["train_loss"] == pytest.approx(row["eval_loss"], rel=0.3)

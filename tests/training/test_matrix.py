@@ -183,7 +183,8 @@ def trained_parts():
 
 
 def check_parts(parts, given, history, images, *, drop_last):
-    """All images of an epoch in each, steps x images of a step, and the mean loss of each step in its log."""
+    """Every epoch has all images, the images are steps x images of a step, and the log has the mean loss of each
+    step."""
     size, count = given["per_device_train_batch_size"], given["gradient_accumulation_steps"]
     used = images - images % (size * count) if drop_last else images
     epoch = [size] * (used // size)
@@ -221,7 +222,7 @@ def tolerance(given):
 
 @contextmanager
 def stopped(stop):
-    """Has a run stopped in a step by SIGTERM; it must end by it."""
+    """Stop a run in a step by SIGTERM, which must end it."""
     with at_step(stop, send(15)), pytest.raises(SystemExit) as end:
         yield
     assert end.value.code == 143
@@ -234,7 +235,8 @@ def check_checkpoints(folder, given):
 
 
 def check_same_end(given, stop, run, undisturbed, folders):
-    """That a resumed run ends as the undisturbed one; both are (step, figure) of the weights in their folder."""
+    """Check that a resumed run ends like the undisturbed one; both are (step, figure) of the weights in their
+    folder."""
     if undisturbed[0] != run[0]:  # a stop saves once more, perhaps the best
         assert given["load_best_model_at_end"] and stop + 1 in (run[0], *whole_checkpoints(folders[0]))
     elif rounds(given):
@@ -370,8 +372,8 @@ def check_stock(folder, given, stop, parts, made):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny ViT; images whose channels show the ids of their masks, in stripes of another width each; and images of
-    three classes, of which one has stripes."""
+    """A tiny ViT; images whose channels show the ids of their masks, each in stripes of its own width; and images of
+    three classes, one of them striped."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}

@@ -1,4 +1,5 @@
-"""Processes of one run stop together, end together, are refused where they would train apart; the trial of faults."""
+"""Processes of one run stop and end together, and are refused if they would train apart; the trial of faults in
+short."""
 
 import json
 import os

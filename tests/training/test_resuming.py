@@ -55,7 +55,7 @@ def losses(record):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The record and the last checkpoint of a run that nothing happens to."""
+    """The record and the last checkpoint of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     record = main(flags(folder, **STEPS))
     return losses(record), state_of(folder / "checkpoint-10")
@@ -85,7 +85,7 @@ def send(number):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.slow
 def test_a_run_goes_on_with_another_learning_rate(tmp_path, optimizer):
-    """As is advised where it was too large: the checkpoint's state must not bring the old one back."""
+    """As advised if it was too large: the checkpoint's state must not bring the old one back."""
     for step, settings in ((4, {}), (10, {"learning_rate": 1e-4, "weight_decay": 0.3})):
         with at_step(step, send(signal.SIGTERM)), suppress(SystemExit):
             main(flags(tmp_path, optimizer=optimizer, logging_steps=1, **STEPS | settings))
@@ -171,7 +171,7 @@ def own_group(folder, changes, **options):
 @pytest.mark.parametrize("changes", ["", EVALUATES], ids=["training", "evaluation"])
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_leaves_the_workers_at_work(tmp_path, changes):
-    """As schedulers send it, after the first checkpoint or in the midst of an evaluation."""
+    """As schedulers send it, after the first checkpoint or during an evaluation."""
     options = STEPS | {"max_steps": 2000, "save_steps": 3, "eval_steps": 3}
     if not changes:
         options |= {"eval_strategy": "no", "load_best_model_at_end": False}
@@ -203,14 +203,15 @@ def test_a_signal_ends_no_worker_that_has_only_begun(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_that_fails_ends_with_its_workers(tmp_path):
-    """An ending process sends its workers SIGTERM and waits for them: this one they must not ignore."""
+    """A process that ends sends its workers SIGTERM and waits for them: that one they must not ignore."""
     with own_group(tmp_path, FAILS, **STEPS) as run:
         _, errors = run.communicate(timeout=90)
     assert run.returncode == 1 and "out of memory" in errors
 
 
 def test_what_an_epoch_ends_with_comes_before_its_checkpoint(tmp_path):
-    """A signal in an epoch's last step: evaluated and saved once; in another one: saved, nothing more."""
+    """After a signal in an epoch's last step the run evaluates and saves once; after one in another step it only
+    saves."""
     for step, rows in ((5, [3, 6]), (4, [3])):
         with at_step(step, send(signal.SIGTERM)), pytest.raises(SystemExit):
             main(flags(tmp_path / str(step)))
@@ -220,7 +221,7 @@ def test_what_an_epoch_ends_with_comes_before_its_checkpoint(tmp_path):
 
 
 def test_fine_tuning_stops_and_goes_on_too(tmp_path):
-    """Even where no checkpoint was asked for."""
+    """Even if no checkpoint was asked for."""
     options = {"max_steps": 5, "lr_scheduler_type": "constant"}
     whole = segmentation_trainer(tmp_path / "whole", **options)
     whole.train()
@@ -298,7 +299,7 @@ def test_half_a_checkpoint_is_passed_over(tmp_path, stopped_run, damage):
 
 
 def test_a_run_goes_on_past_half_a_checkpoint_and_keeps_the_good_ones(tmp_path, stopped_run, undisturbed, caplog):
-    """Rotation counts whole checkpoints alone; the save at the same step takes the place of the half one."""
+    """Rotation counts only whole checkpoints; the save at the same step replaces the half one."""
     run = shutil.copytree(stopped_run, tmp_path / "run")
     truncate(weights(run / "checkpoint-8"))
     shutil.copytree(run / "checkpoint-8", run / "checkpoint-99")
@@ -380,7 +381,7 @@ def file_size_limit(size):
 
 @pytest.mark.parametrize("size", [30_000, 4_000, 200])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, undisturbed, capsys, size):
-    """Too small for the weights; for the record; for any of it."""
+    """There is too little room for the weights, for the record, or for anything."""
     with file_size_limit(size) as fill, at_step(5, fill), pytest.raises(SystemExit) as stopped:
         main(flags(tmp_path, **STEPS))
     assert stopped.value.code == 2

@@ -181,7 +181,8 @@ def test_a_schedule_that_follows_the_loss_is_not_guessed(tmp_path, capsys):
 
 
 def test_a_plateau_goes_on_with_the_settings_of_now(tmp_path):
-    """A tenth of the learning rate after the first evaluation that is no better; then a lower rate, more patience."""
+    """The first evaluation that is no better cuts the rate to a tenth; then the run resumes with a lower rate and more
+    patience."""
     settings = steps(max_steps=10, eval_steps=2, save_steps=2, **PLATEAU)
     with at_step(4, send(15)), pytest.raises(SystemExit):
         main(flags(tmp_path, **settings))
@@ -196,7 +197,7 @@ def test_a_plateau_goes_on_with_the_settings_of_now(tmp_path):
 
 
 class Labelled(torch.utils.data.Dataset):
-    """Views with their masks' noise and a label, as data sets on the Hub have one."""
+    """Views with the noise of their masks and a label, as in data sets on the Hub."""
 
     def __init__(self, count):
         generator = torch.Generator().manual_seed(0)
@@ -388,7 +389,7 @@ def test_a_small_dev_shm_is_not_called_a_full_disk(tmp_path, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["16k", "256k"])
 def test_a_small_dev_shm_is_named_by_a_run(tmp_path, size):
-    """No room for the locks of the workers; none for their batches."""
+    """There is no room for the workers' locks, or none for their batches."""
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "sh", "-c", mount], check=False).returncode:
         pytest.skip("no mount namespace can be made here: a small /dev/shm is not tested")

@@ -1,4 +1,4 @@
-"""Two hosts for real: network namespaces of one machine, joined by a cable, with a launcher on each."""
+"""Two real hosts: network namespaces of one machine, joined by a virtual cable, with a launcher on each."""
 
 import contextlib
 import os

@@ -84,7 +84,7 @@ def labelme_folder(folder, mask_by_name):
 
 
 def yolo_folder(folder, mask_by_name):
-    """As its documents say: class and normalised outline a line; holes cannot be said, so none are drawn."""
+    """As YOLO documents it: a class and a normalised outline per line. Holes cannot be expressed, so none are drawn."""
     (folder / "data.yaml").write_text("names: {0: wire, 1: pit}\n")
     for name, mask in mask_by_name.items():
         height, width = mask.shape
@@ -98,7 +98,7 @@ def yolo_folder(folder, mask_by_name):
 
 
 def cvat_file(folder, mask_by_name):
-    """Polygons where a part has no hole, masks of its box where it has."""
+    """Polygons for parts without a hole, masks of the box for the others."""
     lines = ["<annotations><meta><labels>"]
     lines += [f"<label><name>{name}</name></label>" for name in ("wire", "pit")] + ["</labels></meta>"]
     for name, mask in mask_by_name.items():
@@ -136,7 +136,7 @@ def without_holes(mask):
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_round_trip_through_the_folder_that_training_reads(kind, tmp_path):
-    """As finetune, inspect and predict get them: masks named as the images, classes by id, an empty one, too."""
+    """As finetune, inspect and predict get them: masks named like the images, classes by id, and one empty mask."""
     drawn = {f"{seed:02}": drawing(seed) for seed in range(1, 6)} | {"empty": np.zeros((9, 7), np.uint8)}
     if kind == "yolo":
         drawn = {name: without_holes(mask) for name, mask in drawn.items()}

@@ -90,7 +90,7 @@ def test_targets_are_smoothed_by_hand():
 
 
 def test_mixing_changes_pixels_and_targets_by_one_share():
-    """Images of a constant each show the share in their mean: it is that of the targets."""
+    """Constant images show the share in their mean: it is that of the targets."""
     pixels, labels = torch.arange(4.0)[:, None, None, None].expand(4, 2, 16, 20).clone(), torch.tensor([0, 1, 2, 3])
     before, kinds = pixels.clone(), set()
     for seed in range(40):

@@ -149,7 +149,7 @@ def test_two_micro_batches_are_one_batch(images, tmp_path):
     ],
 )
 def test_other_channels_and_depths(channels, depth, missing, tmp_path, caplog):
-    """What of RandAugment is not for them is left out, and told in the log, the record and the end of the run."""
+    """Operations of RandAugment that do not suit them are left out, and the log, the record and the summary say so."""
     folder = class_folders(tmp_path / "images", channels=channels, depth=depth)
     record = main([str(folder), *FLAGS, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"])
     assert record["data"]["channels"] == channels
@@ -178,7 +178,8 @@ def test_the_image_processor_gives_what_evaluation_sees(tmp_path):
 
 
 def test_rare_classes_by_balanced_sampling_or_weights(tmp_path):
-    """Of 12 images of one class and 3 of another, the rare one is drawn half of the time, or weighs four times."""
+    """With 12 images of one class and 3 of another, the rare class is drawn half of the time, or weighs four times as
+    much."""
     for name, count in (("common", 12), ("rare", 3)):
         place = tmp_path / "images" / name
         place.mkdir(parents=True)
@@ -299,7 +300,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(images, tmp_path, monkey
 
 
 def test_the_most_confident_mistakes_are_kept(images, tmp_path, monkeypatch):
-    """In order, whatever the batch: what the whole validation set, image by image, gives."""
+    """In order, whatever the batch size: the same as image by image over the whole validation set."""
     monkeypatch.setattr("hf_dbp.downstream.classification.trainer.SHOWN", 4)
     _, validation = load_classified(ClassSource(train_dir=str(images), cache_dir=str(tmp_path / "cache")))
     data = CentralViews(validation, (16, 16), [0.5] * 3, [0.25] * 3)
@@ -323,7 +324,7 @@ def test_the_most_confident_mistakes_are_kept(images, tmp_path, monkeypatch):
 
 
 def test_a_neighbour_that_stands_in_brings_its_own_class(tmp_path):
-    """Of an unreadable image of one class before images of the other."""
+    """An unreadable image of one class stands before images of the other."""
     folder = class_folders(tmp_path / "images", count=2, kinds=(0, 1))
     (folder / "train" / "bright" / "1.png").write_bytes(b"no picture")  # the last bright one: a dark one follows
     train, _ = load_classified(ClassSource(train_dir=str(folder), cache_dir=str(tmp_path / "cache")))

@@ -1,4 +1,4 @@
-"""What of many classes is written and printed."""
+"""What is written and printed of many classes."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ from hf_dbp.errors import UserError
 
 
 def drawn(images: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that know something of their classes, of which one never occurs and one is common."""
+    """Logits that are somewhat right about their classes; one class never occurs and one is common."""
     rng = np.random.default_rng(seed)
     labels = np.minimum(rng.integers(0, 2 * classes, images), classes - 2)
     logits = rng.normal(size=(images, classes)) * 2

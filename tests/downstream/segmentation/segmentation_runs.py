@@ -24,7 +24,8 @@ CLASSES, CROP = 3, 32
 
 
 def labelled(count: int, void: float = 0.0) -> LabelledImages:
-    """Images whose channels show their ids, in stripes of another width each; `void` of each second one unlabelled."""
+    """Images whose channels show their ids, each in stripes of its own width; `void` of every second one is
+    unlabelled."""
     rng, samples = np.random.default_rng(0), []
     for index in range(count):
         mask = (np.arange(40) // (4 + index % 5) % CLASSES)[None].repeat(40, axis=0)

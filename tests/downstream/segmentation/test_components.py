@@ -25,7 +25,7 @@ def test_bands_count_what_the_whole_holds(seed, height, width, rows, share):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_a_spiral_is_one_part(rows):
-    """Parts that only meet far below: united over many bands."""
+    """Parts that meet only far below are united across many bands."""
     spiral = np.zeros((9, 9), np.uint8)
     for ring in range(0, 4, 2):
         spiral[ring, ring : 9 - ring] = spiral[ring : 9 - ring, 8 - ring] = spiral[8 - ring, ring : 9 - ring] = 1

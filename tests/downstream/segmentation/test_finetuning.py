@@ -98,7 +98,7 @@ def test_two_processes_make_one_model(encoder, tmp_path):
 
 
 def test_what_is_evaluated_is_saved_without_being_asked(encoder, tmp_path):
-    """Else the best model would be lost: only --eval_steps is given."""
+    """Only --eval_steps is given; otherwise the best model would be lost."""
     unasked = [part for pair in zip(FLAGS[::2], FLAGS[1::2], strict=False) for part in pair if "save" not in pair[0]]
     record = main([*unasked, *encoder, "--output_dir", str(tmp_path)])
     assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

@@ -14,7 +14,7 @@ from hf_dbp.downstream.segmentation.mean_iou import MeanIoU, confusion_matrix
 
 
 def published_scores(predictions, references, num_labels, ignore_index):
-    """Three histograms an image, summed: intersection, predicted area, true area."""
+    """Sums of three histograms per image: intersection, predicted area, true area."""
     hits, predicted, true = (np.zeros(num_labels) for _ in range(3))
     for prediction, reference in zip(predictions, references, strict=True):
         for k in range(num_labels):
@@ -84,7 +84,7 @@ def test_dtype_tensor_and_batching_make_no_difference(dtype):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_layout_byte_order_and_threads_make_no_difference(threads, monkeypatch):
-    """Several pieces of a map and several rounds of pieces; predictions and references stored unlike each other."""
+    """Several pieces of a map and several rounds of pieces; predictions and references are stored differently."""
     monkeypatch.setattr(mean_iou, "_AT_ONCE", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     predictions, references = random_maps(np.random.default_rng(0), 21, 255, [(700, 500)] * 3)

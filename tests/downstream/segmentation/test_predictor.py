@@ -67,7 +67,7 @@ def wafers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def segmenter(wafers, tmp_path_factory):
-    """A trained model of each way to scale, and its record."""
+    """For each way to scale, a trained model and its record."""
     found = {}
     torch.manual_seed(0)
     for name, flags in {
@@ -235,7 +235,7 @@ def test_labels_are_trained_on_as_their_masks_are(segmenter, wafers, tmp_path):
 
 
 def test_a_stock_model_of_logits_at_a_quarter(tmp_path):
-    """SegFormer: no entry of ours, logits smaller than the input, a size in its processor."""
+    """A SegFormer has no entry of ours, logits smaller than its input, and a size in its processor."""
     config = SegformerConfig(
         hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 1, 1], decoder_hidden_size=8,
         num_labels=3,
@@ -311,7 +311,7 @@ def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter
 
 
 def test_of_a_large_image_no_more_is_held_than_is_kept(segmenter, tmp_path):
-    """Rows that a view keeps bring no band of tiles along; counting needs no copy of eight bytes per pixel."""
+    """A view's rows do not keep a whole band of tiles alive; counting makes no copy of eight bytes per pixel."""
     image = np.random.default_rng(0).integers(0, 256, (4000, 2000, 2), np.uint8)
     tifffile.imwrite(tmp_path / "a.tif", image, photometric="minisblack", planarconfig="contig", tile=(512, 512))
     rows = open_rows(str(tmp_path / "a.tif"), least=1)
@@ -332,7 +332,7 @@ def test_of_a_large_image_no_more_is_held_than_is_kept(segmenter, tmp_path):
 
 
 def test_logits_in_bands_are_those_of_the_whole(segmenter, monkeypatch):
-    """At the image's resolution, rows by rows: against interpolate over all of it."""
+    """At the image's resolution, a few rows at a time, against `interpolate` over the whole."""
     model = load(str(segmenter["native"][0]), device="cpu").model
     pixels = torch.randn(2, 70, 50, generator=torch.Generator().manual_seed(0))
     for target in ((70, 50), (161, 120), (33, 21)):
@@ -350,7 +350,7 @@ def test_logits_in_bands_are_those_of_the_whole(segmenter, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_every_image_once(segmenter, wafers, tmp_path):
-    """SIGKILL at any moment: no half file, no image twice, the table of an undisturbed run."""
+    """SIGKILL at any moment leaves no half-written file and no image twice; the table is that of an undisturbed run."""
     folder = tmp_path / "images"
     folder.mkdir()
     for index in range(40):

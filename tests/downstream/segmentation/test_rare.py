@@ -34,7 +34,7 @@ def crops(share, scale=(1.0, 2.0), **options):  # made smaller, a few pixels may
 
 
 def held(data, epochs):
-    """Of each crop, which rare classes it holds."""
+    """Which rare classes each crop holds."""
     seen = [data[epoch, index]["labels"] for epoch in range(epochs) for index in range(len(data))]
     return np.array([[bool((labels == k).any()) for k in (1, 2)] for labels in seen])
 

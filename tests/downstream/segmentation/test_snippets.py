@@ -123,7 +123,7 @@ def test_the_lines_of_the_card(trained, tmp_path, monkeypatch):
 
 
 def test_the_command(trained, tmp_path, monkeypatch):
-    """As README has it; and with masks it says the figures itself."""
+    """As README gives it; with masks the command itself prints the figures."""
     record = run_elsewhere(trained, tmp_path, monkeypatch)
     (line,) = (line for line in README.splitlines() if line.startswith("hf-dbp predict segmenter photos"))
     cli.main(shlex.split(line)[1:])
@@ -134,7 +134,7 @@ def test_the_command(trained, tmp_path, monkeypatch):
 
 
 def test_a_mosaic_that_is_read_in_rows(trained, tmp_path, monkeypatch):
-    """As TIFF files too large for memory are: the same figures."""
+    """As TIFF files too large for memory are; the figures are the same."""
     record = run_elsewhere(trained, tmp_path, monkeypatch)
     Path("tiffs").mkdir()
     with Image.open("street.png") as picture:
