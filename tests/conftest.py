@@ -3,18 +3,29 @@ do once instead of many times."""
 
 import functools
 import gc
+import importlib
+import inspect
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from tiny import TINY
 
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.data import wire_bonding
+
+PICTURES = {
+    "pretraining": ["plot_curves", "plot_reconstructions"],
+    "fusing": ["plot_curves", "plot_reconstructions"],
+    "downstream.finetuning": ["plot_curves"],
+    "downstream.classification.finetuning": ["plot_calibration", "plot_confusion", "plot_mistakes"],
+    "downstream.segmentation.finetuning": ["plot_predictions"],
+    "downstream.segmentation.retrieval": ["plot_predictions"],
+    "downstream.selection": ["write_pictures"],
+    "inspection.contact_sheet": ["write_pictures"],
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,19 +44,30 @@ def scenes_rendered_once() -> Iterator[None]:
         yield
 
 
+def blank_unless(rendered: list[None], plot: Callable[..., None]) -> Callable[..., None]:
+    """``plot``, or one white pixel in its place while ``rendered`` is empty."""
+    signature = inspect.signature(plot)
+
+    @functools.wraps(plot)
+    def plotted(*args: Any, **options: Any) -> None:
+        if rendered:
+            plot(*args, **options)
+        else:
+            Image.new("RGB", (1, 1), "white").save(signature.bind(*args, **options).arguments["path"])
+
+    return plotted
+
+
 @pytest.fixture(scope="session", autouse=True)
 def blank_pictures() -> Iterator[list[None]]:
-    """The pictures of runs are one white pixel, not worth a third of a tiny run, unless this list holds something."""
-    whole, rendered = Figure.savefig, []
-
-    def savefig(self: Figure, file: Any, **options: Any) -> None:
-        if rendered or not isinstance(file, str | Path):
-            whole(self, file, **options)
-        else:
-            Image.new("RGB", (1, 1), "white").save(file)
-
+    """Runs leave blank pictures, as drawing them takes half of a tiny run, unless this list holds something."""
+    rendered: list[None] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", savefig)
+        for module, names in PICTURES.items():
+            for name in names:
+                place = f"hf_dbp.{module}.{name}"
+                plot = getattr(importlib.import_module(f"hf_dbp.{module}"), name)
+                patch.setattr(place, blank_unless(rendered, plot))
         yield rendered
 
 

@@ -55,7 +55,7 @@ def test_fused_inference_compares_the_same_shapes() -> None:
     assert result["ratio_to_stock"]["stock"] == 1 and all(ratio > 0 for ratio in result["ratio_to_stock"].values())
 
 
-def test_growth_is_a_table_and_a_figure_of_every_sweep(real_pictures, step_time: ModuleType, tmp_path: Path) -> None:
+def test_growth_is_a_table_and_a_figure_of_every_sweep(step_time: ModuleType, tmp_path: Path) -> None:
     growth = load_benchmark("step_growth")
     blocks = {"depth": {1: (2, {"num_hidden_layers": 1}), 2: (2, {"num_hidden_layers": 2})}}
     args = argparse.Namespace(**vars(ARGUMENTS), device="cpu", clock="cpu", compile=False, repeats=1)

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_dbp.data.images import ImageSource, load_images
+from hf_dbp.data import images as lists
+from hf_dbp.data.images import ImageSource, built_in_images, load_images
 from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.downstream.segmentation.data import SegmentationSource, built_in_pairs, load_labelled_images
 from hf_dbp.inspection import reading
@@ -384,6 +385,7 @@ def test_tables_are_inspected_by_the_reading_of_training(capsys, kind):
 def test_the_built_in_images_are_inspected(capsys, monkeypatch):
     few = {"max_train_samples": 16, "max_eval_samples": 4}
     monkeypatch.setattr(reading, "built_in_pairs", lambda source: built_in_pairs(dataclasses.replace(source, **few)))
+    monkeypatch.setattr(lists, "built_in_images", lambda source: built_in_images(dataclasses.replace(source, **few)))
     inspect(["--dataset_name", "wire_bonding"])
     out = capsys.readouterr().out
     assert "images     20\n" in out and "2 of uint8 (20)" in out and "masks      20; 0 images have none" in out

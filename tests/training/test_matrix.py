@@ -489,12 +489,6 @@ if "TRUTH_RUNS" in os.environ:
 @pytest.mark.parametrize("runs", RUNS)
 @pytest.mark.parametrize("trainer", CHECKS)
 def test_what_lies_on_disk_is_what_a_run_says(trainer, runs, made, monkeypatch):
-    for name in ("pretraining.plot_reconstructions", "pretraining.plot_curves"):
-        monkeypatch.setattr(f"hf_dbp.{name}", lambda *_, **__: None)
-    for name in ("plot_predictions", "plot_curves"):
-        monkeypatch.setattr(f"hf_dbp.downstream.segmentation.finetuning.{name}", lambda *_, **__: None)
-    for name in ("plot_confusion", "plot_calibration", "plot_mistakes", "plot_curves"):
-        monkeypatch.setattr(f"hf_dbp.downstream.classification.finetuning.{name}", lambda *_, **__: None)
     monkeypatch.setattr("hf_dbp.training.clocked.EnergyMeter", lambda *_: NoMeter())
 
     @seed(SEED)

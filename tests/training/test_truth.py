@@ -46,10 +46,8 @@ class NoMeter:
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Plots and power counters have nothing to do with what is tested here, and take most of the time."""
-    for name in ("plot_reconstructions", "plot_curves"):
-        monkeypatch.setattr(f"hf_dbp.pretraining.{name}", lambda *_, **__: None)
+def no_meter(monkeypatch):
+    """Power counters have nothing to do with what is tested here."""
     monkeypatch.setattr(clocked, "EnergyMeter", lambda *_: NoMeter())
 
 
