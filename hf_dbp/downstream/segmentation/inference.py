@@ -11,8 +11,10 @@ on the rest of its batch, and on a CPU each forward pass runs in one thread, as 
 neither the number of images, nor a resume, nor the number of cores changes a logit.
 
 Logits come in bands, from top to bottom, so memory does not grow with an image's height: for an image of width w after
-scaling, K S w + K n W numbers are held for a crop of S pixels and bands of n rows, n W K <= 2^24 (or one row). On a CPU
-a forward pass has at most 2^18 pixels (or one window): more windows would take more memory and no less time.
+scaling, K S w + K n W numbers are held for a crop of S pixels and bands of n rows, n W K <= 2^24 (or one row). Of a
+large image at native resolution, where K S w > 2^26, only the overlap with the next row of windows is held, about
+K S w / 3. On a CPU a forward pass has at most 2^18 pixels (or one window): more would take more memory and no less
+time.
 
 Shapes: C channels; K classes; h, w scaled height and width; H, W the image's; S crop size; B windows of a batch.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -59,6 +62,7 @@ __all__ = [
 
 BATCH = 8  # default number of windows per forward pass
 BAND = 2**24  # logits per band
+LARGE = 2**26  # logits of a row of windows: of more, finished columns are handed out one window at a time
 PART = 2**22  # logits turned into probabilities at a time
 PIXELS = 2**18  # pixels per forward pass on a CPU
 
@@ -151,13 +155,18 @@ class WholeView:
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Logits (K, n, W) of rows ``top`` to ``top + n`` of view ``number``; ``last`` if they are its last."""
+    """Logits (K, n, W) of rows ``top`` to ``top + n`` of view ``number``; ``last`` if they are its last.
+
+    Of a view at its own resolution whose rows of windows are more than `LARGE` logits, they are those of some columns
+    only, ``left`` to ``left + W``.
+    """
 
     number: int
     view: View
     top: int
     logits_KnW: Tensor
     last: bool
+    left: int = 0
 
 
 def window_origins(length: int, crop_size: int) -> list[int]:
@@ -230,8 +239,14 @@ def _restored_threads(threads: int) -> Iterator[None]:
 
 def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int) -> Iterator[Band]:
     """Averaged logits at the views' own resolution, one band per row of windows."""
-    sums = torch.zeros(0)
+    sums, columns_of = torch.zeros(0), None  # the second for a large view
     for (number, view, top, left), logits_KSS in _forwards(model, _windows(views, crop_size), crop_size, batch_size):
+        if top == left == 0:
+            large = logits_KSS.shape[0] * crop_size * view.size[1] > LARGE and view.size == view.target
+            columns_of = Columns(number, view, crop_size, logits_KSS) if large else None
+        if columns_of is not None:
+            yield columns_of.add(top, left, logits_KSS)
+            continue
         height, width = view.size
         tops, lefts = window_origins(height, crop_size), window_origins(width, crop_size)
         if top == left == 0:
@@ -256,6 +271,39 @@ def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_siz
         for sums_SW in sums:
             sums_SW[:kept] = sums_SW[end - top :].clone()
         sums[:, kept:] = 0
+
+
+class Columns:
+    """Averages the windows of a large view, and hands out the columns that each window finishes.
+
+    Above the next row of windows it keeps only the rows that overlap it: K n w numbers for n rows of overlap.
+    """
+
+    def __init__(self, number: int, view: View, crop_size: int, like: Tensor) -> None:
+        self.number, self.view, self.crop_size = number, view, crop_size
+        self.tops, self.lefts = (window_origins(side, crop_size) for side in view.size)
+        steps = [below - above for above, below in itertools.pairwise(self.tops)]
+        overlap = crop_size - min(steps, default=crop_size)
+        self.kept_Knw = like.new_zeros(like.shape[0], overlap, max(view.size[1], crop_size))
+        self.sums_KSS = like.new_zeros(like.shape)
+
+    def add(self, top: int, left: int, logits_KSS: Tensor) -> Band:
+        """Add a window; windows come in rows, each from left to right."""
+        crop, (height, width) = self.crop_size, self.view.size
+        last, rightmost = top == self.tops[-1], left == self.lefts[-1]
+        above = 0 if top == 0 else self.tops[self.tops.index(top) - 1] + crop - top  # rows kept of the windows above
+        fresh = crop if left == 0 else left - self.lefts[self.lefts.index(left) - 1]  # columns that this window begins
+        self.sums_KSS[:, :, crop - fresh :] = 0
+        self.sums_KSS[:, :above, crop - fresh :] = self.kept_Knw[:, :above, left + crop - fresh : left + crop]
+        self.sums_KSS += logits_KSS
+        end = max(height, crop) if last else self.tops[self.tops.index(top) + 1]
+        done = crop if rightmost else self.lefts[self.lefts.index(left) + 1] - left
+        self.kept_Knw[:, : crop - (end - top), left : left + done] = self.sums_KSS[:, end - top :, :done]
+        rows = _covered(self.tops, crop, top, end).to(logits_KSS.device)
+        columns = _covered(self.lefts, crop, left, left + done).to(logits_KSS.device)
+        average = self.sums_KSS[:, : end - top, :done] / (rows[:, None] * columns)
+        self.sums_KSS[:, :, : crop - done] = self.sums_KSS[:, :, done:].clone()
+        return Band(self.number, self.view, top, average[:, : height - top, : width - left], last and rightmost, left)
 
 
 def _covered(origins: Sequence[int], crop_size: int, first: int, end: int) -> Tensor:
@@ -324,16 +372,23 @@ def _stretched(band: Band, held_Knw: Tensor, above: int, piece: int) -> Generato
 def whole_image_logits(model: nn.Module, pixels: Sequence[Tensor], crop_size: int, batch_size: int) -> list[Tensor]:
     """Return logits (K, h, w), float32, of each image (C, h, w)."""
     views = [WholeView(image, (image.shape[1], image.shape[2])) for image in pixels]
-    parts: list[list[Tensor]] = [[] for _ in views]
+    found: list[Tensor] = []
     for band in logit_bands(model, views, crop_size, batch_size):
-        parts[band.number].append(band.logits_KnW)
-    return [torch.cat(bands, dim=1) for bands in parts]
+        classes, rows, columns = band.logits_KnW.shape
+        if band.top == band.left == 0:
+            found.append(band.logits_KnW.new_empty(classes, *band.view.target))
+        found[-1][:, band.top : band.top + rows, band.left : band.left + columns] = band.logits_KnW
+    return found
 
 
 def predict_labels(model: nn.Module, data: WholeImages, image_HWC: npt.NDArray[Any], crop_size: int) -> Tensor:
     """Return the class ids (H, W) of one image, as evaluation predicts them; the model must be in eval mode."""
     view = WholeView(data.pixels(image_HWC), (image_HWC.shape[0], image_HWC.shape[1]))
-    return torch.cat([band.logits_KnW.argmax(0) for band in logit_bands(model, [view], crop_size)])
+    ids_HW = torch.zeros(view.target, dtype=torch.int64)
+    for band in logit_bands(model, [view], crop_size):
+        _, rows, columns = band.logits_KnW.shape
+        ids_HW[band.top : band.top + rows, band.left : band.left + columns] = band.logits_KnW.argmax(0)
+    return ids_HW
 
 
 @dataclasses.dataclass
@@ -443,8 +498,9 @@ def count_pixels(
 
     found = Counts(np.zeros((num_labels, num_labels), np.int64), ignore_index)
     for band in logit_bands(model, views(), crop_size, batch_size):
-        rows = slice(band.top, band.top + band.logits_KnW.shape[1])
-        found.add(numbers[0], band.logits_KnW, labels[numbers[0]][rows])
+        _, rows, columns = band.logits_KnW.shape
+        part = slice(band.top, band.top + rows), slice(band.left, band.left + columns)
+        found.add(numbers[0], band.logits_KnW, labels[numbers[0]][part])
         if band.last:
             del labels[numbers.popleft()]
     return found

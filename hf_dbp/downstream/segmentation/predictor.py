@@ -247,11 +247,11 @@ class Segmented:
     score: float
     image: Opened
 
-    def add(self, top: int, logits_KnW: Tensor) -> None:
-        """Add the logits of some rows."""
+    def add(self, top: int, left: int, logits_KnW: Tensor) -> None:
+        """Add the logits of some rows, from column ``left`` on."""
         for part in likely(logits_KnW):
             ids_nW, first = part.ids_nW.cpu(), top + part.top
-            self.ids_HW[first : first + len(ids_nW)] = ids_nW.numpy()
+            self.ids_HW[first : first + len(ids_nW), left : left + ids_nW.shape[1]] = ids_nW.numpy()
             chances = part.chance_nW.flatten().double().cpu()
             self.confidence_K += torch.bincount(ids_nW.flatten(), chances, minlength=len(logits_KnW)).numpy()
             self.score = max(self.score, part.foreground)
@@ -327,8 +327,9 @@ class Segmenter:
                     found = Segmented(ids_HW, np.zeros(len(self.names)), 0.0, waiting.pop(0))
                     if isinstance(band.view, RowsView):  # of an image that takes long
                         rows = tqdm(total=len(ids_HW), desc=f"Rows of {found.image.name}", unit="row", leave=False)
-                found.add(band.top, band.logits_KnW)
-                rows.update(band.logits_KnW.shape[1])
+                found.add(band.top, band.left, band.logits_KnW)
+                if band.left == 0:
+                    rows.update(band.logits_KnW.shape[1])
                 if band.last:
                     rows.close()
                     yield found

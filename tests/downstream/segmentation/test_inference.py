@@ -155,3 +155,44 @@ def test_on_a_cpu_a_forward_pass_has_few_pixels_and_one_thread_beside_it(monkeyp
     finally:
         torch.set_num_threads(threads)
     assert set(model.batches) == {3} and set(small.batches) == {2}
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 10), (40, 9), (33, 50), (17, 16), (100, 31), (60, 100)])
+def test_columns_handed_out_one_by_one_are_those_of_the_whole(size, monkeypatch):
+    """Of a large image: the same logits to the bit, each pixel once, while only the overlap of the rows is kept."""
+    model, image = PixelModel(16), torch.randn(3, *size)
+    view = inference.WholeView(image, size)
+    kept, seen = [], torch.zeros(size)
+    made = inference.Columns.__init__
+
+    def noted(self, *args):
+        made(self, *args)
+        kept.append(self.kept_Knw.shape[1])
+
+    monkeypatch.setattr(inference.Columns, "__init__", noted)
+    with torch.no_grad():
+        (whole,) = whole_image_logits(model, [image], 16, batch_size=4)
+        assert not kept
+        monkeypatch.setattr(inference, "LARGE", 0)
+        (columns,) = whole_image_logits(model, [image], 16, batch_size=4)
+        bands = list(inference.logit_bands(model, [view, view], 16, batch_size=4))
+    assert torch.equal(columns, whole)
+    assert [band.last for band in bands if band.number == 0] == [*[False] * (len(bands) // 2 - 1), True]
+    for band in bands:
+        seen[band.top : band.top + band.logits_KnW.shape[1], band.left : band.left + band.logits_KnW.shape[2]] += 1
+    assert (seen == 2).all()
+    assert max(kept) <= (0 if size[0] <= 16 else 16 - min(np.diff(inference.window_origins(size[0], 16))))
+
+
+def test_a_large_image_is_counted_in_columns(monkeypatch):
+    """Confusion and ids as of the whole."""
+    _, data = labelled_set([(40, 70), (33, 50)])
+    model = PixelModel(16).eval()
+    options = {"num_labels": 4, "ignore_index": 255, "crop_size": 16}
+    whole = count_pixels(model, [[data[0], data[1]]], **options)
+    ids = predict_labels(model, data, data.images[1][0], 16)
+    monkeypatch.setattr(inference, "LARGE", 0)
+    found = count_pixels(model, [[data[0], data[1]]], **options)
+    assert np.array_equal(found.confusion_KK, whole.confusion_KK) and found.loss_sum == pytest.approx(whole.loss_sum)
+    assert [found.images[k].foreground for k in (0, 1)] == [whole.images[k].foreground for k in (0, 1)]
+    assert torch.equal(predict_labels(model, data, data.images[1][0], 16), ids)

@@ -301,6 +301,12 @@ def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter
     opened.view.rows.rows = lambda top, bottom: read.append((top, bottom)) or rows(top, bottom)
     (blocks,) = predictor.predict([opened])
     assert (blocks.ids_HW == whole.ids_HW).mean() > 0.999
+    monkeypatch.setattr(inference, "LARGE", 0)
+    again = predictor.open("a", [str(tmp_path / "a.tif")])
+    (columns,) = predictor.predict([again])
+    assert np.array_equal(columns.ids_HW, blocks.ids_HW) and columns.score == blocks.score
+    np.testing.assert_allclose(columns.confidence_K, blocks.confidence_K, rtol=1e-9)
+    again.view.rows.close()
     tops = inference.window_origins(view.size[0], side)
     if name == "native":
         assert read == [(top, top + side) for top in tops]  # once for all windows of a row
