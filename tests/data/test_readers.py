@@ -141,6 +141,15 @@ def test_a_stack_is_refused(tmp_path):
 # ---- the others: read by Pillow, written by OpenCV; 16-bit colour PNG the other way; .npy by its format ----
 
 
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path, suffix):
+    frames = [Image.fromarray(np.full((8, 12, 3), level, np.uint8)) for level in (255, 0, 85)]
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / f"a.{suffix}") as written:
+        assert written.n_frames == 3
+    np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}"), np.full((8, 12, 3), 255, np.uint8))
+
+
 @pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "jpg"])
 def test_pictures_of_opencv(tmp_path, suffix):
     image = cv2.GaussianBlur(pixels(np.uint8, 24, 32, 3), (0, 0), 6)
