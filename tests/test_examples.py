@@ -115,9 +115,10 @@ def test_the_page_on_when_it_pays_quotes_the_reports():
     page = (ROOT / "docs" / "when.md").read_text(encoding="utf-8")
     results = ROOT / "docs" / "results"
     report = (results / "methods" / "README.md").read_text(encoding="utf-8")
-    reports = report + (results / "yardstick" / "README.md").read_text(encoding="utf-8")
+    others = [(results / name / "README.md").read_text(encoding="utf-8") for name in ("yardstick", "yardstick_long")]
+    reports = "".join([report, *others])
     quoted = re.findall(r"[+-][\d.]+ % \[[^\]]+\]", page)
-    assert len(quoted) == 7 and all(figure in reports for figure in quoted)
+    assert len(quoted) == 9 and all(figure in reports for figure in quoted)
     measured = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ((?:batch|width) \d+)[^|]*\| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.MULTILINE)
     assert len(rows) == 6
