@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -356,11 +357,15 @@ def test_logits_in_bands_are_those_of_the_whole(segmenter, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_every_image_once(segmenter, wafers, tmp_path):
-    """SIGKILL at any moment leaves no half-written file and no image twice; the table is that of an undisturbed run."""
+    """SIGKILL at any moment leaves no half-written file and no image twice; the table is that of an undisturbed run.
+
+    PREDICT_IMAGES=1000 in the environment: of so many images.
+    """
+    count = int(os.environ.get("PREDICT_IMAGES", "40"))
     folder = tmp_path / "images"
     folder.mkdir()
-    for index in range(40):
-        (folder / f"{index:03}.tif").write_bytes((wafers / f"images/validation/{index % 5:03}.tif").read_bytes())
+    for index in range(count):
+        (folder / f"{index:04}.tif").write_bytes((wafers / f"images/validation/{index % 5:03}.tif").read_bytes())
     command = [sys.executable, "-m", "hf_dbp.downstream.predicting", str(segmenter["native"][0]), str(folder)]
     command = [
         sys.executable,
@@ -370,7 +375,7 @@ def test_killed_again_and_again_it_ends_with_every_image_once(segmenter, wafers,
         *command[3:],
     ]
     out, kills = tmp_path / "out", 0
-    for wanted in (3, 14, 27):
+    for wanted in (count * 3 // 40, count * 14 // 40, count * 27 // 40):
         process = subprocess.Popen([*command, "--output_dir", str(out)], cwd=ROOT, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 240
         while process.poll() is None and time.monotonic() < deadline:
@@ -383,7 +388,7 @@ def test_killed_again_and_again_it_ends_with_every_image_once(segmenter, wafers,
     assert kills == 3
     subprocess.run([*command, "--output_dir", str(out)], cwd=ROOT, check=True, capture_output=True)
     names = [json.loads(line).get("image") for line in (out / "done.jsonl").read_text().splitlines()]
-    assert sorted(names[1:]) == [f"{index:03}" for index in range(40)]  # each in one line: none was done twice
+    assert sorted(names[1:]) == [f"{index:04}" for index in range(count)]  # each in one line: none was done twice
     assert not list(out.rglob(".*.part"))
     hf_dbp.predict(str(segmenter["native"][0]), folder, tmp_path / "whole")
     assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
