@@ -16,7 +16,9 @@ with ``interpolate_pos_encoding=True``.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Container
 
 from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTModel
 
@@ -31,6 +33,13 @@ SAME = (
     "qkv_bias",
 )  # fmt: skip
 RENAMED = {"layernorm_before": "norm1", "layernorm_after": "norm2"}
+#: of transformers 5.17
+EARLIER = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+}
 
 
 def extract_dinov2(model: PreTrainedModel) -> Dinov2Model:
@@ -73,7 +82,7 @@ def extract_dinov2(model: PreTrainedModel) -> Dinov2Model:
     dinov2.config._attn_implementation = config._attn_implementation
     dinov2.to(device=vit.device, dtype=vit.dtype)
     own = dinov2.state_dict()
-    state = {new_name(name): value for name, value in vit.state_dict().items() if not name.startswith("pooler.")}
+    state = {new_name(name, own): value for name, value in vit.state_dict().items() if not name.startswith("pooler.")}
     scales = {name: value for name, value in own.items() if name.endswith(".lambda1")}  # ones
     dinov2.load_state_dict(state | scales)
     dinov2.train(vit.training)
@@ -97,7 +106,7 @@ def vit_of_dinov2(model: Dinov2Model) -> ViTModel:
     )
     state, folded = model.state_dict(), {}
     for name in vit.state_dict():
-        value = state[new_name(name)]
+        value = state[new_name(name, state)]
         match = re.fullmatch(r"layers\.(\d+)\.(attention\.o_proj|mlp\.fc2)\.(weight|bias)", name)
         if match is not None:
             scale = state[f"encoder.layer.{match[1]}.layer_scale{1 if 'o_proj' in match[2] else 2}.lambda1"].double()
@@ -107,7 +116,10 @@ def vit_of_dinov2(model: Dinov2Model) -> ViTModel:
     return vit
 
 
-def new_name(name: str) -> str:
-    """The name in a DINOv2 of a tensor of a ViT."""
+def new_name(name: str, known: Container[str]) -> str:
+    """The name, one of ``known``, in a DINOv2 of a tensor of a ViT."""
     parts = [RENAMED.get(part, part) for part in name.split(".")]
-    return ".".join(["encoder", "layer", *parts[1:]] if parts[0] == "layers" else parts)
+    new = ".".join(["encoder", "layer", *parts[1:]] if parts[0] == "layers" else parts)
+    if new in known:
+        return new
+    return functools.reduce(lambda text, pair: text.replace(*pair), EARLIER.items(), new)

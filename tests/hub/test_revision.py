@@ -1,9 +1,11 @@
 """A branch that does not exist is made before training; a pull request that does not exist is refused before it."""
 
+import pytest
 from hub_models import TOKEN, ModelHub, run_commands
 from loopback import hub_environment
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_and_a_pull_request_must_be_there(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     names = ["dev", "dev", "main", "refs/pr/9"]

@@ -91,6 +91,7 @@ def test_it_learns_and_records_what_it_did(run):
         assert part in card
 
 
+@pytest.mark.slow
 def test_a_process_without_hf_dbp_loads_it_and_predicts_the_same(run, images, tmp_path):
     folder, record = run
     found = predict(str(folder), images / "validation", tmp_path)

@@ -57,6 +57,7 @@ def test_a_vit_without_query_biases_and_a_rectangular_one_work(vit):
     assert nn.functional.cosine_similarity(state, expected, dim=-1).mean() > 0.95  # resampled twice: near, not equal
 
 
+@pytest.mark.slow
 def test_saved_model_loads_where_hf_dbp_cannot_be_imported(upernet, tmp_path):
     model = upernet().eval()
     model.save_pretrained(tmp_path, save_original_format=False)
