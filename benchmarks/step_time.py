@@ -13,6 +13,7 @@ Methods
     dbp_block_inputs    a step of R every step, patch projection, q/k/v and first MLP linear only
     dbp_fast            block inputs every 5 steps
     dbp_full            every linear of encoder and decoder, every 5 steps
+    dbp_full_blocks     the same, R of every second MLP linear in four diagonal blocks (wide_blocks)
     <method>+compile    with --compile
 
 A step is forward, backward, optimizer (fused AdamW, or Muon on hidden matrices) and the update of R. Reported are
@@ -50,10 +51,17 @@ from hf_dbp.update import seed_sampling, set_gathering
 
 INTERVAL = 5
 PARTS = ("forward", "backward", "optimizer", "update")
-CHOICES = {"bp": "none", "dbp": "encoder", "dbp_interval": "encoder", "dbp_full": "full"} | dict.fromkeys(
-    ("dbp_block_inputs", "dbp_fast"), "block_inputs"
-)
-METHODS = ("stock", "bp", "naive", "dbp", "dbp_interval", "dbp_block_inputs", "dbp_fast", "dbp_full")
+#: of our models: decorrelated layers, steps between updates of R, blocks of R of every second MLP linear
+FORMS = {
+    "bp": ("none", 1, 1),
+    "dbp": ("encoder", 1, 1),
+    "dbp_interval": ("encoder", INTERVAL, 1),
+    "dbp_block_inputs": ("block_inputs", 1, 1),
+    "dbp_fast": ("block_inputs", INTERVAL, 1),
+    "dbp_full": ("full", INTERVAL, 1),
+    "dbp_full_blocks": ("full", INTERVAL, 4),
+}
+METHODS = ("stock", "bp", "naive", *list(FORMS)[1:])
 
 
 class NaiveLayer(nn.Module):
@@ -103,6 +111,7 @@ class Method:
     def __init__(self, name: str, args: argparse.Namespace, size: str, device: str) -> None:
         self.base, _, compiled = name.partition("+")
         torch.manual_seed(0)
+        layers, self.interval, blocks = FORMS.get(self.base, FORMS["bp"])
         fields = SIZES[size] | {"image_size": args.image_size, "patch_size": args.patch_size} | args.fields
         with torch.device(device):
             if self.base in ("stock", "naive"):
@@ -110,7 +119,8 @@ class Method:
                 initialize_mae_(model)
                 model = naive_model(model) if self.base == "naive" else model
             else:
-                model = DBPViTMAEForPreTraining(DBPViTMAEConfig(**fields, decorrelated_layers=CHOICES[self.base]))
+                config = DBPViTMAEConfig(**fields, decorrelated_layers=layers, wide_blocks=blocks)
+                model = DBPViTMAEForPreTraining(config)
         self.model = model.to(device).train()
         self.forward = torch.compile(self.model) if compiled else self.model
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -121,7 +131,6 @@ class Method:
             else HiddenWithAdamW(self.model, args.optimizer, **options)
         )
         self.autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=args.dtype == "bf16")
-        self.interval = INTERVAL if self.base in ("dbp_interval", "dbp_fast", "dbp_full") else 1
 
     def step(self, pixels: Tensor, mark: Callable[[], None], due: bool = True) -> None:
         """One training step, with an update of R if ``due``; ``mark`` is called first and after each part."""

@@ -42,6 +42,7 @@ WHOLE = {
     "decoder_intermediate_size": (1, 2**17),
     "decoder_num_hidden_layers": LAYERS,
     "decoder_num_attention_heads": HEADS,
+    "wide_blocks": (1, 2**17),
     "num_channels": (1, 4096),
     "patch_size": (1, 4096),
 }
@@ -100,6 +101,11 @@ def check_fields(fields: Mapping[str, Any], name: str = "the configuration") -> 
         width, heads = (fields.get(f"{prefix}{field}", 0) for field in ("hidden_size", "num_attention_heads"))
         if width and heads and width % heads:
             raise wrong(f"{prefix}hidden_size", f"a multiple of {prefix}num_attention_heads, {heads}")
+    for prefix, default in (("", 3072), ("decoder_", 2048)):
+        inner = fields.get(f"{prefix}intermediate_size", default)
+        counts = not prefix or fields.get("decorrelated_layers") == "full"
+        if counts and inner % fields.get("wide_blocks", 1):
+            raise wrong("wide_blocks", f"a divisor of {prefix}intermediate_size, {inner}")
     if type(fields.get("num_labels", 0)) is not int or fields.get("num_labels", 0) > LABELS:
         raise wrong("num_labels", f"a whole number up to {LABELS}")
     for field in ("dtype", "torch_dtype"):
@@ -118,7 +124,8 @@ def parameter_count(fields: Mapping[str, Any]) -> int:
         depth, width = fields.get(f"{prefix}num_hidden_layers", depth), fields.get(f"{prefix}hidden_size", width)
         inner = fields.get(f"{prefix}intermediate_size", inner)
         products = 4 * width**2 + 2 * width * inner
-        return int(depth * (products + (3 * width**2 + inner**2 if decorrelated and not prefix else 0)))
+        matrices = 3 * width**2 + inner**2 // fields.get("wide_blocks", 1) if decorrelated and not prefix else 0
+        return int(depth * (products + matrices))
 
     size, patch = fields.get("image_size", 224), fields.get("patch_size", 16)
     sides = size if isinstance(size, list | tuple) else [size]

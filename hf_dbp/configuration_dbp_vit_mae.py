@@ -49,16 +49,20 @@ class DBPViTMAEConfig(ViTMAEConfig):  # type: ignore[misc]
             the attention output and both MLP linears. ``"block_inputs"``, the cheap form: the patch projection, q/k/v
             and the first MLP linear. ``"full"``: the encoder and every linear of the decoder, for the paper's ablation
             (appendix B). ``"none"``: plain backprop.
+        wide_blocks: R of an input that is wider than the hidden size, that of every second MLP linear, is
+            block-diagonal with so many blocks (see `hf_dbp.functional`); 1: a full R.
         naive_decorrelation: compute z = R x for every token instead of A = W R; the same function, for checks.
         kwargs: everything else, as in `ViTMAEConfig`. ``image_size`` may be (height, width).
 
     Raises:
-        UserError: an unknown choice, or a size that is not a multiple of the patch size.
+        UserError: an unknown choice, blocks that do not divide the width of the MLP, or a size that is not
+            a multiple of the patch size.
     """
 
     model_type = "dbp_vit_mae"
 
     decorrelated_layers: str = "encoder"
+    wide_blocks: int = 1
     naive_decorrelation: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -1,14 +1,15 @@
 """How correlated the inputs of an encoder's layers are, measured the same way for every method (paper Fig. 12).
 
 `measure_correlations` sends a fixed batch through the model and measures z = R x at every layer of the encoder that DBP
-can decorrelate, with R = I where the model has none. The figures of BP, DBP and DBP on fewer layers are therefore
-comparable. It does not affect training; call it while the clock is stopped.
+can decorrelate, with R = I where the model has none, over all pairs of features, also those in different blocks of a
+block-diagonal R. The figures of BP and of every form of DBP are therefore comparable. It does not affect training; call
+it while the clock is stopped.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
@@ -42,14 +43,17 @@ def probing_copy(model: PreTrainedModel) -> DBPViTMAEForPreTraining:
     """The model with its whole encoder decorrelated, sharing its parameters; R = I where it had none."""
     fields = {key: getattr(model.config, key) for key in type(model.config).__dataclass_fields__ if key != "model_type"}
     without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = DBPViTMAEConfig(**(fields | without_dropout | {"decorrelated_layers": "encoder"}))
+    config = DBPViTMAEConfig(**(fields | without_dropout | {"decorrelated_layers": "encoder", "wide_blocks": 1}))
     with torch.device("meta"):
         probe = DBPViTMAEForPreTraining(config)
-    probe.load_state_dict(model.state_dict(), strict=False, assign=True)
+    state = model.state_dict()
+    for name, layer in decorrelated_layers(model):
+        if layer.decorrelation.R.ndim == 3:
+            state[f"{name}.decorrelation.R"] = torch.block_diag(*layer.decorrelation.R)  # type: ignore[no-untyped-call]
+    probe.load_state_dict(state, strict=False, assign=True)
     for _, layer in decorrelated_layers(probe):
         if layer.decorrelation.R.is_meta:
-            eye = torch.eye(layer.decorrelation.num_features, device=model.device)
-            layer.decorrelation.R = nn.Parameter(eye, requires_grad=False)
+            layer.decorrelation.to_empty(device=model.device).reset_parameters()
     absent = [name for name, parameter in probe.named_parameters() if parameter.is_meta]
     assert not absent, f"{type(model).__name__} lacks {absent[0]}"
     return probe

@@ -21,13 +21,18 @@ C R = (1 - kappa) * (S R - d * R) + kappa * (d - 1) * R needs S only through S R
 The step is stable while eta times the largest eigenvalue of S stays below about 1. `largest_eigenvalue` estimates that
 eigenvalue from z; `step_share` says which share of eta may be taken: 1 as long as the product is at most `STABLE`.
 
-Shapes: N tokens, M sampled tokens, D = in_features, O = out_features, L layers of one shape, K start vectors.
-A leading ``...`` may be L: layers of one shape are updated as one batched product.
+R may be block-diagonal, ``R = diag(R_1, .., R_J)``, stored as (J, E, E): each block decorrelates E = D / J features
+among themselves, with a J-th of the memory and of the products. ``W R`` is then ``[W_1 R_1, .., W_J R_J]`` for the
+columns W_j of W, and every block takes the step above, with its own C and share, from its own columns of x.
+
+Shapes: N tokens, M sampled tokens, D = in_features, O = out_features, L layers of one shape, K start vectors, J blocks.
+A leading ``...`` may be L: layers, and blocks, of one shape are updated as one batched product.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +65,29 @@ def decorrelated_linear(
         x_ND: inputs, any number of leading dimensions.
         weight_OD: weights W.
         bias_O: bias b or None.
-        R_DD: decorrelation matrix, float32 (or float64 with float64 weights).
+        R_DD: decorrelation matrix, float32 (or float64 with float64 weights), or its diagonal blocks (J, E, E).
         naive: decorrelate every token instead of the weights; for checks, and cheaper only if N < O.
 
     Returns:
         y_NO in the dtype that ``F.linear`` gives for x (autocast included).
     """
     if naive:
-        return F.linear(F.linear(x_ND, R_DD.detach().to(x_ND.dtype)), weight_OD, bias_O)
+        return F.linear(decorrelated_input(x_ND, R_DD.detach().to(x_ND.dtype)), weight_OD, bias_O)
     return F.linear(x_ND, layer_weight(weight_OD, R_DD), bias_O)
+
+
+def decorrelated_input(x_ND: Tensor, R_DD: Tensor) -> Tensor:
+    """``z = R x`` (paper eq. 1) for R in one dtype with x, or for its diagonal blocks."""
+    if R_DD.ndim == 2:
+        return F.linear(x_ND, R_DD)
+    x_NJE = x_ND.reshape(*x_ND.shape[:-1], *R_DD.shape[:2])
+    return torch.einsum("...je,jfe->...jf", x_NJE, R_DD).flatten(-2)
+
+
+def in_blocks(product: Callable[[Tensor, Tensor], Tensor], weight_OD: Tensor, R_JEE: Tensor) -> Tensor:
+    """A product of W and a block-diagonal R: that of the columns of W that belong to each block, as one batch."""
+    weight_JOE = weight_OD.reshape(-1, *R_JEE.shape[:2]).transpose(0, 1)
+    return product(weight_JOE, R_JEE).transpose(0, 1).flatten(1)
 
 
 def layer_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
@@ -76,21 +95,24 @@ def layer_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
 
     Under autocast it is W + W (R - I) in autocast's dtype, one product and one rounding of W and of the sum. R = I
     gives W as autocast rounds it for a plain layer, bit for bit. `fused_weight` is more exact, but its launches on a
-    GPU can last longer than a small layer.
+    GPU can last longer than a small layer. R may be its diagonal blocks.
     """
+    if R_DD.ndim > weight_OD.ndim:
+        return in_blocks(layer_weight, weight_OD, R_DD)
     device = weight_OD.device.type
     if not torch.is_autocast_enabled(device):
         return fused_weight(weight_OD, R_DD).to(weight_OD.dtype)
     low = torch.get_autocast_dtype(device)
     low_OD = weight_OD.to(low)
-    return torch.addmm(low_OD, low_OD, excess(R_DD.detach(), low))  # autocast leaves what is low already as it is
+    add_product = torch.addmm if R_DD.ndim == 2 else torch.baddbmm
+    return add_product(low_OD, low_OD, excess(R_DD.detach(), low))  # autocast leaves what is low already as it is
 
 
 def excess(R_DD: Tensor, dtype: torch.dtype) -> Tensor:
     """``R - I``, subtracted in R's dtype and then rounded, so that a small correction keeps its leading digits."""
     if torch.compiler.is_compiling() or type(R_DD) is not Tensor:  # nothing traced or simulated may be kept
-        return (R_DD - torch.eye(len(R_DD), dtype=dtype, device=R_DD.device)).to(dtype)
-    return torch.sub(R_DD, identity(len(R_DD), dtype, R_DD.device), out=torch.empty_like(R_DD, dtype=dtype))
+        return (R_DD - torch.eye(R_DD.shape[-1], dtype=dtype, device=R_DD.device)).to(dtype)
+    return torch.sub(R_DD, identity(R_DD.shape[-1], dtype, R_DD.device), out=torch.empty_like(R_DD, dtype=dtype))
 
 
 @functools.lru_cache(maxsize=16)
@@ -105,11 +127,13 @@ def fused_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
     Outside autocast the product is computed in the wider dtype of W and R (float32 on a GPU follows
     ``torch.backends.cuda.matmul.allow_tf32``). Inside autocast it is W + W (R - I), where only the correction is
     rounded to the autocast dtype: R = I leaves W unchanged bit for bit, and on a fast GPU a product in strict float32
-    would cost more than the layer itself.
+    would cost more than the layer itself. R may be its diagonal blocks.
 
     Returns:
         A_OD in the wider dtype of W and R.
     """
+    if R_DD.ndim > weight_OD.ndim:
+        return in_blocks(fused_weight, weight_OD, R_DD)
     device, R_DD = weight_OD.device.type, R_DD.detach()  # even if R was made trainable: it has its own update rule
     dtype = torch.promote_types(weight_OD.dtype, R_DD.dtype)
     if not torch.is_autocast_enabled(device):

@@ -8,13 +8,15 @@ A forward pass in train mode gathers rows; `hf_dbp.update_decorrelation` uses an
 ``requires_grad=False``: it is saved, moved and sharded like any other, but no optimizer updates it, no weight decay
 shrinks it, and DDP neither broadcasts nor reduces it (buffers are broadcast before every forward).
 
+R of a `DecorrelatedLinear` may be block-diagonal, with J blocks (see `hf_dbp.functional`).
+
 Shapes: N tokens, M sampled tokens, D = in_features, O = out_features; images are B x C x H x W, patches are p x p.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +112,8 @@ class Decorrelation(nn.Module):
     """The decorrelation matrix R of one layer input, and the rows sampled from it for the next update of R.
 
     Attributes:
-        R: Parameter (D, D), float32, initially the identity, never changed by autograd or an optimizer.
+        R: Parameter (D, D), float32, initially the identity, never changed by autograd or an optimizer; (J, D/J, D/J)
+            if it is block-diagonal.
         sampling: how many rows each forward pass contributes.
         gathering: whether forward passes in train mode gather rows (switched by an update schedule).
         rows: (M, D) rows gathered since the last update, or None.
@@ -124,9 +127,13 @@ class Decorrelation(nn.Module):
 
     R: nn.Parameter
 
-    def __init__(self, num_features: int, device: torch.device | None = None) -> None:
+    def __init__(self, num_features: int, device: torch.device | None = None, *, blocks: int = 1) -> None:
         super().__init__()
-        self.R = nn.Parameter(torch.empty(num_features, num_features, device=device), requires_grad=False)
+        if blocks < 1 or num_features % blocks:
+            raise UserError(f"blocks is {blocks}; expected a divisor of the number of input features, {num_features}")
+        width = num_features // blocks
+        shape = (width, width) if blocks == 1 else (blocks, width, width)
+        self.R = nn.Parameter(torch.empty(shape, device=device), requires_grad=False)
         self.sampling = RowSampling()
         self.gathering = True
         self.rows: Tensor | None = None
@@ -139,12 +146,17 @@ class Decorrelation(nn.Module):
 
     @property
     def num_features(self) -> int:
-        return self.R.shape[0]
+        return self.R.numel() // self.R.shape[-1]
 
     def reset_parameters(self) -> None:
         """Set R to the identity, which makes the layer equal to the plain layer."""
         with torch.no_grad():
-            nn.init.eye_(self.R)
+            self.R.copy_(torch.eye(self.R.shape[-1], device=self.R.device).expand_as(self.R))
+
+    def squares(self, x_MD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The square matrices of R, one or J views, each after the columns of the rows that it decorrelates."""
+        R_JEE = self.R.view(-1, *self.R.shape[-2:])
+        return zip(x_MD.chunk(len(R_JEE), dim=-1), R_JEE.unbind(), strict=True)
 
     def wants_rows(self) -> bool:
         """Whether this forward pass contributes rows; its repetition by gradient checkpointing, in backward, does
@@ -199,7 +211,7 @@ class Decorrelation(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"R={self.num_features}x{self.num_features}"
+        return f"R={'x'.join(map(str, self.R.shape))}"
 
 
 class Fusable(ABC):
@@ -245,12 +257,13 @@ class DecorrelatedLinear(nn.Linear, DecorrelatedLayer):
         self.decorrelation = Decorrelation(self.in_features, device=self.weight.device)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, naive: bool = False) -> DecorrelatedLinear:
-        """The same layer with R = I; it adopts ``linear``'s Parameters without copying them."""
+    def from_linear(cls, linear: nn.Linear, *, naive: bool = False, blocks: int = 1) -> DecorrelatedLinear:
+        """The same layer with R = I, block-diagonal with so many blocks; it adopts ``linear``'s Parameters without
+        copying them. UserError unless ``blocks`` divides its in_features."""
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, naive=naive)
         layer.weight, layer.bias = linear.weight, linear.bias
-        layer.decorrelation = Decorrelation(linear.in_features, device=linear.weight.device)
+        layer.decorrelation = Decorrelation(linear.in_features, device=linear.weight.device, blocks=blocks)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers, fused_state_dict
 from hf_dbp.errors import UserError
 from hf_dbp.functional import decorrelated_linear
-from hf_dbp.layers import DecorrelatedLayer, Decorrelation, Fusable, fuse_linear
+from hf_dbp.layers import DecorrelatedLayer, DecorrelatedLinear, Decorrelation, Fusable, fuse_linear
 from hf_dbp.stock_vit_mae import RectangularViTMAE, freeze_fixed_, initialize_mae_, initialize_mae_module, patch_grid
 
 __all__ = [
@@ -126,15 +126,21 @@ def named(names: tuple[str, ...]) -> Callable[[nn.Module, str], bool]:
     return lambda _, name: name in names
 
 
-def decorrelate_blocks(blocks: nn.ModuleList, choice: str, naive: bool) -> None:
+def decorrelate_blocks(blocks: nn.ModuleList, config: DBPViTMAEConfig) -> None:
     """Swap the chosen layers of transformer blocks for decorrelated ones; always join q, k and v."""
+    choice, naive = config.decorrelated_layers, config.naive_decorrelation
     for block in blocks:
         if choice == "none":
             block.attention = JoinedAttention.from_attention(block.attention)
             continue
         block.attention = DBPViTMAEAttention.from_attention(block.attention, naive=naive)
-        leaves = ("mlp.fc1",) if choice == "block_inputs" else ("attention.o_proj", "mlp.fc1", "mlp.fc2")
+        leaves = ("mlp.fc1",) if choice == "block_inputs" else ("attention.o_proj", "mlp.fc1")
         convert_to_decorrelated(block, named(leaves), naive=naive)
+        if choice != "block_inputs":
+            wide = block.get_submodule("mlp.fc2")
+            assert isinstance(wide, nn.Linear)
+            decorrelated = DecorrelatedLinear.from_linear(wide, naive=naive, blocks=config.wide_blocks)
+            block.set_submodule("mlp.fc2", decorrelated)
 
 
 class DBPPreTrainedMixin(Fusable):
@@ -157,8 +163,8 @@ class DBPPreTrainedMixin(Fusable):
             pretrained_model_name_or_path: folder or Hub id.
             model_args: as in transformers.
             kwargs: as in transformers; fields of `DBPViTMAEConfig` such as ``decorrelated_layers`` override the
-                checkpoint's. The function stays the same: a layer that loses its R gets W R in place of (W, R), and a
-                layer that gains one starts at R = I.
+                checkpoint's. The function stays the same: a layer that loses its R gets W R in place of (W, R), a
+                layer that gains one starts at R = I, and one whose R has other blocks does both (with a warning).
 
         Raises:
             UserError: one of our checkpoints lacks a tensor (R included) or has a configuration that no ViT has.
@@ -175,9 +181,10 @@ class DBPPreTrainedMixin(Fusable):
             }  # drop everything that names code or kernels
             fields = {key: kwargs.pop(key) for key in list(kwargs) if key in DBPViTMAEConfig.__dataclass_fields__}
             kwargs["config"] = DBPViTMAEConfig.from_dict(raw | fields)
-        config, choice = kwargs["config"], raw.get("decorrelated_layers", DBPViTMAEConfig.decorrelated_layers)
-        if ours and config.decorrelated_layers != choice:
-            kwargs["config"] = DBPViTMAEConfig.from_dict(config.to_dict() | {"decorrelated_layers": choice})
+        config = kwargs["config"]
+        there = {name: raw.get(name, getattr(DBPViTMAEConfig, name)) for name in ("decorrelated_layers", "wide_blocks")}
+        if ours and any(getattr(config, name) != value for name, value in there.items()):
+            kwargs["config"] = DBPViTMAEConfig.from_dict(config.to_dict() | there)
             loaded = cls.from_pretrained(pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs)
             model, info = with_layers_of(config, *loaded)
             return (model, info) if with_info else model
@@ -249,18 +256,28 @@ def with_layers_of(
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         chosen = type(model)(config)
-    layers = dict(decorrelated_layers(chosen))
-    state = fused_state_dict(model, keep=layers)
-    old, new = model.state_dict().keys(), chosen.state_dict().keys()
-    for name, layer in layers.items():
-        key, size = f"{name}.decorrelation.R", layer.decorrelation.num_features
-        state.setdefault(key, torch.eye(size, device=model.device))
+    before, layers = dict(decorrelated_layers(model)), dict(decorrelated_layers(chosen))
+    common = before.keys() & layers.keys()
+    other = {name for name in common if before[name].decorrelation.R.shape != layers[name].decorrelation.R.shape}
+    if other:
+        logger.warning(
+            "R of %d layers gets %d blocks: W R replaces (W, R), and R starts at the identity again",
+            len(other),
+            config.wide_blocks,
+        )
+    kept = common - other
+    state = fused_state_dict(model, keep=kept)
+    fused, fresh = ({f"{name}.decorrelation.R" for name in one.keys() - kept} for one in (before, layers))
+    for name in layers.keys() - kept:
+        decorrelation = layers[name].decorrelation.to_empty(device=model.device)
+        decorrelation.reset_parameters()
+        state[f"{name}.decorrelation.R"] = decorrelation.R
     chosen.load_state_dict(state, assign=True)
     chosen.train(model.training)
     freeze_fixed_(chosen)
     return chosen, info | {
-        "missing_keys": {*info["missing_keys"], *(new - old)},
-        "unexpected_keys": {*info["unexpected_keys"], *(old - new)},
+        "missing_keys": {*info["missing_keys"], *fresh},
+        "unexpected_keys": {*info["unexpected_keys"], *fused},
     }
 
 
@@ -288,10 +305,10 @@ class DBPViTMAEModel(DBPPreTrainedMixin, ViTMAEModel):  # type: ignore[misc]
 
     def __init__(self, config: DBPViTMAEConfig) -> None:
         super().__init__(config)
-        choice, naive = config.decorrelated_layers, config.naive_decorrelation
-        decorrelate_blocks(self.layers, choice, naive)
-        if choice != "none":
-            convert_to_decorrelated(self.embeddings, lambda module, _: isinstance(module, nn.Conv2d), naive=naive)
+        decorrelate_blocks(self.layers, config)
+        if config.decorrelated_layers != "none":
+            patches, naive = self.embeddings, config.naive_decorrelation
+            convert_to_decorrelated(patches, lambda module, _: isinstance(module, nn.Conv2d), naive=naive)
 
 
 class DBPViTMAEForPreTraining(DBPPreTrainedMixin, RectangularViTMAE):
@@ -307,7 +324,7 @@ class DBPViTMAEForPreTraining(DBPPreTrainedMixin, RectangularViTMAE):
     def __init__(self, config: DBPViTMAEConfig) -> None:
         super().__init__(config)
         if config.decorrelated_layers == "full":
-            decorrelate_blocks(self.decoder.decoder_layers, "full", config.naive_decorrelation)
+            decorrelate_blocks(self.decoder.decoder_layers, config)
             ends = named(("decoder_embed", "decoder_pred"))
             convert_to_decorrelated(self.decoder, ends, naive=config.naive_decorrelation)
 

@@ -82,6 +82,7 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
         given["patch_size"] = model_args.patch_size
     if config_class is DBPViTMAEConfig:
         given["decorrelated_layers"] = model_args.decorrelated_layers if model_args.method == "dbp" else "none"
+        given["wide_blocks"] = model_args.wide_blocks if model_args.method == "dbp" else 1
         given["naive_decorrelation"] = model_args.naive_decorrelation
     source = model_args.config_name or model_args.model_name_or_path
     if source is not None:

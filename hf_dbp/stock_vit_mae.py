@@ -74,7 +74,7 @@ def initialize_mae_module(module: nn.Module, config: ViTMAEConfig) -> None:
         init.copy_(module.decoder_pos_embed, sincos_table(patch_grid(config), module.decoder_pos_embed.shape[-1]))
         init.normal_(module.mask_token, std=config.initializer_range)
     elif isinstance(module, Decorrelation):
-        init.copy_(module.R, torch.eye(module.num_features))
+        init.copy_(module.R, torch.eye(module.R.shape[-1]).expand_as(module.R))
 
 
 def freeze_fixed_(model: nn.Module) -> None:

@@ -11,23 +11,27 @@ all of eta. If a row, R or a sum is not finite it is zero, and R does not change
 Few tokens. A layer that saw no row since the last update, such as an expert that received no token, keeps its R bit for
 bit. With few rows C is only a rough estimate; the share of eta still keeps the step stable.
 
-Processes. Each process sums over its rows (`covariance_sums`, D x D + D + 2 numbers per layer); the sums are
+Blocks. Each block of a block-diagonal R is a matrix of its own: it has its own share of eta, and correlations are
+measured within it. A layer reports the smallest share of its blocks and the mean of their measurements.
+
+Processes. Each process sums over its rows (`covariance_sums`, D x D + D + 2 numbers per matrix); the sums are
 all-reduced, so every process computes R from the rows of all, and R is bit-identical on each.
 
-Speed. Layers of one width are reduced in one collective and updated by batched products, in groups of at most
+Speed. Matrices of one width are reduced in one collective and updated by batched products, in groups of at most
 `GROUP_NUMBERS` matrix entries: for many small matrices kernel launches are the bottleneck, for a few large ones memory.
-A single process on the CPU, where launches cost nothing, updates one layer at a time without copies. An update never
+A single process on the CPU, where launches cost nothing, updates one matrix at a time without copies. An update never
 waits for the device.
 
 Precision. R, the sums and the step are in float32, outside autocast. On a GPU the products take TF32 inputs (10 bits)
 and accumulate in float32, whatever the global setting: strict float32 products alone could double a fast step, and the
 rounding is far below the sampling noise of C.
 
-Shapes: L layers of a group, M rows, D features.
+Shapes: L matrices of a group, M rows, D features of one matrix.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +65,7 @@ ETA = 5e-4  # learning rate of R, in the paper and here
 
 GROUP_NUMBERS = 2**24  # matrix entries per batched update: 64 MiB in float32
 
-Layers = list[tuple[Tensor, Decorrelation]]  # each with the rows gathered for it
+Group = list[tuple[Tensor, Tensor, Decorrelation]]  # rows (M, D), a square matrix (D, D) of R, and whose it is
 Sums = Callable[[Tensor, Tensor], tuple[Tensor, ...]]  # rows (L, M, D), R (L, D, D) -> sums (L, D, D), (L, D), (L,)
 
 
@@ -124,25 +128,27 @@ def update_decorrelation(
 
     Returns:
         layer name -> the share of eta that was taken, a scalar on the device: 1 unless ``bound`` acted, 0 if the
-        statistics were not finite and R did not change. The same on every process. Layers that share R appear once,
-        under the name of the first.
+        statistics were not finite and R did not change; the smallest of its blocks. The same on every process. Layers
+        that share R appear once, under the name of the first.
 
     Raises:
         UserError: no rows were gathered (no forward pass in train mode, or gathering is off).
     """
-    shares: dict[int, Tensor] = {}
-    for layers in gathered_groups(module):
-        R_LDD = stacked([decorrelation.R for _, decorrelation in layers])
-        zzR_LDD, zz_LD, largest_L, count_L = reduced_sums(layers, covariance_sums)
+    shares: dict[int, list[Tensor]] = defaultdict(list)
+    for group in gathered_groups(module):
+        R_LDD = stacked([R_DD for _, R_DD, _ in group])
+        zzR_LDD, zz_LD, largest_L, count_L = reduced_sums(group, covariance_sums)
         seen_L, count_L = count_L > 0, count_L.clamp_min(1)
         share_L = step_share(zzR_LDD, largest_L if bound else None, count_L, eta=eta)
         decorrelation_step_(R_LDD, zzR_LDD, zz_LD, count_L, eta=eta, kappa=kappa, share=share_L * seen_L)
         share_L = torch.where(seen_L, share_L, 1.0)
-        shares |= {id(d): share for (_, d), share in zip(layers, share_L, strict=True)}
-        if len(layers) > 1:
-            torch._foreach_copy_([decorrelation.R for _, decorrelation in layers], list(R_LDD.unbind()))
+        for (_, _, decorrelation), share in zip(group, share_L, strict=True):
+            shares[id(decorrelation)].append(share)
+        if len(group) > 1:
+            torch._foreach_copy_([R_DD for _, R_DD, _ in group], list(R_LDD.unbind()))
     discard_rows(module)
-    return {name: shares[id(d)] for name, d in decorrelations(module) if id(d) in shares}
+    smallest = functools.partial(functools.reduce, torch.minimum)
+    return {name: smallest(shares[id(d)]) for name, d in decorrelations(module) if id(d) in shares}
 
 
 @torch.no_grad()
@@ -151,55 +157,59 @@ def measure_decorrelation(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]
 
     Returns:
         layer name -> (loss, mean squared correlation), scalars on the device (see `decorrelation_metrics`), in the
-        layers' order, over the rows of all processes.
+        layers' order, over the rows of all processes. Of a block-diagonal R they are the means over the blocks of what
+        is measured within each: correlations between blocks do not count.
 
     Raises:
         UserError: no rows were gathered.
     """
-    measured: dict[int, tuple[Tensor, Tensor]] = {}
-    for layers in gathered_groups(module):
-        zz_LDD, _, count_L = reduced_sums(layers, second_moment_sums)
+    measured: dict[int, list[Tensor]] = defaultdict(list)
+    for group in gathered_groups(module):
+        zz_LDD, _, count_L = reduced_sums(group, second_moment_sums)
         metrics = zip(*decorrelation_metrics(zz_LDD / count_L.clamp_min(1)[:, None, None]), strict=True)
-        seen = (count_L > 0).tolist() if is_distributed() else [True] * len(layers)
-        measured |= {id(d): pair for (_, d), pair, rows in zip(layers, metrics, seen, strict=True) if rows}
-    return {name: measured[id(d)] for name, d in decorrelations(module) if id(d) in measured}
+        seen = (count_L > 0).tolist() if is_distributed() else [True] * len(group)
+        for (_, _, decorrelation), pair, rows in zip(group, metrics, seen, strict=True):
+            if rows:
+                measured[id(decorrelation)].append(torch.stack(pair))
+    means = {key: torch.stack(pairs).mean(dim=0) for key, pairs in measured.items()}
+    return {name: (means[id(d)][0], means[id(d)][1]) for name, d in decorrelations(module) if id(d) in means}
 
 
-def gathered_groups(module: nn.Module) -> Iterator[Layers]:
-    """Layers with gathered rows, in groups of one width: the same groups in the same order on every process. With
+def gathered_groups(module: nn.Module) -> Iterator[Group]:
+    """Matrices with gathered rows, in groups of one width: the same groups in the same order on every process. With
     several processes every layer is included, even without rows, because other processes may have some.
     """
-    by_width: dict[object, Layers] = defaultdict(list)
+    by_width: dict[object, Group] = defaultdict(list)
     found = [decorrelation for _, decorrelation in decorrelations(module)]
     for decorrelation in found:
         rows = decorrelation.rows
         if rows is None and is_distributed():
             rows = decorrelation.R.new_empty(0, decorrelation.num_features)
-        if rows is not None:
-            by_width[decorrelation.num_features, decorrelation.R.device].append((rows, decorrelation))
+        for x_MD, R_DD in decorrelation.squares(rows) if rows is not None else ():
+            by_width[R_DD.shape, R_DD.device].append((x_MD, R_DD, decorrelation))
     if all(decorrelation.rows is None for decorrelation in found):
         raise UserError("no rows were gathered: run a forward pass in train mode before each update of R")
-    for layers in by_width.values():
-        R_DD = layers[0][1].R
+    for group in by_width.values():
+        R_DD = group[0][1]
         size = 1 if R_DD.is_cpu and not is_distributed() else max(1, GROUP_NUMBERS // R_DD.numel())
-        for first in range(0, len(layers), size):
-            yield layers[first : first + size]
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
 
 
-def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, ...]:
-    """The sums and the row count (L,) of each layer, over the rows of all processes.
+def reduced_sums(group: Group, sums: Sums) -> tuple[Tensor, ...]:
+    """The sums and the row count (L,) of each matrix, over the rows of all processes.
 
-    Layers whose rows have one shape share batched products; a group is reduced in one collective.
+    Matrices whose rows have one shape share batched products; a group is reduced in one collective.
     """
     by_shape: dict[object, list[int]] = defaultdict(list)
-    for i, (rows, _) in enumerate(layers):
+    for i, (rows, _, _) in enumerate(group):
         by_shape[rows.shape, rows.dtype].append(i)
-    device = layers[0][1].R.device
-    found: list[tuple[Tensor, ...]] = [()] * len(layers)
+    device = group[0][1].device
+    found: list[tuple[Tensor, ...]] = [()] * len(group)
     with torch.autocast(device.type, enabled=False), tf32_products(device):
         for members in by_shape.values():
-            x_LMD = stacked([layers[i][0] for i in members])
-            results = sums(x_LMD, stacked([layers[i][1].R for i in members]))
+            x_LMD = stacked([group[i][0] for i in members])
+            results = sums(x_LMD, stacked([group[i][1] for i in members]))
             results = (*results, results[0].new_full((len(members),), x_LMD.shape[1]))
             for i, *parts in zip(members, *results, strict=True):
                 found[i] = tuple(parts)
@@ -214,7 +224,7 @@ def reduced_sums(layers: Layers, sums: Sums) -> tuple[Tensor, ...]:
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
-    """The tensors of several layers as one batched tensor; a view if there is only one."""
+    """Several tensors of one shape as one batched tensor; a view if there is only one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 

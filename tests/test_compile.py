@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from hf_dbp.callbacks import DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
-from hf_dbp.layers import RowSampling
+from hf_dbp.layers import DecorrelatedLinear, RowSampling
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.update import configure_sampling, set_gathering, update_decorrelation
 
@@ -113,11 +113,12 @@ def test_a_run_compiles_checkpointed_blocks_without_graph_breaks(
 
 
 class Small(nn.Module):
-    """A patch projection and two linears, all decorrelated; the loss of a batch."""
+    """A patch projection and two linears, all decorrelated, one of them in blocks; the loss of a batch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches, self.hidden, self.out = nn.Conv2d(2, 6, 4, 4), nn.Linear(6, 8), nn.Linear(8, 4)
+        self.patches, self.hidden = nn.Conv2d(2, 6, 4, 4), nn.Linear(6, 8)
+        self.out = DecorrelatedLinear.from_linear(nn.Linear(8, 4), blocks=2)
         convert_to_decorrelated(self, lambda *_: True)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -36,6 +36,19 @@ def test_stock_and_plain_and_undecorrelated_models_measure_alike(mae_config, bat
         assert mean_correlations(other) == pytest.approx(mean_correlations(found[0]), rel=1e-5)
 
 
+def test_blocks_are_measured_over_all_pairs_of_features(mae_config, batch):
+    """The same figures as those of a full R with zeros between the blocks."""
+    blocks = made(DBPViTMAEForPreTraining(mae_config(decorrelated_layers="full", wide_blocks=4)))
+    whole = made(DBPViTMAEForPreTraining(mae_config(decorrelated_layers="full")))
+    for (_, one), (_, other) in zip(decorrelated_layers(blocks), decorrelated_layers(whole), strict=True):
+        R = one.decorrelation.R
+        R.data += 0.1 * torch.randn_like(R)
+        other.decorrelation.R.data = torch.block_diag(*R) if R.ndim == 3 else R.data
+    assert measure_correlations(blocks, batch) == {
+        name: pytest.approx(figures, rel=1e-5) for name, figures in measure_correlations(whole, batch).items()
+    }
+
+
 def test_it_is_what_the_layers_measure_themselves(mae_config, batch):
     """With R other than I, on all tokens of the batch."""
     model = made(DBPViTMAEForPreTraining(mae_config()))

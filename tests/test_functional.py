@@ -42,6 +42,28 @@ def test_fused_is_naive_in_outputs_and_gradients(shape: tuple[int, ...], bias: b
     torch.testing.assert_close(fused, naive, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("naive", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (2, 5)])
+def test_a_block_diagonal_R_is_its_full_matrix_in_outputs_and_gradients(shape: tuple[int, ...], naive: bool) -> None:
+    R, x, W = near_identity(3, 4), double(*shape, 12).requires_grad_(), double(5, 12).requires_grad_()
+    full = torch.block_diag(*R)  # type: ignore[no-untyped-call]
+    outputs = decorrelated_linear(x, W, None, R, naive=naive), x @ (W @ full).T
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    pull = torch.randn_like(outputs[0])
+    torch.testing.assert_close(*(torch.autograd.grad(y, (x, W), pull) for y in outputs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused_weight(W, R), W @ full, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_diagonal_R_rounds_under_autocast_as_its_full_matrix() -> None:
+    R, W = near_identity(4, 16, dtype=torch.float32), torch.randn(8, 64)
+    full = torch.block_diag(*R)  # type: ignore[no-untyped-call]
+    with torch.autocast("cpu", torch.bfloat16):
+        for product in (fused_weight, layer_weight):
+            ours, theirs = product(W, R), product(W, full)
+            assert ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_fused_weight_has_no_gradient_for_R_and_the_right_one_for_W() -> None:
     R, W, x = near_identity(6).requires_grad_(), double(4, 6).requires_grad_(), double(3, 6)
     pull = double(4, 6)
@@ -76,12 +98,13 @@ def test_autocast_rounds_only_the_correction() -> None:
     assert A.dtype == grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("R", [torch.eye(8), torch.eye(4).repeat(2, 1, 1)], ids=["full", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_multiplies_with_the_plain_weight_at_the_identity(dtype: torch.dtype) -> None:
+def test_a_layer_multiplies_with_the_plain_weight_at_the_identity(dtype: torch.dtype, R: Tensor) -> None:
     W = torch.randn(5, 8, dtype=dtype)
-    assert torch.equal(layer_weight(W, torch.eye(8)), W)
+    assert torch.equal(layer_weight(W, R), W)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer_weight(W, torch.eye(8)), W.bfloat16())
+        assert torch.equal(layer_weight(W, R), W.bfloat16())
 
 
 def test_a_layers_weight_under_autocast_is_rounded_twice() -> None:

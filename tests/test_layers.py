@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+from hf_dbp.errors import UserError
 from hf_dbp.layers import DecorrelatedLinear, DecorrelatedPatchProjection, Decorrelation, RowSampling
 from hf_dbp.update import seed_sampling
 
 ALL_ROWS = RowSampling(fraction=1.0)
 
 
-def linear(bias: bool = True, dtype: torch.dtype = torch.float64, **kwargs: bool) -> DecorrelatedLinear:
-    return DecorrelatedLinear.from_linear(nn.Linear(6, 4, bias=bias, dtype=dtype), **kwargs)
+def linear(
+    bias: bool = True, dtype: torch.dtype = torch.float64, blocks: int = 1, naive: bool = False
+) -> DecorrelatedLinear:
+    return DecorrelatedLinear.from_linear(nn.Linear(6, 4, bias=bias, dtype=dtype), blocks=blocks, naive=naive)
 
 
 def conv(**kwargs: bool) -> DecorrelatedPatchProjection:
@@ -30,14 +33,24 @@ def perturb(layer: DecorrelatedLinear | DecorrelatedPatchProjection) -> None:
     layer.decorrelation.R.add_(0.1 * torch.randn_like(layer.decorrelation.R))
 
 
-CASES = {"linear": (linear, (3, 7, 6)), "conv": (conv, (3, 2, 9, 12))}  # 9 = 2 * 4 + 1: a margin the kernel ignores
+CASES = {
+    "linear": (linear, (3, 7, 6)),
+    "blocks": (functools.partial(linear, blocks=3), (3, 7, 6)),
+    "conv": (conv, (3, 2, 9, 12)),  # 9 = 2 * 4 + 1: a margin the kernel ignores
+}
+#: how each is made of its plain layer
+FROM_PLAIN = {
+    "linear": DecorrelatedLinear.from_linear,
+    "blocks": functools.partial(DecorrelatedLinear.from_linear, blocks=3),
+    "conv": DecorrelatedPatchProjection.from_conv,
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_adopts_the_parameters_and_changes_nothing_at_identity(case: str) -> None:
     make, shape = CASES[case]
     plain = make().fuse().float().eval()
-    layer = (DecorrelatedLinear.from_linear if case == "linear" else DecorrelatedPatchProjection.from_conv)(plain)
+    layer = FROM_PLAIN[case](plain)  # type: ignore[operator]
     assert not layer.training
     assert layer.weight is plain.weight
     assert layer.bias is plain.bias
@@ -48,6 +61,16 @@ def test_adopts_the_parameters_and_changes_nothing_at_identity(case: str) -> Non
     pull = torch.randn_like(outputs[0])
     ours, theirs = (torch.autograd.grad(y, (x, plain.weight, plain.bias), pull) for y in outputs)
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_blocks_are_square_matrices_that_divide_the_input() -> None:
+    layer = linear(blocks=3)
+    assert torch.equal(layer.decorrelation.R, torch.eye(2).repeat(3, 1, 1))
+    assert layer.decorrelation.num_features == 6
+    assert "R=3x2x2" in str(layer)
+    for blocks in (0, 4, 12):
+        with pytest.raises(UserError, match=f"blocks is {blocks}; expected a divisor of .* input features, 6"):
+            linear(blocks=blocks)
 
 
 @pytest.mark.parametrize("case", CASES)

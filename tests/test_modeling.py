@@ -155,10 +155,32 @@ def test_what_is_decorrelated(mae_config: Maker, choice: str, encoder: list[str]
         assert count == len(leaves) + (part is model.vit and bool(leaves))
 
 
-@pytest.mark.parametrize("choice", ["encoder", "full"])
-def test_fused_and_naive_forms_agree(mae_config: Maker, choice: str) -> None:
-    fused = perturbed(DBPViTMAEForPreTraining(mae_config(decorrelated_layers=choice)))
-    naive = DBPViTMAEForPreTraining(mae_config(decorrelated_layers=choice, naive_decorrelation=True)).double()
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_a_fresh_model_gives_the_outputs_of_plain_backprop_to_the_bit_under_autocast(
+    mae_config: Maker, blocks: int
+) -> None:
+    plain = DBPViTMAEForPreTraining(mae_config(decorrelated_layers="none"))
+    ours = DBPViTMAEForPreTraining(mae_config(decorrelated_layers="full", wide_blocks=blocks))
+    ours.load_state_dict(plain.state_dict(), strict=False)
+    inputs = batch(plain.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [model.train()(**inputs) for model in (plain, ours)]
+    assert torch.equal(results[0].loss, results[1].loss)
+    assert torch.equal(results[0].logits, results[1].logits)
+
+
+def test_only_the_second_linear_of_every_mlp_has_blocks(mae_config: Maker) -> None:
+    model = DBPViTMAEForPreTraining(mae_config(decorrelated_layers="full", wide_blocks=4))
+    shapes = {name: tuple(layer.decorrelation.R.shape) for name, layer in decorrelated_layers(model)}
+    wide = {f"vit.layers.{i}.mlp.fc2": (4, 12, 12) for i in range(2)} | {"decoder.decoder_layers.0.mlp.fc2": (4, 8, 8)}
+    assert {name: shape for name, shape in shapes.items() if len(shape) == 3} == wide
+
+
+@pytest.mark.parametrize(("choice", "blocks"), [("encoder", 1), ("full", 1), ("full", 4)])
+def test_fused_and_naive_forms_agree(mae_config: Maker, choice: str, blocks: int) -> None:
+    fields = {"decorrelated_layers": choice, "wide_blocks": blocks}
+    fused = perturbed(DBPViTMAEForPreTraining(mae_config(**fields)))
+    naive = DBPViTMAEForPreTraining(mae_config(**fields, naive_decorrelation=True)).double()
     naive.load_state_dict(fused.state_dict())
     inputs = batch(fused.config, dtype=torch.float64)
     losses = [model.train()(**inputs).loss for model in (fused, naive)]
@@ -170,9 +192,10 @@ def test_fused_and_naive_forms_agree(mae_config: Maker, choice: str) -> None:
 
 
 @pytest.mark.parametrize("image_size", [32, (16, 40)])
-@pytest.mark.parametrize("choice", ["none", "encoder", "full"])
-def test_fusion_gives_a_stock_model_that_agrees(mae_config: Maker, choice: str, image_size) -> None:
-    config = mae_config(decorrelated_layers=choice, image_size=image_size, num_channels=2, norm_pix_loss=True)
+@pytest.mark.parametrize(("choice", "blocks"), [("none", 1), ("encoder", 1), ("full", 1), ("full", 4)])
+def test_fusion_gives_a_stock_model_that_agrees(mae_config: Maker, choice: str, blocks: int, image_size) -> None:
+    fields = {"decorrelated_layers": choice, "wide_blocks": blocks, "image_size": image_size}
+    config = mae_config(**fields, num_channels=2, norm_pix_loss=True)
     model = perturbed(DBPViTMAEForPreTraining(config)).eval()
     stock, inputs = fuse(model), batch(config, dtype=torch.float64)
     assert type(stock) is (ViTMAEForPreTraining if image_size == 32 else RectangularViTMAE)
@@ -289,6 +312,11 @@ def test_bf16_autocast_stays_close_and_keeps_R_and_the_gradients_float32(mae_con
         (
             {"decorrelated_layers": "some"},
             "decorrelated_layers is 'some'; expected one of encoder, block_inputs, full, none",
+        ),
+        ({"wide_blocks": 5}, "wide_blocks is 5; expected a divisor of intermediate_size, 48"),
+        (
+            {"wide_blocks": 3, "decorrelated_layers": "full"},
+            "wide_blocks is 3; expected a divisor of decoder_intermediate_size, 32",
         ),
         ({"image_size": 30}, "image size 30 is not a multiple of patch size 8; use 24 or 32"),
         ({"image_size": (32, 36)}, "image size 36 is not a multiple of patch size 8; use 32 or 40"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,12 +23,14 @@ from transformers import (
 
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import decorrelated_layers, fuse
+from hf_dbp.layers import Decorrelation
 from hf_dbp.modeling_dbp_vit_mae import (
     DBPViTMAEForPreTraining,
     DBPViTMAEModel,
     extract_vit,
     initialize_mae_,
 )
+from hf_dbp.update import update_decorrelation
 
 Maker = Callable[..., DBPViTMAEConfig]
 WEIGHTS = "model.unfused.safetensors"
@@ -295,6 +298,30 @@ def test_another_choice_of_layers_keeps_the_function_and_every_R_that_stays(
     assert changed == [set(info["unexpected_keys"]), set(info["missing_keys"])]
     fresh = DBPViTMAEForPreTraining(mae_config(decorrelated_layers=wanted))
     assert (trainable(loaded), loaded.state_dict().keys()) == (trainable(fresh), fresh.state_dict().keys())
+
+
+@pytest.mark.parametrize("wanted", [{"wide_blocks": 1}, {"wide_blocks": 4}, {"decorrelated_layers": "none"}])
+@pytest.mark.parametrize("there", [1, 2, 4])
+def test_other_blocks_keep_the_function_and_are_told(
+    mae_config: Maker, tmp_path: Path, there: int, wanted: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained(mae_config(wide_blocks=there))
+    model.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        loaded, info = DBPViTMAEForPreTraining.from_pretrained(tmp_path, **wanted, output_loading_info=True)
+    batch = inputs()
+    torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss)
+    old, new = (dict(decorrelated_layers(one)) for one in (model, loaded))
+    changed = {name for name in new if wanted["wide_blocks"] != there and name.endswith("fc2")}
+    for name, layer in new.items():
+        fresh = Decorrelation(layer.decorrelation.num_features, blocks=loaded.config.wide_blocks)
+        expected = fresh if name in changed else old[name].decorrelation
+        assert torch.equal(layer.decorrelation.R, expected.R), name
+    assert set(info["missing_keys"]) == {f"{name}.decorrelation.R" for name in changed}
+    assert ("R of 2 layers gets" in caplog.text) == bool(changed)
+    if new:
+        loaded.train()(**batch)
+        assert update_decorrelation(loaded, eta=0.1).keys() == new.keys()
 
 
 def test_weights_with_R_are_saved_under_their_own_name_alone(mae_config: Maker, tmp_path: Path) -> None:

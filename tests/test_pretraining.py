@@ -89,17 +89,18 @@ def test_stock_and_bp_give_the_same_curve(tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "blocks"), [("adamw", 1), ("muon", 1), ("muon", 4)])
 @pytest.mark.slow
-def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer):
-    whole = main(flags(tmp_path / "whole", optimizer=optimizer, save_total_limit=None))
+def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer, blocks):
+    given = {"optimizer": optimizer, "wide_blocks": blocks}
+    whole = main(flags(tmp_path / "whole", **given, save_total_limit=None))
     half = tmp_path / "half"
-    main(flags(half, optimizer=optimizer))
+    main(flags(half, **given))
     for name in ("checkpoint-9", "checkpoint-12"):  # as if the run had been killed after two of its four epochs
         for file in (half / name).iterdir():
             file.unlink()
         (half / name).rmdir()
-    resumed = main(flags(half, optimizer=optimizer))
+    resumed = main(flags(half, **given))
     assert losses(resumed) == losses(whole)
     assert resumed.rows[-1]["train_seconds"] > resumed.rows[1]["train_seconds"]
     one, other = (DBPViTMAEForPreTraining.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "half"))
@@ -115,6 +116,7 @@ def test_another_command_in_the_same_folder_is_refused_or_told(tmp_path, capsys,
         ({"method": "bp"}, "was trained with --method dbp, not bp: to resume, give --method dbp; to start over, "),
         ({"optimizer": "muon"}, "was trained with --optimizer adamw, not muon: to resume, give --optimizer adamw; "),
         ({"decorrelated_layers": "full"}, "with --decorrelated_layers encoder, not full: to resume, give "),
+        ({"wide_blocks": 4}, "with --wide_blocks 1, not 4: to resume, give --wide_blocks 1; to start over, "),
         ({"seed": 1}, "with --seed 42, not 1: to resume, give --seed 42; to start over, use another --output_dir"),
         (
             {"model_name_or_path": tmp_path},
@@ -191,6 +193,7 @@ def test_restoring_refuses_an_incomplete_checkpoint(tmp_path, mae_config):
         ({"decorrelated_layers": "none"}, "has 9 tensors that the model lacks"),
         ({"decorrelated_layers": "full"}, "lacks 6 tensors of the model"),
         ({"num_hidden_layers": 1}, "has 20 tensors that the model lacks"),
+        ({"wide_blocks": 4}, "lacks 2 tensors of the model"),
         ({"intermediate_size": 24}, "has 8 tensors whose shapes differ from the model's"),
     ],
 )
@@ -301,6 +304,10 @@ def picture_folder(folder, count, mode="RGB"):
         ({"num_channels": 3}, "wire_bonding images have 2 channels"),
         ({"trust_remote_code": True}, "--trust_remote_code: code from a model or a data set is never run"),
         ({"decorrelated_layers": "none"}, "is plain backprop: use --method bp"),
+        (
+            {"decorrelated_layers": "block_inputs", "wide_blocks": 4},
+            "--wide_blocks 4: --decorrelated_layers block_inputs gives the second MLP linear no R",
+        ),
         ({"mask_ratio": 1.0}, "--mask_ratio is a share between 0 and 1"),
         ({"max_train_samples": 4}, "4 training images do not fill one batch of 8"),
         ({"dataset_name": None}, "no data: give --train_dir"),

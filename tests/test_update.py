@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_dbp.update
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
 from hf_dbp.functional import decorrelation_metrics, sample_rows
-from hf_dbp.layers import JointDraws, RowSampling
+from hf_dbp.layers import DecorrelatedLinear, JointDraws, RowSampling
 from hf_dbp.update import (
     configure_sampling,
     discard_rows,
@@ -74,6 +74,68 @@ def test_update_is_the_formula_in_groups_of_any_size(
     expected = stepped_by_hand(module, 0.03, kappa)
     update_decorrelation(module, eta=0.03, kappa=kappa)
     torch.testing.assert_close(matrices(module), expected, rtol=1e-10, atol=1e-10)
+
+
+def full(R: Tensor) -> Tensor:
+    """A block-diagonal R as one matrix."""
+    return torch.block_diag(*R)  # type: ignore[no-untyped-call]
+
+
+def with_blocks() -> nn.Sequential:
+    """Inputs of 12 features in three blocks, and of 4 in a full R, so that all matrices have one width; float64."""
+    layers = (nn.Linear(12, 4, dtype=torch.float64), nn.Linear(4, 2, dtype=torch.float64))
+    module = nn.Sequential(*(DecorrelatedLinear.from_linear(one, blocks=one.in_features // 4) for one in layers))
+    for layer in module.double():
+        layer.decorrelation.R.add_(0.1 * torch.randn_like(layer.decorrelation.R))
+    configure_sampling(module, RowSampling(fraction=1.0))
+    return module
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(("rows", "kappa"), [(3, 0.0), (40, 0.4)])
+def test_the_update_of_blocks_is_the_formula_within_each(
+    monkeypatch: pytest.MonkeyPatch, rows: int, kappa: float, distributed: bool
+) -> None:
+    """C of the whole input, written out, with zeros between the blocks."""
+    monkeypatch.setattr(hf_dbp.update, "is_distributed", lambda: distributed)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # two processes, equal rows
+    module = with_blocks()
+    module(torch.randn(rows, 12, dtype=torch.float64))
+    expected = []
+    for _, layer in decorrelated_layers(module):
+        R, within = layer.decorrelation.R, full(torch.ones_like(layer.decorrelation.R.view(-1, 4, 4)))
+        z = layer.decorrelation.rows @ (full(R) if R.ndim == 3 else R).T
+        second = within * (z.T @ z) / rows
+        d = second.diag()
+        C = (1 - kappa) * (second - torch.diag(d)) + kappa * torch.diag(d - 1)
+        expected.append((full(R) if R.ndim == 3 else R) - 0.03 * C @ (full(R) if R.ndim == 3 else R))
+    measured = measure_decorrelation(module)["0"]
+    blocks = [z.T @ z / rows for z in (module[0].decorrelation.rows @ full(module[0].decorrelation.R).T).chunk(3, -1)]
+    within_each = torch.stack([torch.stack(decorrelation_metrics(S)) for S in blocks]).mean(dim=0)
+    torch.testing.assert_close(torch.stack(measured), within_each, rtol=1e-10, atol=1e-12)
+    update_decorrelation(module, eta=0.03, kappa=kappa)
+    found = [full(R) if R.ndim == 3 else R for R in matrices(module)]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_each_block_has_its_own_share_of_eta_and_the_layer_reports_the_smallest() -> None:
+    module, x = with_blocks(), torch.randn(40, 12, dtype=torch.float64)
+    x[:, 4:8] *= 100.0
+    module[0](x)
+    before = module[0].decorrelation.R.clone()
+    shares = update_decorrelation(module[0], eta=0.03)
+    moved = (module[0].decorrelation.R - before).flatten(1).norm(dim=-1)
+    alone = []
+    for block, columns in zip(before, x.chunk(3, -1), strict=True):
+        one = DecorrelatedLinear.from_linear(nn.Linear(4, 1, dtype=torch.float64)).double()
+        one.decorrelation.R.copy_(block)
+        configure_sampling(one, RowSampling(fraction=1.0))
+        one(columns)
+        alone.append(update_decorrelation(one, eta=0.03)[""])
+    assert [float(share) for share in alone] == [1.0, pytest.approx(float(alone[1])), 1.0]
+    assert 0 < shares[""] < 0.05
+    torch.testing.assert_close(shares[""], alone[1])
+    assert (moved > 0).all()
 
 
 def test_repeated_updates_decorrelate_every_layer() -> None:

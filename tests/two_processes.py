@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
-from hf_dbp.layers import RowSampling
+from hf_dbp.layers import DecorrelatedLinear, RowSampling
 from hf_dbp.update import configure_sampling, measure_decorrelation, seed_sampling, update_decorrelation
 
 BATCHES = [torch.randn(5 + 3 * i, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
@@ -19,7 +19,8 @@ BATCHES = [torch.randn(5 + 3 * i, 8, generator=torch.Generator().manual_seed(i))
 
 def model(fraction: float) -> nn.Module:
     torch.manual_seed(0)
-    converted = convert_to_decorrelated(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4), nn.Linear(4, 2)))
+    blocks = DecorrelatedLinear.from_linear(nn.Linear(8, 4), blocks=2)
+    converted = convert_to_decorrelated(nn.Sequential(nn.Linear(8, 8), nn.GELU(), blocks, nn.Linear(4, 2)))
     configure_sampling(converted, RowSampling(fraction=fraction))
     return converted
 

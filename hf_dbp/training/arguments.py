@@ -84,6 +84,13 @@ class ModelArguments(HubFlags):
         default="encoder",
         metadata={"help": "Layers that dbp decorrelates.", "choices": ["encoder", "block_inputs", "full", "none"]},
     )
+    wide_blocks: Annotated[int, Nature("model", "refused", card="blocks of R, second MLP linear", dbp=True)] = field(
+        default=1,
+        metadata={
+            "help": "Diagonal blocks of R of every second MLP linear, whose input is the widest; 4 take a quarter of "
+            "its memory. 1: a full R."
+        },
+    )
     naive_decorrelation: Annotated[bool, Nature("model")] = field(
         default=False, metadata={"help": "Decorrelate every token instead of the weights; slower, for checks."}
     )
@@ -130,6 +137,11 @@ class ModelArguments(HubFlags):
         check_optimizer(self.optimizer)
         if self.method == "dbp" and self.decorrelated_layers == "none":
             raise UserError("--method dbp with --decorrelated_layers none is plain backprop: use --method bp")
+        if self.method == "dbp" and self.decorrelated_layers == "block_inputs" and self.wide_blocks != 1:
+            raise UserError(
+                f"--wide_blocks {self.wide_blocks}: --decorrelated_layers block_inputs gives the second MLP linear "
+                "no R; leave one of the two out"
+            )
         if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
             raise UserError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")
         if not 0.0 <= self.flip <= 1.0:

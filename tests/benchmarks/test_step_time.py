@@ -38,7 +38,7 @@ def test_the_naive_layer_is_the_published_algorithm(step_time: ModuleType, kind:
 
 def test_every_method_steps_in_four_parts(step_time: ModuleType) -> None:
     pixels, flops = torch.randn(2, 3, 32, 32), {}
-    for name in ("bp", "naive", "dbp", "dbp_fast"):
+    for name in ("bp", "naive", "dbp", "dbp_fast", "dbp_full", "dbp_full_blocks"):
         method = step_time.Method(name, ARGUMENTS, "mini", "cpu")
         before = [p.detach().clone() for p in method.model.parameters()]
         marks: list[int] = []
@@ -47,6 +47,7 @@ def test_every_method_steps_in_four_parts(step_time: ModuleType) -> None:
         assert len(marks) == len(step_time.PARTS) + 1
         assert any(not torch.equal(*pair) for pair in zip(before, method.model.parameters(), strict=True))
     assert flops["bp"] < flops["dbp_fast"] < flops["dbp"] < flops["naive"]
+    assert flops["bp"] < flops["dbp_full_blocks"] < flops["dbp_full"]
 
 
 def test_fused_inference_compares_the_same_shapes() -> None:

@@ -79,6 +79,7 @@ ABSURD = {
     "num_labels": [10**12],
     "qkv_bias": ["yes"],
     "decorrelated_layers": ["all", ["full"]],
+    "wide_blocks": [0, 5, "4"],
 }
 CASES = [(field, value) for field, values in ABSURD.items() for value in values]  # type: ignore[attr-defined]
 
@@ -92,7 +93,7 @@ def test_absurd_configurations_are_refused_by_name(ours, vit, field, value):
         with pytest.raises(ValueError, match=name) as refused:
             load(ours)
         assert "\n" not in str(refused.value)
-    if field not in ("mask_ratio", "decorrelated_layers"):  # which a ViT has not: they have no effect
+    if field not in ("mask_ratio", "decorrelated_layers", "wide_blocks"):  # which a ViT has not: they have no effect
         with pytest.raises(ValueError, match=name):
             load_vit(str(vit))
 
