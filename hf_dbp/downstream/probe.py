@@ -51,7 +51,7 @@ __all__ = ["ProbeArguments", "extract_features", "knn_accuracy", "linear_accurac
 logger = logging.getLogger(__name__)
 
 TEMPERATURE = 0.07
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 @dataclass
