@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    predictor = load_predictor(args.model, device="cpu")
+    predictor: Any = load_predictor(args.model, device="cpu")
     rows: list[dict[str, tuple[float, float]]] = []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(args.repeats + 1):  # the first warms up

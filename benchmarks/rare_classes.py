@@ -106,7 +106,8 @@ def _camvid(args: argparse.Namespace, split: str) -> Iterator[tuple[bytes, bytes
 
 def _wire_bonding(args: argparse.Namespace, split: str) -> Iterator[tuple[bytes, bytes]]:
     count, first = (200, 0) if split == "train" else (60, 10_000_000)
-    for sample in WireBonding(count, size=96, seed=0, first=first):
+    source = WireBonding(count, size=96, seed=0, first=first)
+    for sample in map(source.__getitem__, range(count)):
         image, mask = io.BytesIO(), io.BytesIO()
         tifffile.imwrite(image, sample["image"], compression="zlib", photometric="minisblack", planarconfig="contig")
         Image.fromarray(sample["annotation"].astype(np.uint8)).save(mask, "PNG")

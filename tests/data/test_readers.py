@@ -146,7 +146,7 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path, suffix):
     frames = [Image.fromarray(np.full((8, 12, 3), level, np.uint8)) for level in (255, 0, 85)]
     frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
     with Image.open(tmp_path / f"a.{suffix}") as written:
-        assert written.n_frames == 3
+        assert written.n_frames == 3  # type: ignore[attr-defined]
     np.testing.assert_array_equal(read(tmp_path / f"a.{suffix}"), np.full((8, 12, 3), 255, np.uint8))
 
 

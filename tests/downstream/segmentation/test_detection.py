@@ -47,9 +47,9 @@ def test_one_kind_of_images_decides_nothing(kind):
 def test_the_figures_of_an_image_follow_from_its_counts():
     """Which images hold a defect, what share is right, and the mean over the classes that are there or predicted."""
     counts = {
-        3: ImageCounts(*(np.array(row) for row in ([6, 1, 0], [8, 2, 0], [7, 3, 0])), 0.7),
-        1: ImageCounts(*(np.array(row) for row in ([4, 0, 0], [4, 0, 0], [4, 0, 0])), 0.2),
-        2: ImageCounts(*np.zeros((3, 3), int), 0.1),
+        3: ImageCounts(np.array([6, 1, 0]), np.array([8, 2, 0]), np.array([7, 3, 0]), 0.7),
+        1: ImageCounts(np.array([4, 0, 0]), np.array([4, 0, 0]), np.array([4, 0, 0]), 0.2),
+        2: ImageCounts(np.zeros(3, int), np.zeros(3, int), np.zeros(3, int), 0.1),
     }
     good, empty, bad = image_figures(counts)
     assert (good.index, good.holds_any, good.right, good.mean_iou, good.score) == (1, False, 1.0, 1.0, 0.2)

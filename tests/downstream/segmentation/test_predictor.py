@@ -9,6 +9,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -295,15 +296,16 @@ def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter
     monkeypatch.setattr(predictor_module, "open_rows", lambda file: open_rows(file, least=1))
     predictor = load(str(segmenter[name][0]), device="cpu")
     (whole,) = predictor.predict([predictor.open("a", [str(tmp_path / "a.tif")])])
-    view = predictor.open("a", [str(tmp_path / "a.tif")]).view
+    view: Any = predictor.open("a", [str(tmp_path / "a.tif")]).view
     monkeypatch.setattr(predictor_module, "BLOCK", 20 * 220 * 2)  # twenty rows
-    opened, read = predictor.open("a", [str(tmp_path / "a.tif")]), []
+    opened: Any = predictor.open("a", [str(tmp_path / "a.tif")])
+    read: list[tuple[int, int]] = []
     rows, side = opened.view.rows.rows, predictor.how.crop_size
     opened.view.rows.rows = lambda top, bottom: read.append((top, bottom)) or rows(top, bottom)
     (blocks,) = predictor.predict([opened])
     assert (blocks.ids_HW == whole.ids_HW).mean() > 0.999
     monkeypatch.setattr(inference, "LARGE", 0)
-    again = predictor.open("a", [str(tmp_path / "a.tif")])
+    again: Any = predictor.open("a", [str(tmp_path / "a.tif")])
     (columns,) = predictor.predict([again])
     assert np.array_equal(columns.ids_HW, blocks.ids_HW) and columns.score == blocks.score
     np.testing.assert_allclose(columns.confidence_K, blocks.confidence_K, rtol=1e-9)
