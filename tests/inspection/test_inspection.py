@@ -169,8 +169,10 @@ def test_masks_of_0_and_255_taken_for_indices(capsys):
     assert set(np.unique(labelled(palette="binary", num_labels=None)[0][0][1])) == {0, 1}
 
 
-def test_jpeg_masks(capsys):
-    write(mask=lambda n: cv2.GaussianBlur(np.kron(RNG.integers(0, 255, (8, 10, 3)), np.ones((4, 4, 1))), (0, 0), 1.5))
+@pytest.mark.parametrize("shape", [(8, 10, 3), (8, 10)])
+def test_jpeg_masks(capsys, shape):
+    block = np.ones((4, 4, 1)[: len(shape)])
+    write(mask=lambda n: cv2.GaussianBlur(np.kron(RNG.integers(0, 256, shape), block), (0, 0), 0.5).astype(np.uint8))
     assert "different values, as from JPEG or smooth scaling: save masks as PNG" in report(capsys, "--masks", "masks")
 
 
