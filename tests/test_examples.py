@@ -96,6 +96,7 @@ record.write(args.output_dir + "/run.json")
 """
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_any_script_that_writes_a_record(tmp_path):
     script, plan = tmp_path / "script.py", tmp_path / "plan.yaml"
     script.write_text(SCRIPT)

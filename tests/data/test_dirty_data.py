@@ -135,8 +135,8 @@ def test_bad_images_are_refused_whether_file_or_bytes(tmp_path, name):
     [
         {"dataloader_num_workers": 0},
         {"dataloader_num_workers": 2},
-        {"dataloader_num_workers": 2, "streaming": True},
-        {"streaming": True, "cache_dir": "{tmp}/cache", "cache_short_side": 36},
+        pytest.param({"dataloader_num_workers": 2, "streaming": True}, marks=pytest.mark.slow),
+        pytest.param({"streaming": True, "cache_dir": "{tmp}/cache", "cache_short_side": 36}, marks=pytest.mark.slow),
     ],
     ids=["one process", "two workers", "streamed", "cached"],
 )

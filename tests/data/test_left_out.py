@@ -142,7 +142,9 @@ def test_folders_of_pictures(tree, name, links):
         assert sum(map(len, pairing.pairs.values())) == len(used)
         of_masks = sum(n for reason, n in pairing.left_out.counts.items() if reason.startswith("masks: "))
         assert pairing.left_out.counts.total() - of_masks == left_out.counts.total()
-        args = argparse.Namespace(folder=str(root), dataset_name=None, masks=None, mask_suffix="", channel_files=None)
+        args = argparse.Namespace(
+            folder=str(root), dataset_name=None, masks=None, mask_suffix="", channel_files=None, background_dir=None
+        )
         content = read_source(args)
         assert sum(map(len, content.images.values())) == len(used)
         assert content.left_out.lines() == left_out.lines()
