@@ -18,8 +18,9 @@ factor diag(d - 1) multiplies the rows of R.
 C R = (1 - kappa) * (S R - d * R) + kappa * (d - 1) * R needs S only through S R = z^T (z R) / M, which is cheaper than
 (z^T z) R when there are fewer rows than features.
 
-The step is stable while eta times the largest eigenvalue of S stays below about 1. `largest_eigenvalue` estimates that
-eigenvalue from z; `step_share` says which share of eta may be taken: 1 as long as the product is at most `STABLE`.
+A step cannot overshoot while eta times the largest eigenvalue of S is at most about 1, and diverges above 2.
+`largest_eigenvalue` estimates that eigenvalue from z; `step_share` says which share of eta may be taken: 1 as long as
+the product is at most `STABLE`.
 
 R may be block-diagonal, ``R = diag(R_1, .., R_J)``, stored as (J, E, E): each block decorrelates E = D / J features
 among themselves, with a J-th of the memory and of the products. ``W R`` is then ``[W_1 R_1, .., W_J R_J]`` for the
@@ -85,7 +86,7 @@ def decorrelated_input(x_ND: Tensor, R_DD: Tensor) -> Tensor:
 
 
 def in_blocks(product: Callable[[Tensor, Tensor], Tensor], weight_OD: Tensor, R_JEE: Tensor) -> Tensor:
-    """A product of W and a block-diagonal R: that of the columns of W that belong to each block, as one batch."""
+    """Apply ``product`` to each block of R and the columns of W that belong to it, as one batch."""
     weight_JOE = weight_OD.reshape(-1, *R_JEE.shape[:2]).transpose(0, 1)
     return product(weight_JOE, R_JEE).transpose(0, 1).flatten(1)
 
@@ -195,7 +196,7 @@ def step_share(zzR_DD: Tensor, largest: Tensor | None, count: Tensor, *, eta: fl
 
     Returns:
         (...): exactly 1 while ``eta * largest / count <= STABLE``, else the share that makes them equal, and 0 if the
-        sums are not finite or so large (beyond 1e19) that the step might not be.
+        sums are not finite or so large (beyond 1e19) that the step might overflow.
     """
     finite = torch.linalg.vector_norm(zzR_DD, dim=(-2, -1)).isfinite()
     share = torch.ones_like(count) if largest is None else (STABLE * count / (eta * largest)).clamp_max(1.0)
@@ -271,7 +272,7 @@ def sample_rows(num_rows: int, num_samples: int, key: Tensor) -> Tensor:
     Returns:
         int64 indices (num_samples,) on ``key``'s device.
     """
-    # made a value, not an index: torch.compile computes indices in 32 bits on a GPU
+    # adding 0 makes it a value: torch.compile computes what is only an index in 32 bits on a GPU
     i_M = torch.arange(num_samples, device=key.device) + key.bitwise_and(0)
     first_M = i_M * num_rows // num_samples
     width_M = (i_M + 1) * num_rows // num_samples - first_M

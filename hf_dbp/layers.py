@@ -154,16 +154,16 @@ class Decorrelation(nn.Module):
             self.R.copy_(torch.eye(self.R.shape[-1], device=self.R.device).expand_as(self.R))
 
     def squares(self, x_MD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The square matrices of R, one or J views, each after the columns of the rows that it decorrelates."""
+        """Pairs of columns of the rows and the square matrix that decorrelates them: one, J for a block-diagonal R."""
         R_JEE = self.R.view(-1, *self.R.shape[-2:])
         return zip(x_MD.chunk(len(R_JEE), dim=-1), R_JEE.unbind(), strict=True)
 
     def wants_rows(self) -> bool:
-        """Whether this forward pass contributes rows; its repetition by gradient checkpointing, in backward, does
-        not."""
+        """Whether this forward pass contributes rows. Its recomputation under gradient checkpointing, in the backward
+        pass, does not."""
         if not (self.training and self.gathering):
             return False
-        # As in torch.utils.module_tracker; torch.compile does not trace the recomputation through this code.
+        # The check of torch.utils.module_tracker; torch.compile does not trace the recomputation through this code.
         return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def choose_rows(self, num_rows: int) -> Tensor | None:

@@ -5,9 +5,10 @@
     O  = NS(M / |M|_F)                         five Newton-Schulz iterations towards the polar factor of M, in bfloat16
     W <- (1 - lr lambda) W - lr 0.2 sqrt(max(O, D)) O
 
-torch iterates over one matrix at a time. On a GPU the launches of some 120 small matrices then take longer than the
-training step of a small ViT; on a CPU the batched products of a small model are about 1.5 times as fast. The factor
-0.2 sqrt(max(O, D)) gives the step the size of AdamW's (``match_rms_adamw``), so one learning rate serves both.
+torch iterates over one matrix at a time, some forty kernels each: for the 84 hidden matrices of a ViT-Small their
+launches alone take milliseconds of a GPU's step. On a CPU, batching makes the iterations of a small model about 1.5
+times as fast. The factor 0.2 sqrt(max(O, D)) gives the step the size of AdamW's (``match_rms_adamw``), so one
+learning rate serves both.
 
 Shapes: L matrices of one shape O x D.
 """

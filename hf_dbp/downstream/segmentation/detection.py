@@ -1,13 +1,13 @@
-"""Is there any? Image-level detection with a segmentation model, and the figures of each validation image.
+"""Does an image hold any class but background? Image-level detection by a segmentation model; figures of each image.
 
 The score of an image is the highest probability, over its pixels, of any class but 0 (background). As a detector of
-images that hold such a class, it has:
+images that hold such a class (a defect, say), it has:
 
     ROC AUC    the probability that an image with a defect scores above one without; ties count half
     threshold  the highest score at which at least the wanted share of the images with a defect is found
 
 Both need validation images of both kinds. The threshold is chosen on the validation images and applies to similar
-images; measure its figures on others.
+images; measure its recall and precision on other images.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def image_figures(counts: Mapping[int, ImageCounts]) -> list[ImageFigures]:
 
 
 def detection(images: Sequence[ImageFigures], recall: float = RECALL) -> dict[str, Any] | None:
-    """ROC AUC, and the threshold for a recall with its figures; None unless there are images of both kinds."""
+    """ROC AUC, and the threshold for a recall with the recall, false alarms and precision at it; None unless there are
+    images of both kinds."""
     positive = np.array([image.score for image in images if image.holds_any])
     negative = np.array([image.score for image in images if not image.holds_any])
     if not (positive.size and negative.size):
