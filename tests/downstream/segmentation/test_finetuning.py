@@ -125,6 +125,7 @@ def test_the_worst_images_are_shown_beside_the_others(real_pictures, encoder, tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("real_pictures")
 def test_from_a_vit_to_scores_picture_and_a_stock_model(encoder, tmp_path):
     out = tmp_path / "out"
     record = main([*FLAGS, *encoder, "--output_dir", str(out), *NATIVE, "--layer_decay", "0.8"])
