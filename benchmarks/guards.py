@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: under autocast")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.set_defaults(fields={})  # of the configuration, in place of the size's
+    parser.set_defaults(optimizer="adamw", fields={})
     return parser.parse_args()
 
 

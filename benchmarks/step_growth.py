@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output_dir", type=Path, default=Path("step_growth"))
-    parser.set_defaults(methods=METHODS, compile=False, clock="cpu", image_size=224, patch_size=16)
+    parser.set_defaults(methods=METHODS, optimizer="adamw", compile=False, clock="cpu", image_size=224, patch_size=16)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = {name: sweep(args, points) for name, points in SWEEPS.items()}

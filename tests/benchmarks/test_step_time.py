@@ -1,6 +1,9 @@
 """The benchmark measures what it says: the naive form is the published algorithm, and every step has its parts."""
 
 import argparse
+import json
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -56,15 +59,41 @@ def test_fused_inference_compares_the_same_shapes() -> None:
     assert result["ratio_to_stock"]["stock"] == 1 and all(ratio > 0 for ratio in result["ratio_to_stock"].values())
 
 
-def test_growth_is_a_table_and_a_figure_of_every_sweep(step_time: ModuleType, tmp_path: Path) -> None:
+def test_growth_is_a_table_and_a_figure_of_every_sweep(
+    step_time: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     growth = load_benchmark("step_growth")
-    blocks = {"depth": {1: (2, {"num_hidden_layers": 1}), 2: (2, {"num_hidden_layers": 2})}}
-    args = argparse.Namespace(**vars(ARGUMENTS), device="cpu", clock="cpu", compile=False, repeats=1)
-    args.methods = growth.METHODS
-    found = {name: growth.sweep(args, points) for name, points in blocks.items()}
-    flops = {value: {row["method"]: row["flops"] for row in rows} for value, rows in found["depth"].items()}
-    assert flops[1]["bp"] < flops[2]["bp"] and flops[1]["dbp"] < flops[1]["naive"]
-    assert len(growth.markdown(found).splitlines()) == 2 + len(blocks["depth"])
-    growth.plot(found, tmp_path / "growth.png")
-    assert (tmp_path / "growth.png").stat().st_size > 10_000
     assert growth.SWEEPS.keys() == {"batch", "width", "depth"}
+    points = {blocks: (2, {"num_hidden_layers": blocks, "decoder_num_hidden_layers": 1}) for blocks in (1, 2)}
+    monkeypatch.setattr(growth, "SWEEPS", {"depth": points})
+    flags = ["--device", "cpu", "--repeats", "1", "--threads", "1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["step_growth.py", *flags])
+    growth.main()
+    found = json.loads((tmp_path / "growth.json").read_text())["sweeps"]
+    flops = {value: {row["method"]: row["flops"] for row in rows} for value, rows in found["depth"].items()}
+    assert flops["1"]["bp"] < flops["2"]["bp"] and flops["1"]["dbp"] < flops["1"]["naive"]
+    assert capsys.readouterr().out.count("| depth ") == 2
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_the_share_of_the_guards_is_printed(
+    step_time: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guards = load_benchmark("guards")
+    flags = [
+        "--device",
+        "cpu",
+        "--size",
+        "mini",
+        "--image_size",
+        "32",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--threads",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["guards.py", *flags])
+    guards.main()
+    assert re.search(r"of a step: check [\d.]+ %, in the update -?[\d.]+ %", capsys.readouterr().out)
