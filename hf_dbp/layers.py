@@ -91,6 +91,7 @@ class JointDraws:
     def __init__(self, keys: list[Tensor]) -> None:
         self.keys_L = torch.stack(keys)
         self.counts = [0] * len(keys)  # draws of each layer so far
+        self.latest = 0
         self.asked: set[tuple[int, int, int]] = set()
         self.known: dict[tuple[int, int, int], Tensor] = {}
 
@@ -98,9 +99,10 @@ class JointDraws:
         """Indices (M,) of the next draw of the layer at ``position``."""
         draw = self.counts[position]
         self.counts[position] += 1
+        if draw > self.latest:  # a loop that seeds only once draws on and on
+            self.latest, self.asked, self.known = draw, set(), {}
         what = (num_rows, num_samples, draw)
         if what in self.asked and what not in self.known:
-            self.known = {old: rows for old, rows in self.known.items() if old[2] == draw}
             self.known[what] = torch.vmap(lambda key: sample_rows(num_rows, num_samples, key))(self.keys_L + draw)
         self.asked.add(what)
         if what in self.known:

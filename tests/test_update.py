@@ -216,6 +216,14 @@ def test_joint_draws_are_those_of_each_layer(counts: list[tuple[int, int]], keys
         assert torch.equal(joint.rows(layer, num_rows, num_rows // 2), alone)
 
 
+def test_a_loop_that_seeds_once_keeps_no_old_draws() -> None:
+    joint = JointDraws([torch.tensor(key) for key in (3, 4, 5)])
+    for _ in range(20):
+        for layer in range(3):
+            joint.rows(layer, 30, 10)
+    assert len(joint.asked) == len(joint.known) == 1
+
+
 def test_switching_gathering_off_and_discarding() -> None:
     module = model()
     set_gathering(module, False)
