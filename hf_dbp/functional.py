@@ -111,9 +111,12 @@ def layer_weight(weight_OD: Tensor, R_DD: Tensor) -> Tensor:
 
 def excess(R_DD: Tensor, dtype: torch.dtype) -> Tensor:
     """``R - I``, subtracted in R's dtype and then rounded, so that a small correction keeps its leading digits."""
+    size, device = R_DD.shape[-1], R_DD.device
     if torch.compiler.is_compiling() or type(R_DD) is not Tensor:  # nothing traced or simulated may be kept
-        return (R_DD - torch.eye(R_DD.shape[-1], dtype=dtype, device=R_DD.device)).to(dtype)
-    return torch.sub(R_DD, identity(R_DD.shape[-1], dtype, R_DD.device), out=torch.empty_like(R_DD, dtype=dtype))
+        eye_DD = torch.eye(size, dtype=dtype, device=device)
+    else:
+        eye_DD = identity(size, dtype, device)
+    return (R_DD - eye_DD).to(dtype)
 
 
 @functools.lru_cache(maxsize=16)

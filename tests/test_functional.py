@@ -124,6 +124,14 @@ def test_a_layers_weight_under_autocast_is_rounded_twice() -> None:
     assert change.item() == pytest.approx(float((exact - W.detach().double()).norm()), rel=0.1)
 
 
+def test_an_ensemble_by_vmap_multiplies_as_its_members_do() -> None:
+    W, R = torch.randn(3, 4, 6), torch.stack([near_identity(6, dtype=torch.float32) for _ in range(3)])
+    with torch.autocast("cpu", torch.bfloat16):
+        together = torch.vmap(layer_weight)(W, R)
+        alone = torch.stack([layer_weight(*pair) for pair in zip(W, R, strict=True)])
+    torch.testing.assert_close(together, alone, rtol=2**-7, atol=2**-7)  # a batched product rounds in another order
+
+
 def hand_step(x: Tensor, R: Tensor, eta: float, kappa: float) -> Tensor:
     """R - eta C R with z, C and their product written out (paper eq. 4, 5; the whitening term multiplies rows)."""
     z = torch.stack([R @ row for row in x])
