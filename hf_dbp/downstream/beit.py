@@ -36,6 +36,8 @@ SHARED = (
     "layer_norm_eps",
     "num_channels",
 )
+#: the tensors of the encoder in a model over one: a BEiT, or RF-DETR's backbone; the second group is the layer
+ENCODER = r"\b(?:beit|backbone\.backbone)\.(embeddings|(?:encoder\.layer|layers)\.(\d+))\."
 
 
 def beit_fields(vit: ViTConfig) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def beit_state(vit: ViTModel) -> dict[str, Tensor]:
 def parameter_groups(
     model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Group the parameters of a model built on a BEiT, with layer-wise learning-rate decay (BEiT, MAE).
+    """Group the parameters of a model over an encoder (`ENCODER`), with layer-wise learning-rate decay (BEiT, MAE).
 
     With L layers, layer i (1..L) learns at `learning_rate * layer_decay ** (L + 1 - i)`, the embeddings as layer 0,
     neck and heads at `learning_rate`. Biases, norms, the class token and the positions get no weight decay.
@@ -81,7 +83,7 @@ def parameter_groups(
     """
     if not 0 < layer_decay <= 1:
         raise UserError(f"layer_decay is {layer_decay}: give a factor above 0 and at most 1 (1 is no decay)")
-    found = [re.search(r"\bbeit\.(embeddings|layers\.(\d+))\.", name) for name, _ in model.named_parameters()]
+    found = [re.search(ENCODER, name) for name, _ in model.named_parameters()]
     layers = max(int(match[2]) + 1 for match in found if match is not None and match[2] is not None)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for match, (name, parameter) in zip(found, model.named_parameters(), strict=True):

@@ -18,14 +18,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from typing import Any
 
+from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTModel
 
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import extract_vit
 
-__all__ = ["extract_dinov2", "vit_of_dinov2"]
+__all__ = ["dinov2_fields", "extract_dinov2", "fill_dinov2", "vit_of_dinov2"]
 
 SAME = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "hidden_dropout_prob",
@@ -57,36 +59,47 @@ def extract_dinov2(model: PreTrainedModel) -> Dinov2Model:
             not finite, or ``model`` is none of these.
     """
     vit = model if isinstance(model, ViTModel) else extract_vit(model)
-    config = vit.config
-    size = config.image_size if isinstance(config.image_size, int) else tuple(config.image_size)
+    size = vit.config.image_size if isinstance(vit.config.image_size, int) else tuple(vit.config.image_size)
     if not isinstance(size, int) and len(set(size)) != 1:
         raise UserError(
             f"a DINOv2 takes square images, this encoder {size[0]} x {size[1]}: keep it as a ViT (--as vit), or "
             "pre-train with a square --image_size"
         )
+    fields = dinov2_fields(vit.config, "keep it as a ViT (--as vit)")
+    dinov2 = Dinov2Model(Dinov2Config(**fields | {"image_size": size if isinstance(size, int) else size[0]}))
+    dinov2.config._attn_implementation = vit.config._attn_implementation
+    dinov2.to(device=vit.device, dtype=vit.dtype)
+    fill_dinov2(dinov2, vit.state_dict())
+    dinov2.train(vit.training)
+    return dinov2
+
+
+def dinov2_fields(config: ViTConfig, remedy: str) -> dict[str, Any]:
+    """The fields with which a DINOv2, or a backbone made like one, has the hidden states of a ViT.
+
+    Args:
+        config: of the ViT.
+        remedy: ends the message of the error.
+
+    Raises:
+        UserError: the MLP's width is not a multiple of the hidden size.
+    """
     if config.intermediate_size % config.hidden_size:
         raise UserError(
             f"a DINOv2's MLP is a whole multiple of its width, but this encoder's {config.intermediate_size} is not "
-            f"one of {config.hidden_size}: keep it as a ViT (--as vit)"
+            f"one of {config.hidden_size}: {remedy}"
         )
-    fields = {name: getattr(config, name) for name in SAME} | {"image_size": size if isinstance(size, int) else size[0]}
-    dinov2 = Dinov2Model(
-        Dinov2Config(
-            **fields,
-            mlp_ratio=config.intermediate_size // config.hidden_size,
-            layerscale_value=1.0,
-            use_mask_token=False,
-            use_swiglu_ffn=False,
-        )
-    )
-    dinov2.config._attn_implementation = config._attn_implementation
-    dinov2.to(device=vit.device, dtype=vit.dtype)
+    own = {"layerscale_value": 1.0, "use_mask_token": False, "use_swiglu_ffn": False}
+    ratio = config.intermediate_size // config.hidden_size
+    return {name: getattr(config, name) for name in SAME} | {"mlp_ratio": ratio} | own
+
+
+def fill_dinov2(dinov2: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
+    """Load the tensors of a ViT into a DINOv2, or a backbone made like one, whose LayerScale stays 1."""
     own = dinov2.state_dict()
-    state = {new_name(name, own): value for name, value in vit.state_dict().items() if not name.startswith("pooler.")}
+    tensors = {new_name(name, own): value for name, value in state.items() if not name.startswith("pooler.")}
     scales = {name: value for name, value in own.items() if name.endswith(".lambda1")}  # ones
-    dinov2.load_state_dict(state | scales)
-    dinov2.train(vit.training)
-    return dinov2
+    dinov2.load_state_dict(tensors | scales)
 
 
 def vit_of_dinov2(model: Dinov2Model) -> ViTModel:
