@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shlex
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,10 @@ import numpy as np
 import tifffile
 from matplotlib.figure import Figure
 from PIL import Image
+from short_runs import NAMES, add_job_flags, data_flags, fine_tuned, job, machine, shown, write_whole
 
 from hf_dbp.comparison.statistics import Mean, mean_interval, paired_test
-from hf_dbp.data.wire_bonding import CLASS_NAMES, WireBonding
-from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.data.wire_bonding import WireBonding
 
 VARIANTS = {
     "cross-entropy": [],
@@ -44,34 +42,8 @@ VARIANTS = {
     "all three": ["--rare_crops", "0.33", "--loss", "ce+dice", "--class_weights", "sqrt"],
 }
 BASELINE = "cross-entropy"
-NAMES = {
-    "camvid": [
-        "sky",
-        "building",
-        "pole",
-        "road",
-        "pavement",
-        "tree",
-        "sign",
-        "fence",
-        "car",
-        "pedestrian",
-        "bicyclist",
-    ],
-    "wire_bonding": list(CLASS_NAMES),
-}
 RARE = {"camvid": ["pole", "sign", "pedestrian", "bicyclist"], "wire_bonding": ["ball", "wedge"]}
-ENCODERS = {"camvid": "camvid-fused", "wire_bonding": "wire-fused"}
-OWN = {
-    "camvid": "--crop_size 128 --ignore_index 11 --max_steps 400",
-    "wire_bonding": "--crop_size 64 --num_channels 2 --max_steps 400",
-}
-FLAGS = (
-    "--long_edge 0 --head_size 64 --auxiliary_head_size 32 --per_device_train_batch_size 16 "
-    "--per_device_eval_batch_size 32 --learning_rate 2e-3 --layer_decay 0.75 --warmup_steps 0.05 "
-    "--lr_scheduler_type cosine --eval_strategy no --save_strategy no --do_train --report_to none --disable_tqdm 1 "
-    "--logging_steps 50"
-)
+STEPS = "400"
 KEPT = ("mean_iou", "per_class", "seed", "train_seconds", "data", "arguments", "versions", "hardware")
 
 
@@ -123,27 +95,18 @@ def jobs(args: argparse.Namespace) -> None:
         for data in NAMES:
             for variant in VARIANTS:
                 file = Path(args.results) / data / f"{variant.replace(' ', '_')}-{seed}.json"
-                words = [args.script, "run", "--data", data, "--variant", variant, "--seed", str(seed)]
-                words += ["--data_dir", args.data_dir, "--encoders", args.encoders, "--output", str(file)]
-                print(f"{args.python} {shlex.join(words)}{' ' * bool(args.more)}{args.more}")
+                words = ["--data", data, "--variant", variant, "--seed", str(seed), "--output", str(file)]
+                print(job(args, words))
 
 
 def run(args: argparse.Namespace, more: Sequence[str]) -> None:
     """Train and evaluate one variant with one seed and write its figures, unless they are there."""
     if Path(args.output).is_file():
         return
-    folder = Path(args.data_dir)
-    flags = [*FLAGS.split(), *OWN[args.data].split(), *VARIANTS[args.variant], "--seed", str(args.seed)]
-    flags += ["--model_name_or_path", str(Path(args.encoders) / ENCODERS[args.data])]
-    flags += ["--train_dir", str(folder / args.data), "--id2label", str(folder / f"{args.data}.json")]
-    with tempfile.TemporaryDirectory() as output_dir:
-        record = finetuning.main([*flags, "--output_dir", output_dir, *more])
-    file = Path(args.output)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
+    flags = [*data_flags(args.data, args.data_dir, args.encoders), "--max_steps", STEPS, *VARIANTS[args.variant]]
+    record = fine_tuned(args.data, [*flags, "--seed", str(args.seed), *more])
     kept = {key: record[key] for key in KEPT} | {"benchmark": {"data": args.data, "variant": args.variant}}
-    part.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
+    write_whole(Path(args.output), kept)
 
 
 # ---- report ----
@@ -181,11 +144,6 @@ def difference(found: Found, variant: str, name: str, key: str = "iou") -> Mean:
     """The paired difference of a variant to plain cross-entropy."""
     base, values = ([figure(record, name, key) for record in found[each]] for each in (BASELINE, variant))
     return paired_test(base, values).difference
-
-
-def shown(mean: Mean, sign: str = "") -> str:
-    interval = "" if mean.low is None else f" [{mean.low:{sign}.3f}, {mean.high:{sign}.3f}]"
-    return f"{mean.mean:{sign}.3f}{interval}"
 
 
 def section(data: str, found: Found) -> list[str]:
@@ -269,10 +227,7 @@ def report(args: argparse.Namespace) -> None:
     if left_out:
         lines += [f"Left out, because some variant lacks the seed: {'; '.join(left_out)}.", ""]
     record = next(iter(sets.values()))[BASELINE][0]
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    hardware = record["hardware"]
-    machine = ", ".join(dict.fromkeys(str(hardware[key]) for key in ("gpu", "processor") if hardware.get(key)))
-    lines += [f"Machine: {machine}; {versions}."]
+    lines += [machine(record)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot(sets, folder / "differences.png")
     kept = ("mean_iou", "per_class", "seed", "train_seconds")
@@ -290,13 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--camvid", required=True, help="folder of CamVid's parquet files")
     command.add_argument("--output_dir", required=True)
     command = commands.add_parser("jobs", help="print a command per run")
-    command.add_argument("--data_dir", required=True)
-    command.add_argument("--encoders", required=True)
-    command.add_argument("--results", required=True)
-    command.add_argument("--seeds", type=int, default=5)
-    command.add_argument("--python", default="python")
-    command.add_argument("--script", default="benchmarks/rare_classes.py")
-    command.add_argument("--more", default="", help="further flags of hf-dbp finetune for each run")
+    add_job_flags(command, "benchmarks/rare_classes.py")
     command = commands.add_parser("run", help="one variant with one seed; further flags go to hf-dbp finetune")
     command.add_argument("--data", choices=NAMES, required=True)
     command.add_argument("--variant", choices=VARIANTS, required=True)
