@@ -147,7 +147,7 @@ class ImageList:
             try:
                 return self._decoded((index + offset) % len(self), decoder, *how)
             except UnreadableImageError as error:
-                last = error
+                last = str(error)  # the error itself would keep this frame, and all that called it, alive
         raise UserError(f"none of the {len(self)} images can be read, the last: {last}")
 
     def unreadable_images(self) -> dict[str, str]:

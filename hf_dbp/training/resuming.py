@@ -52,7 +52,7 @@ from hf_dbp.training.saving import (
     rotate,
     whole_checkpoints,
 )
-from hf_dbp.training.stopping import StopOnSignal, Stopped, shield_workers
+from hf_dbp.training.stopping import StopOnSignal, Stopped, end_workers, shield_workers
 
 __all__ = ["ResumingTrainer"]
 
@@ -220,6 +220,7 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             raise SystemExit(stopped.status) from None
         finally:
             self.guard.release()
+            end_workers(self.accelerator._dataloaders)
             for clock in self.callbacks_of(ClockCallback):
                 clock.stop()
 

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -28,9 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import TrainerCallback
 
-__all__ = ["StopOnSignal", "Stopped", "handling", "leave", "shield_workers"]
+__all__ = ["StopOnSignal", "Stopped", "end_workers", "handling", "leave", "shield_workers"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 1.0
@@ -79,6 +80,19 @@ def _start_worker(ending: Any, then: Callable[[int], None] | None, number: int) 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if then is not None:
         then(number)
+
+
+def end_workers(loaders: Iterable[DataLoader[Any]]) -> None:
+    """End the persistent workers of these loaders, which start new ones if they are read again.
+
+    Left to the garbage collector, each worker of a loader in a reference cycle, as a Trainer's are, is waited for in
+    vain for five seconds: the collector closes the queues before the loader can tell its workers to end.
+    """
+    for loader in loaders:
+        base = getattr(loader, "base_dataloader", loader)  # accelerate's loaders read from another
+        if isinstance(base._iterator, _MultiProcessingDataLoaderIter):
+            base._iterator._shutdown_workers()
+            base._iterator = None
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Training survives a folder as found in the wild; run.json lists each unreadable image once, with the reason."""
 
+import gc
 import io
 import json
+import multiprocessing
 import os
 import struct
 import zlib
@@ -130,6 +132,16 @@ def test_bad_images_are_refused_whether_file_or_bytes(tmp_path, name):
         decode({"bytes": content, "path": None}, 3, "here")
 
 
+@pytest.fixture
+def uncollected(monkeypatch):
+    """What is in a reference cycle stays."""
+    gc.collect()
+    monkeypatch.setattr(gc, "collect", lambda *args: 0)
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -140,7 +152,7 @@ def test_bad_images_are_refused_whether_file_or_bytes(tmp_path, name):
     ],
     ids=["one process", "two workers", "streamed", "cached"],
 )
-def test_a_dirty_folder_trains_to_the_end_and_is_counted_exactly(tmp_path, dirty, how):
+def test_a_dirty_folder_trains_to_the_end_and_is_counted_exactly(tmp_path, dirty, how, uncollected):
     how = {key: str(value).format(tmp=tmp_path) for key, value in how.items()}
     run = tmp_path / "run"
     main(
@@ -156,6 +168,7 @@ def test_a_dirty_folder_trains_to_the_end_and_is_counted_exactly(tmp_path, dirty
             **how,
         )
     )
+    assert not multiprocessing.active_children(), "workers that a garbage collection would wait for in vain"
     record = json.loads((run / "run.json").read_text())
     assert record["results"]["finished"] and record["rows"][-1]["epoch"] == 2.0
     unreadable = record["results"]["unreadable"]

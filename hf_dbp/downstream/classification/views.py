@@ -115,7 +115,7 @@ class TrainingViews(torch.utils.data.Dataset[dict[str, Tensor]]):
             try:
                 return self.images.part(row, choose, self.size), int(self.data.labels_N[row])
             except UnreadableImageError as error:
-                last = error
+                last = str(error)
         raise UserError(f"none of the {len(self)} images can be read, the last: {last}")
 
 

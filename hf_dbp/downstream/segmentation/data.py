@@ -128,7 +128,7 @@ class LabelledImages:
             try:
                 return self[(index + offset) % len(self)]
             except UnreadableImageError as error:
-                last = error
+                last = str(error)
         raise UserError(f"none of the {len(self)} pairs of image and mask can be read, the last: {last}")
 
     def unreadable_images(self) -> dict[str, str]:
