@@ -35,16 +35,34 @@ def nearest(features_ND: Tensor, queries_QD: Tensor, k: int) -> tuple[Tensor, Te
     similarities, rows = [], []
     for queries_BD in torch.split(queries_QD, BLOCK):
         best_Bk = queries_BD.new_zeros(len(queries_BD), 0)
-        row_Bk = torch.zeros(len(queries_BD), 0, dtype=torch.int64)
+        row_Bk = torch.zeros(len(queries_BD), 0, dtype=torch.int64, device=queries_BD.device)
         for start in range(0, len(features_ND), BLOCK):
             block_BM = queries_BD @ features_ND[start : start + BLOCK].T
-            numbers = torch.arange(start, start + block_BM.shape[1]).expand(len(queries_BD), -1)
+            numbers = torch.arange(start, start + block_BM.shape[1], device=block_BM.device).expand(len(queries_BD), -1)
+            if best_Bk.shape[1] == k:  # a full list: only what beats its last entry can enter it
+                block_BM, numbers = larger(block_BM, numbers, best_Bk[:, -1:])
             pool, pool_rows = torch.cat([best_Bk, block_BM], dim=1), torch.cat([row_Bk, numbers], dim=1)
-            best_Bk, picked = pool.topk(min(k, pool.shape[1]), dim=1)
+            if best_Bk.shape[1] == k:  # stable, so that no query's list depends on how many others found
+                best_Bk, picked = (kept[:, :k] for kept in pool.sort(dim=1, descending=True, stable=True))
+            else:
+                best_Bk, picked = pool.topk(min(k, pool.shape[1]), dim=1)
             row_Bk = pool_rows.gather(1, picked)
         similarities.append(best_Bk)
         rows.append(row_Bk)
     return torch.cat(similarities), torch.cat(rows)
+
+
+def larger(block_BM: Tensor, numbers_BM: Tensor, bound_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of each row above its bound, in order, and their numbers; rows with fewer end with -inf."""
+    above_BM = block_BM > bound_B1
+    row_n, column_n = above_BM.nonzero(as_tuple=True)
+    count_B = above_BM.sum(dim=1)
+    place_n = torch.arange(len(row_n), device=row_n.device) - (count_B.cumsum(dim=0) - count_B)[row_n]
+    values = block_BM.new_full((len(block_BM), int(count_B.max())), -torch.inf)
+    numbers = numbers_BM.new_zeros(values.shape)
+    values[row_n, place_n] = block_BM[row_n, column_n]
+    numbers[row_n, place_n] = numbers_BM[row_n, column_n]
+    return values, numbers
 
 
 def near_duplicates(features_ND: Tensor, threshold: float) -> NDArray[np.int64]:

@@ -59,7 +59,7 @@ MEMORY, SETTINGS = "memory.safetensors", "retrieval.json"
 
 
 class RetrievalSegmenter(nn.Module):
-    """A frozen ViT with a memory of labelled patches; called like a UperNet.
+    """A frozen ViT with a memory of labelled patches, on one device; called like a UperNet.
 
     Args:
         vit: stock ViT.
@@ -70,22 +70,29 @@ class RetrievalSegmenter(nn.Module):
         temperature: tau.
     """
 
+    memory_MD: Tensor
+    shares_MK: Tensor
+    mean_D: Tensor
+    keys_MD: Tensor
+
     def __init__(
         self, vit: ViTModel, memory_MD: Tensor, shares_MK: Tensor, id2label: dict[int, str], *,
         neighbours: int = 30, temperature: float = 0.05,
     ) -> None:  # fmt: skip
         super().__init__()
         self.vit, self.neighbours, self.temperature = vit.eval(), neighbours, temperature
-        self.memory_MD, self.shares_MK = memory_MD.float(), shares_MK.float()
-        self.mean_D = self.memory_MD.mean(dim=0)
-        self.keys_MD = centred(self.memory_MD, self.mean_D)
+        memory_MD = memory_MD.to(vit.device, torch.float32)
+        mean_D = memory_MD.mean(dim=0)
+        own = {"memory_MD": memory_MD, "shares_MK": shares_MK.to(memory_MD), "mean_D": mean_D}
+        for name, tensor in (own | {"keys_MD": centred(memory_MD, mean_D)}).items():
+            self.register_buffer(name, tensor, persistent=False)
         self.config = SimpleNamespace(id2label=id2label)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> SimpleNamespace:
         """Logits (B, K, S, S) of normalised windows (B, C, S, S), as the attribute ``logits``."""
         tokens_BTD = patch_tokens(self.vit, pixel_values)
-        queries_QD = centred(tokens_BTD.flatten(0, 1).cpu(), self.mean_D)
+        queries_QD = centred(tokens_BTD.flatten(0, 1), self.mean_D)
         similarity_Qk, row_Qk = nearest(self.keys_MD, queries_QD, self.neighbours)
         weight_Qk = (similarity_Qk / self.temperature).softmax(dim=1)
         shares_QK = torch.einsum("qk,qkc->qc", weight_Qk, self.shares_MK[row_Qk])
@@ -94,13 +101,14 @@ class RetrievalSegmenter(nn.Module):
         )
         shares_BKhw = shares_QK.reshape(len(pixel_values), height, width, -1).permute(0, 3, 1, 2)
         shares = nn.functional.interpolate(shares_BKhw, pixel_values.shape[2:], mode="bilinear", align_corners=False)
-        return SimpleNamespace(logits=(shares + 1e-6).log().to(pixel_values.device))
+        return SimpleNamespace(logits=(shares + 1e-6).log())
 
     def save_pretrained(self, folder: Path, **settings: Any) -> None:
         """Write the ViT as a stock model and, beside it, the memory and all settings, including ``settings``, as
         JSON."""
         self.vit.save_pretrained(folder)
-        save_file({"tokens": self.memory_MD.contiguous(), "shares": self.shares_MK.contiguous()}, folder / MEMORY)
+        memory = {"tokens": self.memory_MD, "shares": self.shares_MK}
+        save_file({name: tensor.cpu().contiguous() for name, tensor in memory.items()}, folder / MEMORY)
         own = {"neighbours": self.neighbours, "temperature": self.temperature, "id2label": self.config.id2label}
         write_json(folder / SETTINGS, {"schema": 1, **own, **settings})
 
