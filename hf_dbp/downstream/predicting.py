@@ -55,6 +55,8 @@ TASKS = {
     "ForSemanticSegmentation": "hf_dbp.downstream.segmentation.predictor",
     "ForImageClassification": "hf_dbp.downstream.classification.predictor",
 }
+#: what lies beside the encoder of a model that is no stock class: the module that predicts with it
+BESIDE = {"retrieval.json": "hf_dbp.downstream.segmentation.predictor"}
 Row = dict[str, Any]
 
 
@@ -110,15 +112,17 @@ def load_predictor(model: str, **settings: Any) -> Predictor:
     found = read_json(model, "config.json")
     if found is None:
         raise UserError(f"{model} holds no config.json; give a folder or a Hub id of a model")
-    architectures = found[1].get("architectures") or []
-    for name, ending in ((name, ending) for name in architectures for ending in TASKS):
-        if str(name).endswith(ending):
-            predictor: Predictor = importlib.import_module(TASKS[ending]).load(model, **settings)
-            return predictor
-    raise UserError(
-        f"{found[0]} is of {', '.join(map(str, architectures)) or 'no architecture'}: predict takes models of "
-        f"{', '.join(TASKS)}; train one with `hf-dbp finetune` or `hf-dbp classify`"
-    )
+    architectures = [str(name) for name in found[1].get("architectures") or []]
+    modules = [TASKS[ending] for name in architectures for ending in TASKS if name.endswith(ending)]
+    modules += [module for file, module in BESIDE.items() if (Path(model) / file).is_file()]
+    if not modules:
+        raise UserError(
+            f"{found[0]} is of {', '.join(architectures) or 'no architecture'}: predict takes models of "
+            f"{', '.join(TASKS)} and folders of `hf-dbp retrieve`; make one with `hf-dbp finetune`, `hf-dbp classify` "
+            "or `hf-dbp retrieve`"
+        )
+    predictor: Predictor = importlib.import_module(modules[0]).load(model, **settings)
+    return predictor
 
 
 def predict(
@@ -296,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         prog="hf-dbp predict", description="Apply a trained model to new images.", parents=declared
     )
     parser.add_argument(
-        "model", help="Folder or Hub id of a model of `hf-dbp finetune` or `hf-dbp classify`, or a stock one."
+        "model", help="Folder or Hub id of a model of hf-dbp finetune, classify or retrieve, or a stock one."
     )
     parser.add_argument("images", help="A picture file, or a folder of pictures with any subfolders.")
     parser.add_argument("--output_dir", required=True, help="Folder for masks, overlays and the table.")

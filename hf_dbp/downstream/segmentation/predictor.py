@@ -1,9 +1,11 @@
-"""Semantic segmentation of new images: `hf_dbp.downstream.predicting` for UperNet and any stock model of that kind.
+"""Semantic segmentation of new images: `hf_dbp.downstream.predicting` for UperNet, any stock model of that kind, and
+the memories of `hf-dbp retrieve`.
 
 A model from `hf-dbp finetune` sees images as in its evaluation: its config.json holds crop, scale and batch size, its
 image processor mean and standard deviation. Predictions on the validation images reproduce the mean IoU of `eval.json`,
-digit for digit on the same machine. For a stock model without that entry, the crop is the size that its image processor
-resizes to, and images keep their native resolution.
+digit for digit on the same machine. So do those of `hf-dbp retrieve`, whose settings are in its `retrieval.json`. For a
+stock model without that entry, the crop is the size that its image processor resizes to, and images keep their native
+resolution.
 
 For each image, with NAME its path below the folder of images, it writes
 
@@ -54,6 +56,7 @@ from hf_dbp.downstream.segmentation.evaluation import class_scores
 from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, likely, logit_bands
+from hf_dbp.downstream.segmentation.retrieval import SETTINGS, RetrievalSegmenter, load_retrieval
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError
@@ -102,13 +105,21 @@ def load(
         UserError: something is wrong with the model or the settings.
     """
     content = read_config(model)
-    evaluated = read_evaluated(content, model)
+    own: dict[str, Any] = {}
+    network: PreTrainedModel | RetrievalSegmenter
+    evaluated: Evaluated | None
+    if (Path(model) / SETTINGS).is_file():
+        network, kept = load_retrieval(model)
+        evaluated = Evaluated(kept["crop_size"], kept["long_edge"], kept["batch_size"])
+        own = {name: kept[name] for name in ("neighbours", "temperature")}
+        content = content | {"loss_ignore_index": kept["ignore_index"]}
+    else:
+        network, evaluated = load_network(model, content), read_evaluated(content, model)
     how = evaluated or Evaluated(crop_size or stock_crop(model), long_edge or None)
     changes: dict[str, Any] = {"crop_size": crop_size, "batch_size": batch_size}
     how = dataclasses.replace(how, **{name: value for name, value in changes.items() if value is not None})
     how = how if long_edge is None else dataclasses.replace(how, long_edge=long_edge or None)
-    network = load_network(model, content).eval()
-    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     channels = channels_of(content)
     statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
     truth = None
@@ -121,12 +132,12 @@ def load(
         ignored = ignore_index if ignore_index is not None else int(content.get("loss_ignore_index", 255))
         truth = Truth(masks, mask_suffix, None if palette is None else Palette(palette, ignored), ignored)
     settings = {
-        "task": "segmentation", "model": model, "weights": weights_digest(network), **how.record(),
+        "task": "segmentation", "model": model, "weights": weights_digest(network), **how.record(), **own,
         "masks": masks, "overlays": not no_overlays, "export": sorted(export),
     }  # fmt: skip
-    kept = read_value_range(model)
-    preparation = Preparation(how.long_edge, *statistics, kept or UNIT)
-    return Segmenter(network, how, preparation, channels, settings, truth, floats=kept is not None)
+    value_range = read_value_range(model)
+    preparation = Preparation(how.long_edge, *statistics, value_range or UNIT)
+    return Segmenter(network, how, preparation, channels, settings, truth, floats=value_range is not None)
 
 
 def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel:
@@ -264,7 +275,7 @@ class Segmenter:
     """A `Predictor` of class ids.
 
     Args:
-        model: in eval mode, on the device where it is to run.
+        model: in eval mode, on the device where it is to run; its config names the classes.
         how: crop, scale, batch and autocast.
         preparation: prepares images for the model.
         channels: number of channels of the images.
@@ -274,7 +285,7 @@ class Segmenter:
     """
 
     def __init__(
-        self, model: PreTrainedModel, how: Evaluated, preparation: Preparation, channels: int,
+        self, model: PreTrainedModel | RetrievalSegmenter, how: Evaluated, preparation: Preparation, channels: int,
         settings: Mapping[str, Any], truth: Truth | None = None, *, floats: bool = False,
     ) -> None:  # fmt: skip
         self.floats = floats

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,9 +41,10 @@ from hf_dbp.downstream.neighbours import centred, nearest
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images
 from hf_dbp.downstream.segmentation.detection import detection, image_figures
 from hf_dbp.downstream.segmentation.evaluation import class_scores
+from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated
 from hf_dbp.downstream.segmentation.figures import plot_predictions, plot_worst
 from hf_dbp.downstream.segmentation.finetuning import DataArguments, image_processor
-from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, window_origins
+from hf_dbp.downstream.segmentation.inference import BATCH, WholeImages, count_pixels, window_origins
 from hf_dbp.downstream.segmentation.mean_iou import scores_from_confusion
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.arguments import HubFlags
@@ -70,6 +72,7 @@ class RetrievalSegmenter(nn.Module):
         temperature: tau.
     """
 
+    config: SimpleNamespace
     memory_MD: Tensor
     shares_MK: Tensor
     mean_D: Tensor
@@ -85,7 +88,7 @@ class RetrievalSegmenter(nn.Module):
         mean_D = memory_MD.mean(dim=0)
         own = {"memory_MD": memory_MD, "shares_MK": shares_MK.to(memory_MD), "mean_D": mean_D}
         for name, tensor in (own | {"keys_MD": centred(memory_MD, mean_D)}).items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor)
         self.config = SimpleNamespace(id2label=id2label)
 
     @torch.no_grad()
@@ -125,6 +128,9 @@ def load_retrieval(folder: str | Path) -> tuple[RetrievalSegmenter, dict[str, An
         memory = load_file(path / MEMORY)
         names = {int(number): str(name) for number, name in settings["id2label"].items()}
         neighbours, temperature = int(settings["neighbours"]), float(settings["temperature"])
+        settings.setdefault("batch_size", BATCH)  # the first memories did not keep it
+        Evaluated(*(settings[name] for name in ("crop_size", "long_edge", "batch_size")))
+        int(settings["ignore_index"])
         tokens_MD, shares_MK = memory["tokens"], memory["shares"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is not a folder of `hf-dbp retrieve`: {' '.join(str(error).split())}") from error
@@ -288,7 +294,10 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
     )
     built = time.monotonic() - began
     batches = ([eval_data[index]] for index in range(len(eval_data)))
-    found = count_pixels(model, batches, num_labels=len(names), ignore_index=source.ignore_index, crop_size=crop)
+    found = count_pixels(
+        model, batches, num_labels=len(names), ignore_index=source.ignore_index, crop_size=crop,
+        batch_size=args.batch_size,
+    )  # fmt: skip
     confusion_KK, loss_sum, images = found.confusion_KK, found.loss_sum, image_figures(found.images)
     record = {
         **figures(confusion_KK, names), "loss": loss_sum / confusion_KK.sum(),
@@ -306,7 +315,9 @@ def run(args: RetrievalArguments, data_args: DataArguments) -> dict[str, Any]:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(
-        folder, crop_size=crop, long_edge=data_args.scaled_long_edge, ignore_index=source.ignore_index
+        folder,
+        **Evaluated(crop, data_args.scaled_long_edge, args.batch_size).record(),
+        ignore_index=source.ignore_index,
     )
     image_processor(eval_data).save_pretrained(folder)
     write_json(folder / "eval.json", record)
@@ -345,5 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     for name, scores in record["per_class"].items():
         print(f"            {name:<20} IoU " + ("absent" if scores["iou"] is None else f"{scores['iou']:.4f}"))
-    print(f"written     model, eval.json, predictions.png and worst.png, in {args.output_dir}")
+    print(
+        f"written     model, eval.json, predictions.png and worst.png, in {args.output_dir}\n"
+        f"next        hf-dbp predict {shlex.quote(args.output_dir)} IMAGES --output_dir OUT"
+    )
     return record

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
+import hf_dbp
 from hf_dbp.cli import main
 from hf_dbp.downstream.segmentation import retrieval
 from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
@@ -82,6 +83,34 @@ def test_a_saved_model_gives_the_figures_that_were_written(folder):
     assert set(again["per_class"]["class 1"]) == {"iou", "accuracy", "precision", "recall", "dice", "pixels"}
     assert record["images"] == [dataclasses.asdict(image) for image in image_figures(found.images)]
     assert record["detection"] is None  # every image holds more than background
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--long_edge", "48", "--crop_size", "16", "--batch_size", "3", "--neighbours", "4"]]
+)
+def test_predict_gives_the_same_figures_to_all_digits(folder, flags):
+    record = retrieve(folder, *flags)
+    model, images, masks = (str(folder / name) for name in ("out", "val", "val_masks"))
+    found = hf_dbp.predict(model, images, folder / "predicted", masks=masks)
+    assert (found.record["mean_iou"], found.record["per_class"]) == (record["mean_iou"], record["per_class"])
+    assert [row["score"] for row in found.rows[::3]] == [image["score"] for image in record["images"]]
+    for name in ("0", "1", "2"):
+        with (
+            Image.open(folder / "predicted/masks" / f"{name}.png") as mask,
+            Image.open(f"{images}/{name}.png") as image,
+        ):
+            assert (mask.mode, mask.size) == ("L", image.size)
+        assert (folder / "predicted" / "overlays" / f"{name}.jpg").stat().st_size > 500
+    other = hf_dbp.predict(model, images, folder / "other", masks=masks, crop_size=24, long_edge=0)
+    assert other.record["per_class"] != record["per_class"]
+
+
+def test_predictions_of_another_memory_are_not_mixed_in(folder):
+    retrieve(folder)
+    hf_dbp.predict(str(folder / "out"), folder / "val", folder / "predicted")
+    retrieve(folder, "--memory", "20")
+    with pytest.raises(ValueError, match="holds predictions with weights"):
+        hf_dbp.predict(str(folder / "out"), folder / "val", folder / "predicted")
 
 
 def test_a_patch_takes_the_weighted_shares_of_its_nearest():
