@@ -6,8 +6,9 @@ hf-dbp pretrain IMAGES --budget 2h  the same within that time, with all choices 
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
 hf-dbp classify ...          a classifier of your images    = training_scripts/run_classification.py
+hf-dbp detect ...            boxes around objects, or masks  = training_scripts/run_detection.py
 hf-dbp retrieve ...          segmentation without training, by the labels of the most similar patches
-hf-dbp predict MODEL IMAGES  masks or classes of new images, and a table
+hf-dbp predict MODEL IMAGES  masks, classes or objects of new images, and a table
 hf-dbp probe ...             is the encoder good?           = training_scripts/run_probe.py
 hf-dbp embed VIT IMAGES ...  features of images as a table: near-duplicates, outliers, nearest images
 hf-dbp select TABLE --budget 40  which images to label first
@@ -38,6 +39,7 @@ COMMANDS = {
     "fuse": "hf_dbp.fusing",
     "finetune": "hf_dbp.downstream.segmentation.finetuning",
     "classify": "hf_dbp.downstream.classification.finetuning",
+    "detect": "hf_dbp.downstream.detection.finetuning",
     "retrieve": "hf_dbp.downstream.segmentation.retrieval",
     "predict": "hf_dbp.downstream.predicting",
     "probe": "hf_dbp.downstream.probe",

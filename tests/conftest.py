@@ -21,6 +21,7 @@ PICTURES = {
     "fusing": ["plot_curves", "plot_reconstructions"],
     "downstream.finetuning": ["plot_curves"],
     "downstream.classification.finetuning": ["plot_calibration", "plot_confusion", "plot_mistakes"],
+    "downstream.detection.finetuning": ["plot_detections"],
     "downstream.segmentation.finetuning": ["plot_predictions"],
     "downstream.segmentation.retrieval": ["plot_predictions"],
     "downstream.selection": ["write_pictures"],

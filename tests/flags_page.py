@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_dbp.downstream.classification import arguments as classify
+from hf_dbp.downstream.detection import arguments as detect
 from hf_dbp.downstream.probe import ProbeArguments
 from hf_dbp.downstream.segmentation import arguments as finetuning
 from hf_dbp.flags import FlagParser
@@ -14,6 +15,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "hf-dbp pretrain": pretraining.GROUPS,
     "hf-dbp finetune": finetuning.GROUPS,
     "hf-dbp classify": classify.GROUPS,
+    "hf-dbp detect": detect.GROUPS,
     "hf-dbp probe": (ProbeArguments,),
 }
 HEAD = """# Flags

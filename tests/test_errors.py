@@ -63,6 +63,10 @@ COMMANDS = {
         ["IMAGES", *RUN[8:], "--model_name_or_path", "VIT", "--output_dir", "OUT"],
         "transformers.BeitForImageClassification.forward",
     ),
+    "detect": (
+        ["IMAGES", "MASKS", *RUN[8:], "--model_name_or_path", "VIT", "--num_labels", "2", "--output_dir", "OUT"],
+        "transformers.RfDetrForObjectDetection.forward",
+    ),
     "retrieve": (
         [
             "--model_name_or_path",

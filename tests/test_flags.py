@@ -33,7 +33,7 @@ def shown(command, flag, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune", "classify", "probe"])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "classify", "detect", "probe"])
 def test_our_own_flags_come_first_and_every_flag_once(command, capsys):
     groups = COMMANDS[f"hf-dbp {command}"]
     ours = [name for group in groups for name in own_flags(group)]

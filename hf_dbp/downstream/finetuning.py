@@ -51,7 +51,7 @@ Encoder = TypeVar("Encoder", bound=EncoderArguments)
 
 
 class FinetuningTrainer(ResumingTrainer):
-    """Trainer of a stock model over a BEiT.
+    """Trainer of a stock model over an encoder, see `hf_dbp.downstream.beit.parameter_groups`.
 
     Args:
         layer_decay: as in `hf_dbp.downstream.beit.parameter_groups`.
@@ -288,6 +288,8 @@ def finish(
     plot: Callable[[Path], None],
     summary: Callable[[dict[str, Any], Path], str],
     destination: Destination | None,
+    *,
+    loss: str = "cross-entropy",
 ) -> None:
     """Write what a trained run leaves: `eval.json`, pictures and the card. Print the summary, and push.
 
@@ -296,6 +298,7 @@ def finish(
         plot: writes the pictures of the task into a folder.
         summary: what to print, from the record and the folder.
         destination: where to push; None not to.
+        loss: what the curves call the loss.
     """
     if trainer.budget is not None:
         record["budget"] = trainer.budget.record()
@@ -306,7 +309,7 @@ def finish(
     write_json(folder / RECORD, record)
     plot(folder)
     if record["evaluations"]:
-        plot_curves(record["evaluations"], folder / "curves.png", loss="cross-entropy")
+        plot_curves(record["evaluations"], folder / "curves.png", loss=loss)
     write_card(folder, None if destination is None else destination.repo_id)
     print(summary(record, folder))
     if destination is not None:

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import load_weights
+from hf_dbp.hub.untrusted import load_weights, read_json
 
-__all__ = ["channels_of", "load_stock", "weights_digest", "without_code"]
+__all__ = ["channels_of", "load_stock", "processor_size", "weights_digest", "without_code"]
 
 CODE = (
     "auto_map",
@@ -58,6 +58,22 @@ def channels_of(content: Mapping[str, Any]) -> int:
     backbone = content.get("backbone_config")
     own = backbone if isinstance(backbone, dict) else content
     return int(own.get("num_channels", content.get("num_channels", 3)))
+
+
+def processor_size(model: str) -> tuple[int, int]:
+    """The height and width to which a model's image processor brings images. UserError if it names none."""
+    found = read_json(model, "preprocessor_config.json")
+    content = {} if found is None else found[1]
+    size = content.get("crop_size") if content.get("do_center_crop") else None
+    size = size or content.get("size") or content.get("crop_size")
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if isinstance(size, dict):
+        edge = size.get("shortest_edge")
+        height, width = (size.get(name, edge) for name in ("height", "width"))
+        if isinstance(height, int) and isinstance(width, int) and 0 < min(height, width) <= max(height, width) <= 2**16:
+            return height, width
+    raise UserError(f"{model} has no image processor that says at which size it sees images (preprocessor_config.json)")
 
 
 def weights_digest(model: nn.Module) -> str:

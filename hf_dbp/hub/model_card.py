@@ -21,6 +21,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_dbp.downstream.classification import arguments as classification
+from hf_dbp.downstream.detection import arguments as detection
 from hf_dbp.downstream.segmentation import arguments as segmentation
 from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED
 from hf_dbp.errors import UserError, command
@@ -40,7 +41,7 @@ METHODS = {
 PICTURES = {
     "curves.png": "Loss by optimizer step.",
     "reconstruction.png": "Validation images, what the encoder saw of them, and what the decoder filled in.",
-    "predictions.png": "Validation images, true masks and predictions.",
+    "predictions.png": "Validation images, what is true, and predictions.",
     "confusion.png": "Validation images by true and predicted class, as shares of each true class.",
     "calibration.png": "How often predictions with a stated probability are correct.",
     "mistakes.png": "The most confident mistakes on the validation images.",
@@ -58,6 +59,15 @@ RESULTS = {  # name in the record -> name in the card, and metric on the Hub
     "balanced_accuracy": ("mean recall of the classes", None),
     "expected_calibration_error": ("expected calibration error, over 15 bins", None),
     "majority_class_accuracy": ("accuracy of always predicting the most common class, the simplest baseline", None),
+    "map": ("mAP of boxes: mean average precision over overlaps of 0.50 to 0.95", "mean_average_precision"),
+    "map_50": ("AP50 of boxes, at an overlap of 0.50", None),
+    "map_75": ("AP75 of boxes, at an overlap of 0.75", None),
+    "map_small": ("mAP of boxes, small objects (below 32 x 32 pixels)", None),
+    "map_medium": ("mAP of boxes, medium objects", None),
+    "map_large": ("mAP of boxes, large objects (above 96 x 96 pixels)", None),
+    "mask_map": ("mAP of masks", None),
+    "mask_map_50": ("AP50 of masks", None),
+    "mask_map_75": ("AP75 of masks", None),
     "loss": ("validation loss", None),
     "majority_class_mean_iou": ("mean IoU of predicting the most common class everywhere, the simplest baseline", None),
     "train_seconds": ("training time in seconds, validation and checkpoints excluded", None),
@@ -69,6 +79,7 @@ CLASS_FIGURES = {  # task -> figures of each class and their titles; a record of
     "segmentation": {"iou": "IoU", "dice": "Dice", "precision": "precision", "recall": "recall", "accuracy": "accuracy",
                      "pixels": "pixels"},
     "classification": {"recall": "recall", "precision": "precision", "f1": "F1", "images": "images"},
+    "detection": {"ap": "AP", "ap_50": "AP50", "mask_ap": "AP of masks", "recall": "recall", "objects": "objects"},
 }  # fmt: skip
 
 
@@ -121,7 +132,7 @@ def card_facts(
     return {
         "title": title,
         "summary": summary(config, record),
-        "loading": LOADING[kind].format(name=name),
+        "loading": LOADING[kind].format(name=name, architecture=(config.get("architectures") or [""])[0]),
         "usage": usage(config, record),
         "results": [
             (label, f"{figures(record)[key]:.4g}") for key, (label, _) in RESULTS.items() if key in figures(record)
@@ -138,7 +149,9 @@ def card_facts(
 
 def class_columns(record: Mapping[str, Any]) -> dict[str, str]:
     """The figures given for each class, by name, with their titles."""
-    return CLASS_FIGURES.get(record.get("task", ""), {})
+    rows = record.get("per_class", {}).values()
+    titles = CLASS_FIGURES.get(record.get("task", ""), {})
+    return {key: title for key, title in titles.items() if key != "mask_ap" or any(key in row for row in rows)}
 
 
 def cell(value: float | int | None) -> str:
@@ -168,6 +181,15 @@ model = UperNetForSemanticSegmentation.from_pretrained("{name}")""",
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = AutoModelForImageClassification.from_pretrained("{name}")""",
+    "rf_detr": """\
+import hf_dbp
+found = hf_dbp.predict("{name}", "photos", "predictions")  # a folder of images or one image; a table of boxes
+print(found.rows[0])
+
+# stock, without hf_dbp
+from transformers import AutoImageProcessor, {architecture}
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = {architecture}.from_pretrained("{name}")""",
     "dbp_vit_mae": """\
 from hf_dbp import load_fused_vit
 model = load_fused_vit("{name}")  # a stock ViTModel; W R replaces (W, R)""",
@@ -178,6 +200,11 @@ model = ViTMAEForPreTraining.from_pretrained("{name}")""",
 }
 
 
+def finds_masks(config: Mapping[str, Any]) -> bool:
+    """Whether the model of a configuration finds objects with their masks."""
+    return "RfDetrForInstanceSegmentation" in (config.get("architectures") or ())
+
+
 def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     """The card's first sentences: what the model is and what it was trained on."""
     kind, encoder = config["model_type"], config.get("backbone_config") or config
@@ -185,11 +212,13 @@ def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         f"{encoder['num_hidden_layers']} layers, {encoder['hidden_size']} wide, patches of {encoder['patch_size']} "
         f"pixels, {encoder['num_channels']} channels"
     )
+    found = "objects and their masks" if finds_masks(config) else "objects"
     what = {
         "vit": f"A stock Vision Transformer ({shape})",
         "dinov2": f"A Vision Transformer as a stock DINOv2 whose LayerScale is 1 ({shape})",
         "upernet": f"UperNet for semantic segmentation over a Vision Transformer ({shape}), stock transformers",
         "beit": f"An image classifier over a Vision Transformer ({shape}), stock transformers",
+        "rf_detr": f"An RF-DETR that finds {found} over a Vision Transformer ({shape}), stock transformers",
         "dbp_vit_mae": f"A masked autoencoder with the unfused matrices of decorrelated training ({shape})",
         "vit_mae": f"A masked autoencoder ({shape})",
     }[kind]
@@ -218,10 +247,16 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             "its matrices R the network is a different one."
         )
     given = "images" if encoder["num_channels"] == 3 else 'images, input_data_format="channels_last"'
-    result = "logits" if kind in ("upernet", "beit", "vit_mae") else "last_hidden_state"
+    result = "logits" if kind in ("upernet", "beit", "rf_detr", "vit_mae") else "last_hidden_state"
     text = f'`model(**processor({given}, return_tensors="pt")).{result}` is its output'
     if kind == "upernet":
         text = f"{windows(config)} Of the stock model {text}"
+    if kind == "rf_detr":
+        masks = ", and `pred_masks` their masks at a quarter of the input's size" if finds_masks(config) else ""
+        text = (
+            f'`processor.post_process_object_detection(model(**processor({given}, return_tensors="pt")), '
+            f"target_sizes=[(height, width)])` gives scores, labels and boxes in pixels{masks}"
+        )
     if encoder["num_channels"] in (1, 3):
         return f"{text}."
     text += f" for arrays of {encoder['num_channels']} channels. Stock resizing would take one of them for alpha"
@@ -233,7 +268,7 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             if long_edge
             else f"{text}."
         )
-    size = encoder["image_size"]
+    size = record["data"]["size"] if kind == "rf_detr" and record else encoder["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
     return f"{text}: bring them to {height} x {width} pixels before."
 
@@ -269,7 +304,7 @@ def training(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     if not record:
         return []
     arguments, hardware = record["arguments"], record["hardware"]
-    flags = natures(*pretraining.GROUPS, *segmentation.GROUPS, *classification.GROUPS)
+    flags = natures(*pretraining.GROUPS, *segmentation.GROUPS, *classification.GROUPS, *detection.GROUPS)
     given = [(flag, arguments.get(name)) for name, flag in flags.items()]
     rows = [(flag.card, value) for flag, value in given if told(flag, value, record.get("method"))]
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] * hardware["processes"]
@@ -303,6 +338,11 @@ def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapp
             "Scores are those of the validation images named above, which also chose the checkpoint.",
             "It knows only the classes above: an image of anything else gets one of them, perhaps confidently.",
         ],
+        "rf_detr": [
+            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            "Decoder and heads were trained on these images alone, without the detection pre-training of the published "
+            "RF-DETR.",
+        ],
         "dbp_vit_mae": ["It reconstructs masked patches. For features or fine-tuning, use the fused model."],
         "vit_mae": ["It reconstructs masked patches. For features, use its encoder."],
     }[kind]
@@ -329,12 +369,15 @@ def metadata(
 ) -> ModelCardData:
     """The card's YAML block: results as ``model-index``, emissions, tags."""
     kind = config["model_type"]
-    purposes = {"upernet": "image-segmentation", "beit": "image-classification"}
+    purposes = {"upernet": "image-segmentation", "beit": "image-classification", "rf_detr": "object-detection"}
+    if finds_masks(config):
+        purposes["rf_detr"] = "image-segmentation"
     tuned = kind in purposes
     fields: dict[str, Any] = {"library_name": "hf_dbp" if kind == "dbp_vit_mae" else "transformers"}
     if kind in ("vit", "dinov2", *purposes) and stock_pipeline(config, processor):
         fields["pipeline_tag"] = purposes.get(kind, "image-feature-extraction")
     tags = {"upernet": "semantic-segmentation", "beit": "image-classification"}
+    tags["rf_detr"] = "instance-segmentation" if finds_masks(config) else "object-detection"
     fields["tags"] = ["vision", tags.get(kind, "masked-auto-encoding")]
     if record.get("method") == "dbp":
         fields["tags"].append("decorrelated-backpropagation")
@@ -360,7 +403,9 @@ def metadata(
 def eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     """The measured figures for which the Hub has a metric."""
     source = record["data"]["source"]
-    tasks = {"segmentation": "image-segmentation", "classification": "image-classification"}
+    tasks = {
+        "segmentation": "image-segmentation", "classification": "image-classification", "detection": "object-detection",
+    }  # fmt: skip
     task = tasks.get(record["task"], "masked-auto-encoding")
     return [
         EvalResult(

@@ -1,13 +1,15 @@
 """Readers and writers of label files.
 
-    coco       one JSON file: images, annotations (polygons, or plain or packed runs), categories
+    coco       one JSON file: images, annotations (polygons, plain or packed runs, or boxes), categories
     labelme    a folder of JSON files, one per image: polygon, rectangle, circle and mask shapes
-    yolo       a folder of text files, one per image, with a class and a polygon per line as shares of width and height;
+    yolo       a folder of text files, one per image, with a class and a polygon per line as shares of width and height,
+               or a class and the centre, width and height of a box;
                class names are in data.yaml (``names``) or classes.txt, there or in the folder above
     cvat       one XML file of "CVAT for images": polygon, box and mask shapes by z_order
 
-Class 0 is the background (a class called background or `_background_`, or class 0); the others follow in the order of
-the file, those of LabelMe sorted by name. An image that is listed, or has its own file, but no shape is all background.
+Boxes alone serve detection, not segmentation. Class 0 is the background (a class called background or `_background_`,
+or class 0); the others follow in the order of the file, those of LabelMe sorted by name. An image that is listed, or
+has its own file, but no shape is all background.
 
 Shapes: H, W height and width; V vertices, (x, y) each.
 """
@@ -91,14 +93,20 @@ def read_coco(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found
     sizes = {entry["id"]: (int(entry["height"]), int(entry["width"])) for entry in content["images"]}
     for entry in content.get("annotations", ()):
         drawn, image = entry.get("segmentation"), entry["image_id"]
+        label, box = names[entry["category_id"]], entry.get("bbox")
+        stated: dict[str, Any] = {"area": entry.get("area"), "crowd": bool(entry.get("iscrowd", 0))}
+        stated["name"] = f"annotation {entry.get('id')}"
+        if box is not None:
+            x, y, width, height = map(float, box)
+            stated["box"] = (x, y, x + width, y + height)
         if isinstance(drawn, dict):
             counts = drawn["counts"]
             runs = unpacked(counts) if isinstance(counts, str) else counts
-            shape = Shape(names[entry["category_id"]], pixels=from_runs(runs, (drawn["size"][0], drawn["size"][1])))
-        elif drawn:
-            shape = Shape(names[entry["category_id"]], [points(ring) for ring in drawn])
+            shape = Shape(label, pixels=from_runs(runs, (drawn["size"][0], drawn["size"][1])), **stated)
+        elif drawn or "box" in stated:
+            shape = Shape(label, [points(ring) for ring in drawn or ()], **stated)
         else:
-            raise UserError(f"{file}: annotation {entry.get('id')} is a box without a segmentation; draw its outline")
+            raise UserError(f"{file}: annotation {entry.get('id')} has neither a bbox nor a segmentation; draw one")
         shapes[image].append(shape)
     images = [Labelled(str(entry["file_name"]), sizes[entry["id"]], shapes[entry["id"]]) for entry in content["images"]]
     return images, [name for name in names.values() if name not in BACKGROUND]
@@ -215,10 +223,15 @@ def read_yolo(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Fou
             values = line.split()
             if not values:
                 continue
-            if len(values) < 7 or len(values) % 2 == 0:
+            label, numbers = names[int(values[0])], [float(value) for value in values[1:]]
+            if len(numbers) == 4:
+                x, y, w, h = numbers  # centre and sides
+                box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
+                shapes.append(Shape(label, box=box, name=f"line {number}"))
+                continue
+            if len(numbers) < 6 or len(numbers) % 2:
                 raise UserError(f"{file}, line {number}: an outline needs a class and at least three points")
-            ring = points([float(value) for value in values[1:]]) * (width, height)
-            shapes.append(Shape(names[int(values[0])], [ring]))
+            shapes.append(Shape(label, [points(numbers) * (width, height)], name=f"line {number}"))
         images.append(Labelled(name, (height, width), shapes))
     return images, [name for name in names.values() if name not in BACKGROUND]
 

@@ -36,12 +36,25 @@ class Shape:
         rings: polygons; the object is their union.
         pixels: its pixels (H, W), instead of polygons, or a part of them that begins at ``corner``.
         corner: (left, top) of ``pixels``.
+        box: (left, top, right, bottom) as the labels state it; None for that of its pixels. Some have nothing else.
+        area: pixels as the labels state them.
+        crowd: whether it is a group of objects (COCO's ``iscrowd``).
+        name: how messages refer to it, beside the file.
     """
 
     label: str
     rings: Sequence[Ring] = ()
     pixels: NDArray[np.bool_] | None = None
     corner: tuple[int, int] = (0, 0)
+    box: tuple[float, float, float, float] | None = None
+    area: float | None = None
+    crowd: bool = False
+    name: str = "a shape"
+
+    @property
+    def outlined(self) -> bool:
+        """Whether its pixels are known, not only its box."""
+        return self.pixels is not None or bool(self.rings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +81,14 @@ def filled(ring: Ring, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def painted(labelled: Labelled, ids: Mapping[str, int]) -> NDArray[np.int32]:
-    """The mask (H, W) of class ids. UserError for a shape outside its image."""
+    """The mask (H, W) of class ids. UserError for a shape outside its image, or for a box without an outline."""
     mask_HW = np.zeros(labelled.size, np.int32)
     for shape in labelled.shapes:
+        if not shape.outlined:
+            raise UserError(
+                f"{labelled.file}: {shape.name} is a box without a segmentation; draw its outline, or find boxes with "
+                "hf-dbp detect"
+            )
         if shape.pixels is not None:
             left, top = shape.corner
             part = mask_HW[top : top + shape.pixels.shape[0], left : left + shape.pixels.shape[1]]

@@ -27,9 +27,9 @@ from hf_dbp.data.decoding import UnreadableImageError, decode
 from hf_dbp.data.values import UNIT, ValueRange
 from hf_dbp.downstream.classification.model import load_classifier
 from hf_dbp.downstream.classification.views import central_view
-from hf_dbp.downstream.networks import channels_of, weights_digest
+from hf_dbp.downstream.networks import channels_of, processor_size, weights_digest
 from hf_dbp.errors import UserError
-from hf_dbp.hub.untrusted import read_json, read_statistics, read_value_range
+from hf_dbp.hub.untrusted import read_statistics, read_value_range
 
 __all__ = ["Classified", "Classifier", "load"]
 
@@ -63,22 +63,6 @@ def load(
     settings = {"task": "classification", "model": model, "weights": weights_digest(network), "size": list(size)}
     view = View(size, channels, mean, std, kept or UNIT, floats=kept is not None)
     return Classifier(network, view, settings, batch_size or BATCH)
-
-
-def processor_size(model: str) -> tuple[int, int]:
-    """The height and width to which a model's image processor brings images. UserError if it names none."""
-    found = read_json(model, "preprocessor_config.json")
-    content = {} if found is None else found[1]
-    size = content.get("crop_size") if content.get("do_center_crop") else None
-    size = size or content.get("size") or content.get("crop_size")
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    if isinstance(size, dict):
-        edge = size.get("shortest_edge")
-        height, width = (size.get(name, edge) for name in ("height", "width"))
-        if isinstance(height, int) and isinstance(width, int) and 0 < min(height, width) <= max(height, width) <= 2**16:
-            return height, width
-    raise UserError(f"{model} has no image processor that says at which size it sees images (preprocessor_config.json)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,7 @@ __all__ = [
     "SegmentationSource",
     "TrainingCrops",
     "built_in_pairs",
+    "drawn_splits",
     "load_labelled_images",
     "mask_column",
 ]
@@ -258,7 +259,7 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
         left_out.use(OTHER_PICTURES, f".{columns[1]}", sum(map(len, pairs.values())))
         left_out.warn(source.name)
         given = "validation" in pairs
-        splits = _drawn({split: _encoded(data, columns) for split, data in pairs.items()}, source)
+        splits = drawn_splits({split: _encoded(data, columns) for split, data in pairs.items()}, source)
     if source.background_dir is not None:
         splits, background = with_background(splits, columns, source, given=given)
     lists: list[LabelledImages] = []
@@ -368,7 +369,7 @@ def mask_column(data: datasets.Dataset, image_column: str, wanted: str | None) -
     return None
 
 
-def _drawn(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> dict[str, datasets.Dataset]:
+def drawn_splits(splits: dict[str, datasets.Dataset], source: SegmentationSource) -> dict[str, datasets.Dataset]:
     """Split off a validation set if there is none, then draw the requested part of each."""
     train, validation = splits["train"], splits.get("validation")
     rows = np.arange(len(train))
