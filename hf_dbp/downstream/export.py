@@ -39,6 +39,7 @@ from hf_dbp.data.values import ValueRange
 from hf_dbp.downstream import onnx_run
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares
+from hf_dbp.downstream.segmentation.evaluation_settings import read_evaluated
 from hf_dbp.downstream.segmentation.inference import Preparation, whole_image_logits
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError, command
@@ -165,7 +166,7 @@ def export_encoder(
            "output": "last_hidden_state",
            "free_axes": ["batch", "height", "width"]}  # fmt: skip
     write_json(folder / "preprocessing.json", how)
-    session = onnx_run.Model(folder)
+    session = onnx_run.Model(folder, torch.get_num_threads())
     found = difference(model, session, [own[:1], own, wide[:1], wide])
     whole = max(
         float(np.abs(session.pixels(image) - view.numpy()).max()) for image, view in zip(images, own, strict=True)
@@ -180,10 +181,14 @@ def export_segmenter(
     crop_size: int | None, long_edge: int | None, value_range: ValueRange, **hub: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[float, float]]:  # fmt: skip
     """Write a segmenter; otherwise like `export_encoder`."""
-    names = {int(number): str(name) for number, name in read_config(source, **hub)["id2label"].items()}
+    content = read_config(source, **hub)
+    names = {int(number): str(name) for number, name in content["id2label"].items()}
     upernet = load_upernet(source, names, ignore_index=-100 if 255 in names else 255, **hub).eval()
-    side = crop_size or max(sides(upernet.config.backbone_config.image_size))
-    edge = side if long_edge is None else long_edge or None
+    known = read_evaluated(content, source)
+    side = crop_size or (known.crop_size if known else max(sides(upernet.config.backbone_config.image_size)))
+    edge = long_edge or None
+    if long_edge is None:
+        edge = known.long_edge if known else side
     data = Preparation(edge, mean, std, value_range)
     pixels = [data.pixels(image) for image in images]
     padded = [
@@ -197,7 +202,7 @@ def export_segmenter(
            "output": "logits",
            "free_axes": ["batch"]}  # fmt: skip
     write_json(folder / "preprocessing.json", how)
-    session = onnx_run.Model(folder)
+    session = onnx_run.Model(folder, torch.get_num_threads())
     found = difference(model, session, [windows[:1], windows])
     for image in images[:2]:  # whole images, each at two sizes
         for part in (image, image[: max(1, image.shape[0] * 2 // 3)]):
@@ -223,7 +228,7 @@ def export_model(
         source: folder or Hub id of a stock ViT or of a UperNet over one.
         images: images for the check.
         folder: where to write.
-        crop_size, long_edge: for a segmenter, as in its training.
+        crop_size, long_edge: for a segmenter, as in its training; default: as it was evaluated.
         hub: cache_dir, token, revision.
 
     Raises:
@@ -267,8 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("images", help="Images to check it on: folder, Hub id, or wire_bonding.")
     parser.add_argument("--format", choices=["onnx"], default="onnx", help="What to write.")
     parser.add_argument("--output_dir", default="outputs/onnx", help="Folder for the model and its files.")
-    parser.add_argument("--crop_size", type=int, help="For a segmenter, as in its training (default: its ViT's).")
-    parser.add_argument("--long_edge", type=int, help="As in its training; 0: native resolution (default: crop_size).")
+    parser.add_argument("--crop_size", type=int, help="Side of a segmenter's windows (default: as it was evaluated).")
+    parser.add_argument(
+        "--long_edge", type=int, help="Long edge to scale images to; 0: native (default: as it was evaluated)."
+    )
     args = parser.parse_args(arguments)
     images = open_images(image_source(args), args.split)
     record = export_model(

@@ -58,14 +58,16 @@ def origins(length: int, side: int) -> list[int]:
 
 
 class Model:
-    """An exported model, loaded from its folder."""
+    """An exported model, loaded from its folder, on that many threads (0: all cores)."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, threads: int = 0) -> None:
         import onnxruntime
 
         self.how = json.loads((Path(folder) / "preprocessing.json").read_text(encoding="utf-8"))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
         self.session = onnxruntime.InferenceSession(
-            str(Path(folder) / "model.onnx"), providers=["CPUExecutionProvider"]
+            str(Path(folder) / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
 
     def pixels(self, image_HWC: Array) -> Array:

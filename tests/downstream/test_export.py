@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
+import hf_dbp
 from hf_dbp.cli import main
 from hf_dbp.data.augmentation import center_box, resized
+from hf_dbp.data.images import ImageSource
+from hf_dbp.data.one_split import open_images
 from hf_dbp.data.values import pixel_values
 from hf_dbp.downstream import export, onnx_run
+from hf_dbp.downstream.features import FrozenEncoder, pooled
 from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels, window_origins
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet
@@ -87,6 +92,58 @@ def test_an_encoder_is_equal_at_two_sizes_and_batches_and_runs_alone(folder, cap
     np.testing.assert_allclose(alone(folder, folder / "images" / "0.png"), feature.numpy(), atol=1e-4)
 
 
+PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data"
+real = pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"no photographs at {PHOTOGRAPHS}")
+
+
+@pytest.mark.slow
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_is_equal_on_photographs(tmp_path):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, image_size=96
+    )
+    vit = ViTModel(config, add_pooling_layer=False).eval()
+    torch.nn.init.normal_(vit.embeddings.position_embeddings)
+    vit.save_pretrained(tmp_path / "vit")
+    statistics = {"image_mean": [0.5, 0.5, 0.4], "image_std": [0.3, 0.2, 0.3]}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    source = open_images(ImageSource(train_dir=str(PHOTOGRAPHS / "imagenet_samples")))
+    record = export.export_model(str(tmp_path / "vit"), source, tmp_path / "onnx")
+    shapes = {tuple(check["shape"]) for check in record["checks"] if "shape" in check}
+    assert shapes == {(1, 3, 96, 96), (4, 3, 96, 96), (1, 3, 128, 112), (4, 3, 128, 112)}
+    assert max(check["largest_difference"] for check in record["checks"]) < 1e-4
+    Image.fromarray(source[5]).save(tmp_path / "5.png")
+    encoder = FrozenEncoder(vit, "vit", statistics["image_mean"], statistics["image_std"])
+    with torch.no_grad():
+        tokens = vit(encoder.squares(source)[5][None]).last_hidden_state
+    np.testing.assert_allclose(alone(tmp_path, tmp_path / "5.png"), pooled(tokens, "mean")[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+@real
+@pytest.mark.filterwarnings("ignore")
+def test_a_trained_segmenter_is_equal_on_photographs_with_the_settings_of_its_evaluation(tmp_path):
+    flags = ["--train_dir", str(PHOTOGRAPHS / "camvid"), "--num_labels", "11", "--ignore_index", "11"]
+    flags += ["--max_train_samples", "4", "--max_eval_samples", "2", "--crop_size", "64", "--long_edge", "160"]
+    flags += ["--model_size", "mini", "--head_size", "16", "--auxiliary_head_size", "8", "--do_train", "--use_cpu"]
+    flags += ["--per_device_train_batch_size", "2", "--max_steps", "3", "--report_to", "none", "--disable_tqdm", "1"]
+    main(["finetune", *flags, "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false",
+          "--output_dir", str(tmp_path / "upernet")])  # fmt: skip
+    source = open_images(ImageSource(train_dir=str(PHOTOGRAPHS / "camvid")), "validation")
+    record = export.export_model(str(tmp_path / "upernet"), source, tmp_path / "onnx")
+    assert {tuple(c["shape"]) for c in record["checks"] if "shape" in c} == {(1, 3, 64, 64), (4, 3, 64, 64)}
+    assert {tuple(c["whole_image"]) for c in record["checks"] if "whole_image" in c} == {(360, 480), (240, 480)}
+    assert max(check["largest_difference"] for check in record["checks"]) < 1e-4
+    (tmp_path / "images").mkdir()
+    Image.fromarray(source[7]).save(tmp_path / "images" / "7.png")
+    hf_dbp.predict(str(tmp_path / "upernet"), tmp_path / "images", tmp_path / "predicted", no_overlays=True)
+    with Image.open(tmp_path / "predicted" / "masks" / "7.png") as mask:
+        expected = np.asarray(mask)
+    assert (alone(tmp_path, tmp_path / "images" / "7.png") == expected).mean() > 0.999
+
+
 def unseen(value_range=(0.0, 1.0)):
     images = LabelledImages([], ("image", "annotation"), num_labels=3, ignore_index=255)
     images.value_range = value_range
@@ -142,7 +199,7 @@ def test_windows_are_those_of_evaluation():
 
 def test_a_model_that_differs_is_refused(folder, monkeypatch, capsys):
     class Wrong:
-        def __init__(self, folder):
+        def __init__(self, folder, threads):
             pass
 
         def pixels(self, image):
