@@ -72,7 +72,7 @@ def test_more_time_a_faster_machine_and_fewer_images_buy_dearer_models():
     assert chosen(pictures(10**6, (300, 400), 3), 7200, rate=100.0)["model_size"] == "mini"
     for one in sizes:
         assert one["learning_rate"] == pytest.approx(
-            4e-3 * (128 / SIZES[one["model_size"]]["hidden_size"]) ** 0.5, rel=0.01
+            9e-3 * (128 / SIZES[one["model_size"]]["hidden_size"]) ** 0.5, rel=0.01
         )
 
 
