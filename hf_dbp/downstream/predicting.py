@@ -54,6 +54,8 @@ DONE, RECORD, TABLE = "done.jsonl", "predictions.json", "predictions"
 TASKS = {
     "ForSemanticSegmentation": "hf_dbp.downstream.segmentation.predictor",
     "ForImageClassification": "hf_dbp.downstream.classification.predictor",
+    "ForObjectDetection": "hf_dbp.downstream.detection.predictor",
+    "ForInstanceSegmentation": "hf_dbp.downstream.detection.predictor",
 }
 #: what lies beside the encoder of a model that is no stock class: the module that predicts with it
 BESIDE = {"retrieval.json": "hf_dbp.downstream.segmentation.predictor"}
@@ -118,9 +120,11 @@ def load_predictor(model: str, **settings: Any) -> Predictor:
     if not modules:
         raise UserError(
             f"{found[0]} is of {', '.join(architectures) or 'no architecture'}: predict takes models of "
-            f"{', '.join(TASKS)} and folders of `hf-dbp retrieve`; make one with `hf-dbp finetune`, `hf-dbp classify` "
-            "or `hf-dbp retrieve`"
+            f"{', '.join(TASKS)} and folders of `hf-dbp retrieve`; make one with `hf-dbp finetune`, `hf-dbp classify`, "
+            "`hf-dbp detect` or `hf-dbp retrieve`"
         )
+    if modules[0] != TASKS["ForObjectDetection"] and settings.pop("threshold", None) is not None:
+        raise UserError(f"--threshold is the lowest score of an object; {model} is not a detector")
     predictor: Predictor = importlib.import_module(modules[0]).load(model, **settings)
     return predictor
 
@@ -300,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         prog="hf-dbp predict", description="Apply a trained model to new images.", parents=declared
     )
     parser.add_argument(
-        "model", help="Folder or Hub id of a model of hf-dbp finetune, classify or retrieve, or a stock one."
+        "model", help="Folder or Hub id of a model of hf-dbp finetune, classify, detect or retrieve, or a stock one."
     )
     parser.add_argument("images", help="A picture file, or a folder of pictures with any subfolders.")
     parser.add_argument("--output_dir", required=True, help="Folder for masks, overlays and the table.")
@@ -318,6 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--export", nargs="+", default=[], choices=["coco", "labelme"], help="Also write labels to correct by hand."
     )
+    parser.add_argument("--threshold", type=float, help="Lowest score of an object that is kept (default: 0.3).")
     parser.add_argument("--no_overlays", action="store_true", help="Write no overlays.")
     args = vars(parser.parse_args(arguments))
     how = {name: args.pop(name) for name in ("model", "images", "output_dir", "channel_files", "table")}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,7 +32,7 @@ from hf_dbp.downstream.networks import channels_of, processor_size, weights_dige
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
 
-__all__ = ["Classified", "Classifier", "load"]
+__all__ = ["Classified", "Classifier", "View", "load"]
 
 COLUMNS = 50  # maximum number of classes with a column each
 BATCH = 32
@@ -83,6 +84,16 @@ class View:
     value_range: ValueRange = UNIT
     floats: bool = False
 
+    def read(self, files: Sequence[str]) -> NDArray[Any]:
+        """The image (H, W, C) in the files of its channels. UnreadableImageError if it cannot be read, or is of another
+        kind than those of training."""
+        value = {"bytes": None, "path": files[0], "more": list(files[1:])}
+        image_HWC = decode(value, self.channels, files[0])
+        if (image_HWC.dtype.kind == "f") != self.floats:
+            of = "float images, this is" if self.floats else "images of 8 or 16 bits, this is"
+            raise UnreadableImageError(f"{files[0]}: the model was trained on {of} {image_HWC.dtype}; convert it")
+        return image_HWC
+
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
@@ -119,11 +130,7 @@ class Classifier:
 
     def open(self, name: str, files: Sequence[str]) -> Opened:
         """Open an image for the model. UnreadableImageError if it cannot be read."""
-        value = {"bytes": None, "path": files[0], "more": list(files[1:])}
-        image = decode(value, self.how.channels, files[0])
-        if (image.dtype.kind == "f") != self.how.floats:
-            of = "float images, this is" if self.how.floats else "images of 8 or 16 bits, this is"
-            raise UnreadableImageError(f"{files[0]}: the model was trained on {of} {image.dtype}; convert it")
+        image = self.how.read(files)
         pixels = central_view(image, self.how.size, self.how.value_range, self.how.mean, self.how.std)
         return Opened(name, f"{name}{Path(files[0]).suffix}", pixels)
 

@@ -1,0 +1,235 @@
+"""Objects in new images: `hf_dbp.downstream.predicting` for RF-DETRs from `hf-dbp detect` and public ones.
+
+The model sees an image as in evaluation: stretched to the size of its image processor, with its mean and standard
+deviation. The table has one row per object with a score of at least ``threshold``: class, score and box in pixels of
+the image; an image without any has one row without a class. ``coco.json`` holds the same objects, with masks if the
+model finds them, as labels that tools for labelling read. Overlays show them over the images.
+
+Shapes: B images of a batch; M objects found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_dbp.data.values import UNIT, displayed
+from hf_dbp.data.whole_files import whole_file
+from hf_dbp.downstream.classification.predictor import View
+from hf_dbp.downstream.detection.coco import Found
+from hf_dbp.downstream.detection.figures import draw_objects
+from hf_dbp.downstream.detection.model import load_detector
+from hf_dbp.downstream.detection.postprocessing import found_in
+from hf_dbp.downstream.detection.views import seen
+from hf_dbp.downstream.networks import channels_of, processor_size, weights_digest
+from hf_dbp.downstream.segmentation.figures import class_colours
+from hf_dbp.errors import UserError
+from hf_dbp.figures import literal_names
+from hf_dbp.hub.untrusted import read_statistics, read_value_range
+from hf_dbp.records import write_json
+
+__all__ = ["Detected", "Detector", "load"]
+
+BATCH = 8
+THRESHOLD = 0.3
+OVERLAY = 1600  # pixels of the longer side
+EXPORTS = ("coco",)
+
+
+def load(
+    model: str,
+    *,
+    batch_size: int | None = None,
+    device: str | None = None,
+    threshold: float | None = None,
+    no_overlays: bool = False,
+    export: Sequence[str] = (),
+    images: str | None = None,
+    **others: Any,
+) -> Detector:
+    """The predictor for a detector.
+
+    Args:
+        model: folder or Hub id.
+        batch_size: images of a forward pass.
+        device: default: a GPU where there is one.
+        threshold: lowest score of an object, in [0, 1]; default: 0.3.
+        no_overlays: write no overlays.
+        export: only ``coco``, which is always written.
+        images: folder of the images; not used.
+        others: settings of segmentation, none of which may be set.
+
+    Raises:
+        UserError: what is wrong with model or settings.
+    """
+    given = sorted(name for name, value in others.items() if value not in (None, "", False, [], ()))
+    if given:
+        raise UserError(f"--{given[0]} is for segmentation; {model} is a detector")
+    if unknown := sorted(set(export) - set(EXPORTS)):
+        raise UserError(f"export {unknown[0]!r}: the objects of a detector are exported as coco")
+    lowest = THRESHOLD if threshold is None else threshold
+    if not 0.0 <= lowest <= 1.0:
+        raise UserError(f"--threshold is a score between 0 and 1, got {lowest}")
+    network, content = load_detector(model)
+    network = network.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    channels, kept = channels_of(content), read_value_range(model)
+    mean, std = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
+    size = processor_size(model)
+    settings = {
+        "task": "detection", "model": model, "weights": weights_digest(network), "size": list(size),
+        "threshold": lowest, "overlays": not no_overlays,
+    }  # fmt: skip
+    view = View(size, channels, mean, std, kept or UNIT, floats=kept is not None)
+    return Detector(network, view, settings, batch_size or BATCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """An opened image: its name, file, pixels (C, H, W), its own height and width, and itself to be drawn on."""
+
+    name: str
+    file: str
+    pixels: Tensor
+    size: tuple[int, int]
+    picture: NDArray[Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """What was found in an image."""
+
+    image: Opened
+    found: Found
+
+
+class Detector:
+    """A `Predictor` of objects.
+
+    Args:
+        model: in eval mode, where it is to run.
+        view: prepares images for it.
+        settings: for the journal; ``threshold`` and ``overlays`` say what is written.
+        batch_size: images of a forward pass.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, view: View, settings: Mapping[str, Any], batch_size: int = BATCH
+    ) -> None:
+        self.model, self.how, self.settings, self.batch_size = model, view, settings, batch_size
+        self.masks = hasattr(model, "segmentation_head")
+        self.names: dict[int, str] = {int(k): str(name) for k, name in model.config.id2label.items()}
+
+    def open(self, name: str, files: Sequence[str]) -> Opened:
+        """Open an image for the model. UnreadableImageError if it cannot be read."""
+        image = self.how.read(files)
+        pixels = seen(image, self.how.size, self.how.value_range, self.how.mean, self.how.std)
+        step = -(-max(image.shape[:2]) // OVERLAY)
+        picture = displayed(image[::step, ::step], self.how.value_range) if self.settings["overlays"] else None
+        return Opened(name, f"{name}{Path(files[0]).suffix}", pixels, (image.shape[0], image.shape[1]), picture)
+
+    @torch.no_grad()
+    def predict(self, images: Iterable[Opened]) -> Iterator[Detected]:
+        """What is found in opened images, in order."""
+        waiting = iter(images)
+        while batch := list(islice(waiting, self.batch_size)):
+            pixels = torch.stack([image.pixels for image in batch]).to(self.model.device)
+            found = found_in(
+                self.model(pixel_values=pixels),
+                [image.size for image in batch],
+                threshold=float(self.settings["threshold"]),
+            )
+            yield from map(Detected, batch, found)
+
+    def write(self, result: Detected, folder: Path) -> list[dict[str, Any]]:
+        """Write the overlay of an image; return its rows."""
+        image, found = result.image, result.found
+        if image.picture is not None:
+            write_overlay(folder / "overlays" / f"{image.name}.jpg", result, self.names)
+        height, width = image.size
+        common = {"image": image.name, "file": image.file, "height": height, "width": width}
+        nothing = dict.fromkeys(("class_id", "class", "score", "left", "top", "right", "bottom"))
+        if self.masks:
+            nothing |= dict.fromkeys(("pixels", "runs"))
+        rows = []
+        for number in range(len(found)):
+            left, top, right, bottom = found.boxes_M4[number].tolist()
+            k = int(found.classes_M[number])
+            row: dict[str, Any] = {
+                "class_id": k, "class": self.names[k], "score": float(found.scores_M[number]), "left": left,
+                "top": top, "right": right, "bottom": bottom,
+            }  # fmt: skip
+            if self.masks:
+                runs = found.runs[number]
+                row |= {"pixels": runs.area, "runs": runs.counts.decode()}
+            rows.append({**common, **nothing, **row})
+        return rows or [{**common, **nothing}]
+
+    def finish(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+        """Write ``coco.json``; count the objects of each class."""
+        write_json(folder / "coco.json", self.coco(rows), indent=None)
+        counts = Counter(row["class"] for row in rows)
+        look = f"look at {folder / 'overlays'}, " if self.settings["overlays"] else ""
+        return {
+            "files": ["coco.json", *(["overlays"] if self.settings["overlays"] else [])],
+            "classes": self.names,
+            "counts": {name: counts[name] for name in self.names.values()},
+            "empty": counts[None],
+            "next": f"{look}correct coco.json, add it to the labels and run `hf-dbp detect` again",
+        }
+
+    def coco(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The objects of all images as a COCO file, with their scores."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(row["image"] for row in rows), 1)}
+        images = {
+            row["image"]: {
+                "id": numbers[row["image"]],
+                "file_name": row["file"],
+                "height": row["height"],
+                "width": row["width"],
+            }
+            for row in rows
+        }
+        annotations: list[dict[str, Any]] = []
+        for row in rows:
+            if row["class"] is None:
+                continue
+            width, height = row["right"] - row["left"], row["bottom"] - row["top"]
+            annotation = {
+                "id": len(annotations) + 1, "image_id": numbers[row["image"]], "category_id": row["class_id"] + 1,
+                "bbox": [row["left"], row["top"], width, height], "iscrowd": 0, "score": row["score"],
+                "area": row["pixels"] if self.masks else width * height,
+            }  # fmt: skip
+            if self.masks:
+                annotation["segmentation"] = {"size": [row["height"], row["width"]], "counts": row["runs"]}
+            annotations.append(annotation)
+        categories = [{"id": k + 1, "name": name, "supercategory": ""} for k, name in self.names.items()]
+        return {"images": list(images.values()), "annotations": annotations, "categories": categories}
+
+
+@literal_names
+def write_overlay(file: Path, result: Detected, names: Mapping[int, str]) -> None:
+    """Write the image with what was found in it, each with its class and score."""
+    picture, found = result.image.picture, result.found
+    assert picture is not None
+    height, width = result.image.size
+    figure = Figure(figsize=(picture.shape[1] / 100, picture.shape[0] / 100))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    edges = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axis.imshow(picture, interpolation="nearest", extent=edges)
+    captions = [f"{names[int(k)]} {score:.2f}" for k, score in zip(found.classes_M, found.scores_M, strict=True)]
+    draw_objects(axis, found.boxes_M4, found.classes_M, class_colours(len(names)), found.runs, captions)
+    axis.set_xlim(edges[0], edges[1])
+    axis.set_ylim(edges[2], edges[3])
+    with whole_file(file) as part:
+        figure.savefig(part, format="jpg", dpi=100)
