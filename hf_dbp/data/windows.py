@@ -45,8 +45,8 @@ class TiffRows:
         self.bands: dict[int, NDArray[Any]] = {}  # decoded rows of strips or tiles, numbered from the top
         self.lock = threading.Lock()
 
-    def rows(self, top: int, bottom: int) -> NDArray[Any]:
-        """The rows from ``top`` to ``bottom``, exclusive: (n, W, C).
+    def rows(self, top: int, bottom: int, left: int = 0, right: int | None = None) -> NDArray[Any]:
+        """The rows from ``top`` to ``bottom``, exclusive, in columns ``left`` to ``right``: (n, m, C).
 
         Raises:
             Exception: whatever tifffile finds wrong with the file.
@@ -60,8 +60,8 @@ class TiffRows:
             parts = []
             for number in numbers:
                 first = number * self.step
-                parts.append(self.bands[number][max(0, top - first) : bottom - first])
-            return np.concatenate(parts)  # a copy of only these rows, so keeping it keeps no band
+                parts.append(self.bands[number][max(0, top - first) : bottom - first, left:right])
+            return np.concatenate(parts)  # a copy of only these values, so keeping it keeps no band
 
     def _decoded(self, number: int) -> NDArray[Any]:
         """The rows of one strip, or of one row of tiles."""

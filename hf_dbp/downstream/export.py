@@ -208,7 +208,7 @@ def export_segmenter(
         for part in (image, image[: max(1, image.shape[0] * 2 // 3)]):
             own = data.pixels(part)
             with torch.no_grad():
-                logits = whole_image_logits(upernet, [own], side, batch_size=1)[0]
+                logits = whole_image_logits(upernet, [own], side, batch_size=1, classes=len(names))[0]
                 logits = nn.functional.interpolate(logits[None], part.shape[:2], mode="bilinear", align_corners=False)[
                     0
                 ]

@@ -20,6 +20,7 @@ __all__ = [
     "VALIDATION",
     "Findings",
     "choose_balance",
+    "choose_batch",
     "choose_length",
     "choose_pretraining",
     "choose_scale",
@@ -35,8 +36,10 @@ FEW = 0.1  # share of the images above which a finding counts
 STEPS = 1000  # minimum steps of fine-tuning
 FAST = "1e-3"  # learning rate for so few steps
 SELDOM = 0.2  # share of the crops: for a rare class in fewer, crops are drawn around it
-SMALL_MODEL = {"model_size": "mini"}  # without a GPU, and so is the next
+SMALL_MODEL = {"model_size": "mini"}  # without a GPU, and so are the next three
 SMALL_HEAD = {"head_size": 64, "auxiliary_head_size": 32}
+SMALL_VIEW, SMALL_BATCH = 256, 8  # at most
+VIEW, BATCH = 512, 16  # at most
 VALIDATION = 0.15  # the share held out in training; the default of --train_val_split
 
 
@@ -85,19 +88,21 @@ def choose_pretraining(trained: int, readable: Sequence[ImageKind], found: Findi
         )
     short = int(np.median([min(kind.size) for kind in readable]))
     patch = 16 if short >= 128 else 8
-    size = max(SMALLEST, min(512, short // patch * patch))
-    native = short >= 2 * size
+    full = max(SMALLEST, min(VIEW, short // patch * patch))
+    size = full if torch.cuda.is_available() else min(full, SMALL_VIEW)
+    native = short >= 2 * full
     found.pretraining = {
         "image_size": size,
         "patch_size": patch,
         "num_channels": channels,
         "native_tiles": native,
-        "per_device_train_batch_size": max(1, min(16, trained)),
+        "per_device_train_batch_size": max(1, min(BATCH, trained)),
     }
     statistics = "ImageNet's" if channels == 3 and pictures else "measured once on the training images"
     found.lines += [
         f"views      {'random tiles of ' if native else 'random crops, scaled to '}{size} x {size} pixels"
-        f"{' at native resolution (native_tiles: false for whole images, scaled down)' if native else ''}",
+        f"{' at native resolution (native_tiles: false for whole images, scaled down)' if native else ''}"
+        f"{'' if size == full else f', for this machine has no GPU (with one: {full})'}",
         f"input      {channels} channels, mean and standard deviation {statistics}",
     ]
 
@@ -106,7 +111,8 @@ def choose_size(found: Findings, *, masks: bool) -> dict[str, Any]:
     """Without a GPU choose a small model and head, and say so; return the flags of the head.
 
     A step of fine-tuning (crops of 64 pixels, batch 16) then takes about a quarter of the time: 1.5 s against 6 s in
-    two runs on a shared core.
+    two runs on a shared core. `choose_pretraining` makes views and crops at most `SMALL_VIEW` pixels there, and
+    `choose_batch` the batch of fine-tuning at most `SMALL_BATCH`.
 
     Args:
         found: collects the flag of pre-training and the line.
@@ -120,8 +126,14 @@ def choose_size(found: Findings, *, masks: bool) -> dict[str, Any]:
     found.lines.append(
         f"model      small, for this machine has no GPU: {', '.join(f'{flag}: {chosen[flag]}' for flag in chosen)} "
         f"(the recipe's own: {', '.join(own[flag] for flag in chosen)})"
+        + (f", batches of at most {SMALL_BATCH} in fine-tuning" if masks else "")
     )
     return {**SMALL_HEAD}
+
+
+def choose_batch(labelled: int) -> int:
+    """The batch of fine-tuning: at least two steps an epoch; smaller without a GPU."""
+    return max(2, min(BATCH if torch.cuda.is_available() else SMALL_BATCH, labelled // 2))
 
 
 def choose_scale(readable: Sequence[ImageKind], survey: MaskSurvey, found: Findings) -> int:

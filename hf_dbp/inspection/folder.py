@@ -41,6 +41,7 @@ from hf_dbp.inspection.choices import (
     VALIDATION,
     Findings,
     choose_balance,
+    choose_batch,
     choose_length,
     choose_pretraining,
     choose_scale,
@@ -216,8 +217,8 @@ def describe_masks(
     if good:
         found.finetuning["background_dir"] = args.background_dir
     labelled = max(2, training_share({**pairs, "train": [*pairs["train"], *good]}))
-    found.finetuning["per_device_train_batch_size"] = max(2, min(16, labelled // 2))
-    found.finetuning |= choose_length(max(1, labelled // found.finetuning["per_device_train_batch_size"]), found)
+    batch = found.finetuning["per_device_train_batch_size"] = choose_batch(labelled)
+    found.finetuning |= choose_length(max(1, labelled // batch), found)
     return masks
 
 

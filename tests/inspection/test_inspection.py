@@ -77,10 +77,26 @@ def test_what_is_there_and_what_will_be_done(real_pictures, capsys):
     assert sheet.shape[1] > 1000 and sheet.std() > 10
 
 
-def test_large_images_are_seen_as_tiles(capsys):
+@pytest.mark.parametrize(("gpu", "side"), [(True, 512), (False, 256)])
+def test_large_images_are_seen_as_tiles(capsys, monkeypatch, gpu, side):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     write(2, (1100, 1030))
-    assert "random tiles of 512 x 512 pixels at native resolution" in report(capsys)
-    assert read_yaml(Path("outputs/inspection/pretrain.yaml"))["native_tiles"] == "true"
+    out = report(capsys)
+    assert f"random tiles of {side} x {side} pixels at native resolution" in out
+    assert ("for this machine has no GPU (with one: 512)" in out) is not gpu
+    recipe = read_yaml(Path("outputs/inspection/pretrain.yaml"))
+    assert (recipe["native_tiles"], recipe["image_size"]) == ("true", str(side))
+
+
+@pytest.mark.parametrize(("gpu", "side", "batch"), [(True, 352, 10), (False, 256, 8)])
+def test_without_a_gpu_crops_and_batches_are_small(capsys, monkeypatch, gpu, side, batch):
+    """Else a thousand steps of fine-tuning on photographs take hours on two cores; images of tiles stay native."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    write(24, (360, 480))
+    assert (f"batches of at most {batch} in fine-tuning" in report(capsys, "--masks", "masks")) is not gpu
+    pretraining, finetuning = (read_yaml(Path(f"outputs/inspection/{name}.yaml")) for name in ("pretrain", "finetune"))
+    assert (pretraining["image_size"], finetuning["crop_size"]) == (str(side), str(side))
+    assert (pretraining["native_tiles"], finetuning["per_device_train_batch_size"]) == ("false", str(batch))
 
 
 @pytest.mark.parametrize("gpu", [True, False])

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hf_dbp.data.images import unreadable_images
 from hf_dbp.downstream.segmentation.data import SegmentationSource
 from hf_dbp.downstream.segmentation.detection import detection
+from hf_dbp.downstream.segmentation.mean_iou import class_scores
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.records import hardware, source_commit, versions
 from hf_dbp.training.accounting import asked_lines
 
-__all__ = ["class_scores", "evaluation_record", "per_class", "summary"]
+__all__ = ["evaluation_record", "per_class", "summary"]
 
 
 def per_class(trainer: SegmentationTrainer) -> dict[str, dict[str, float | int | None]]:
@@ -24,30 +24,6 @@ def per_class(trainer: SegmentationTrainer) -> dict[str, dict[str, float | int |
     confusion_KK = trainer.confusion_KK
     counts = np.diag(confusion_KK), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     return class_scores(*counts, trainer.model.config.id2label)
-
-
-def class_scores(
-    hits_K: npt.NDArray[np.int64],
-    true_K: npt.NDArray[np.int64],
-    predicted_K: npt.NDArray[np.int64],
-    names: Mapping[int, str],
-) -> dict[str, dict[str, float | int | None]]:
-    """IoU, accuracy, precision, recall, Dice and pixels of each class, by name; None if a denominator is 0.
-
-    With h the correctly found pixels of a class, t its true and p its predicted pixels: precision h / p, recall (also
-    called accuracy) h / t, Dice 2 h / (t + p), IoU h / (t + p - h).
-    """
-    return {
-        names[k]: {
-            "iou": _share(hits_K[k], true_K[k] + predicted_K[k] - hits_K[k]),
-            "accuracy": _share(hits_K[k], true_K[k]),
-            "precision": _share(hits_K[k], predicted_K[k]),
-            "recall": _share(hits_K[k], true_K[k]),
-            "dice": _share(2 * hits_K[k], true_K[k] + predicted_K[k]),
-            "pixels": int(true_K[k]),
-        }
-        for k in range(len(names))
-    }
 
 
 def evaluation_record(
@@ -103,10 +79,6 @@ def evaluation_record(
     if trainer.resumed_with:
         record["resumed_with"] = trainer.resumed_with
     return record | {"asked_used": trainer.asked_used(record, history, trainer.asked)}
-
-
-def _share(part: np.int64, whole: np.int64) -> float | None:
-    return float(part / whole) if whole else None
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:

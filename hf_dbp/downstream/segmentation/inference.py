@@ -12,9 +12,10 @@ neither the number of images, nor a resume, nor the number of cores changes a lo
 
 Logits come in bands, from top to bottom, so memory does not grow with an image's height: for an image of width w after
 scaling, K S w + K n W numbers are held for a crop of S pixels and bands of n rows, n W K <= 2^24 (or one row). Of a
-large image at native resolution, where K S w > 2^26, only the overlap with the next row of windows is held, about
-K S w / 3. On a CPU a forward pass has at most 2^18 pixels (or one window): more would take more memory and no less
-time.
+large image at native resolution, where K S w > 2^26, only one window and the overlap with the next row of windows are
+held, K S^2 + K S w / 3 numbers. Where that overlap would take more than 4e7 (`HELD`), the image is predicted in upright
+strips from left to right, each narrow enough; each strip computes the last windows of its left neighbour once more.
+On a CPU a forward pass has at most 2^18 pixels (or one window): more would take more memory and no less time.
 
 Shapes: C channels; K classes; h, w scaled height and width; H, W the image's; S crop size; B windows of a batch.
 """
@@ -63,6 +64,7 @@ __all__ = [
 BATCH = 8  # default number of windows per forward pass
 BAND = 2**24  # logits per band
 LARGE = 2**26  # logits of a row of windows: of more, finished columns are handed out one window at a time
+HELD = 5 * 2**23  # logits held of the rows in which two rows of windows overlap: of more, an image is taken in strips
 PART = 2**22  # logits turned into probabilities at a time
 PIXELS = 2**18  # pixels per forward pass on a CPU
 
@@ -176,20 +178,62 @@ def window_origins(length: int, crop_size: int) -> list[int]:
     return [round(step * (length - crop_size) / max(steps, 1)) for step in range(steps + 1)]
 
 
-Window = tuple[int, View, int, int]  # number of the view, the view, top, left
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """Windows that begin at columns ``lefts``, and the columns, ``start`` to ``end``, that they cover completely."""
+
+    lefts: list[int]
+    start: int
+    end: int
 
 
-def _windows(views: Iterable[View], crop_size: int) -> Iterator[Window]:
+def _strips(view: View, crop_size: int, classes: int) -> list[Strip]:
+    """The strips of a view, from left to right: one, unless it is large and `HELD` logits are too few for its width."""
+    (height, width), lefts = view.size, window_origins(view.size[1], crop_size)
+    overlap = _overlap(window_origins(height, crop_size), crop_size)
+    widest = HELD // (classes * max(1, overlap))
+    strips, first = [], 0
+    while first < len(lefts):
+        begin = next(number for number, left in enumerate(lefts) if left + crop_size > lefts[first])
+        last = first
+        while last + 1 < len(lefts) and (
+            not _large(view, crop_size, classes) or lefts[last + 1] + crop_size - lefts[begin] <= widest
+        ):
+            last += 1
+        end = lefts[last + 1] if last + 1 < len(lefts) else width
+        strips.append(Strip(lefts[begin : last + 1], lefts[first], end))
+        first = last + 1
+    return strips
+
+
+def _large(view: View, crop_size: int, classes: int) -> bool:
+    """Whether finished columns of the view are handed out one window at a time."""
+    return classes * crop_size * view.size[1] > LARGE and view.size == view.target
+
+
+def _overlap(origins: Sequence[int], crop_size: int) -> int:
+    """The most positions that two successive windows share."""
+    return crop_size - min((after - before for before, after in itertools.pairwise(origins)), default=crop_size)
+
+
+Window = tuple[int, View, Strip, int, int]  # number of the view, the view, its strip, top, left
+
+
+def _windows(views: Iterable[View], crop_size: int, classes: int) -> Iterator[Window]:
     for number, view in enumerate(views):
-        for top in window_origins(view.size[0], crop_size):
-            for left in window_origins(view.size[1], crop_size):
-                yield number, view, top, left
+        for strip in _strips(view, crop_size, classes):
+            for top in window_origins(view.size[0], crop_size):
+                for left in strip.lefts:
+                    yield number, view, strip, top, left
 
 
 def _forwards(
     model: nn.Module, windows: Iterator[Window], crop_size: int, batch_size: int
 ) -> Iterator[tuple[Window, Tensor]]:
-    """Each window with its logits (K, S, S), float32, in order; on a CPU one forward pass per thread runs ahead."""
+    """Each window with its logits (K, S, S), float32, in order; on a CPU one forward pass per thread runs ahead.
+
+    Large logits of a model that leaves resizing to the user come as they are, (K, h, w): see `_added`.
+    """
     device = next(model.parameters()).device
     mixed = (
         torch.is_autocast_enabled(device.type),
@@ -199,14 +243,13 @@ def _forwards(
     def forward(batch: Sequence[Window]) -> Tensor:
         if device.type == "cpu":
             torch.set_num_threads(1)
-        crops = [view.crop(top, left, crop_size) for _, view, top, left in batch]
+        crops = [view.crop(top, left, crop_size) for _, view, _, top, left in batch]
         filling = [torch.zeros_like(crops[0])] * (batch_size - len(batch))
         pixels_BCSS = torch.stack([*crops, *filling]).to(device, non_blocking=True)
         with torch.no_grad(), torch.autocast(device.type, mixed[1], enabled=mixed[0]):
             logits: Tensor = model(pixel_values=pixels_BCSS).logits[: len(batch)].float()
-        if logits.shape[2:] != (crop_size, crop_size):  # for models that leave resizing to the user
-            logits = _at_size(logits, crop_size, crop_size)
-        return logits
+        small = logits.shape[0] * logits.shape[1] * crop_size**2 <= BAND
+        return _at_size(logits, crop_size, crop_size) if small else logits
 
     if device.type == "cpu":
         batch_size = max(1, min(batch_size, PIXELS // crop_size**2))
@@ -237,33 +280,32 @@ def _restored_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int) -> Iterator[Band]:
-    """Averaged logits at the views' own resolution, one band per row of windows."""
+def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int, classes: int) -> Iterator[Band]:
+    """Averaged logits at the views' own resolution: bands of a row of windows, of a large view one window at a time."""
     sums, columns_of = torch.zeros(0), None  # the second for a large view
-    for (number, view, top, left), logits_KSS in _forwards(model, _windows(views, crop_size), crop_size, batch_size):
-        if top == left == 0:
-            large = logits_KSS.shape[0] * crop_size * view.size[1] > LARGE and view.size == view.target
-            columns_of = Columns(number, view, crop_size, logits_KSS) if large else None
+    windows = _windows(views, crop_size, classes)
+    for (number, view, strip, top, left), logits_KSS in _forwards(model, windows, crop_size, batch_size):
+        if top == 0 and left == strip.lefts[0]:
+            columns_of = None  # freed before the next is made
+            if _large(view, crop_size, classes):
+                columns_of = Columns(number, view, crop_size, strip, logits_KSS)
         if columns_of is not None:
-            yield columns_of.add(top, left, logits_KSS)
+            yield from columns_of.add(top, left, logits_KSS)
             continue
         height, width = view.size
-        tops, lefts = window_origins(height, crop_size), window_origins(width, crop_size)
+        tops, lefts = window_origins(height, crop_size), strip.lefts
         if top == left == 0:
             sums = logits_KSS.new_zeros(logits_KSS.shape[0], crop_size, max(width, crop_size))
-        sums[:, :, left : left + crop_size] += logits_KSS
+        _add(sums[:, :, left : left + crop_size], logits_KSS)
         if left != lefts[-1]:
             continue
         last = top == tops[-1]
         end = max(height, crop_size) if last else tops[tops.index(top) + 1]
         rows = _covered(tops, crop_size, top, end).to(sums.device)
         columns = _covered(lefts, crop_size, 0, sums.shape[2]).to(sums.device)
-        shown = min(end, height) - top
-        piece = max(1, BAND // (sums.shape[0] * sums.shape[2]))
-        for start in range(0, shown, piece):
-            part = slice(start, min(start + piece, shown))
+        for part, done in _pieces(min(end, height) - top, BAND // (sums.shape[0] * sums.shape[2])):
             average = sums[:, part] / (rows[part, None] * columns)
-            yield Band(number, view, top + start, average[:, :, :width], last and part.stop == shown)
+            yield Band(number, view, top + part.start, average[:, :, :width], last and done)
         if last:
             sums = torch.zeros(0)  # freed before those of the next view
             continue
@@ -273,37 +315,59 @@ def _averages(model: nn.Module, views: Iterable[View], crop_size: int, batch_siz
         sums[:, kept:] = 0
 
 
-class Columns:
-    """Averages the windows of a large view, and hands out the columns that each window finishes.
+def _pieces(rows: int, step: int) -> Iterator[tuple[slice, bool]]:
+    """Slices of so many rows, at most ``step`` at a time, and whether each is the last."""
+    step = max(1, step)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows)), start + step >= rows
 
-    Above the next row of windows it keeps only the rows that overlap it: K n w numbers for n rows of overlap.
+
+def _add(sums_KSS: Tensor, logits_Khw: Tensor) -> None:
+    """Add logits at the size of the sums; larger ones are resized a few classes at a time, so that no copy is held."""
+    step = max(1, PART // (sums_KSS.shape[1] * sums_KSS.shape[2]))
+    for sums, logits in zip(sums_KSS.split(step), logits_Khw.split(step), strict=True):
+        sums.add_(_at_size(logits[None], *sums.shape[1:])[0])
+
+
+class Columns:
+    """Averages the windows of a strip of a large view, and hands out the columns that each window finishes.
+
+    Above the next row of windows it keeps only the rows that overlap it: K n w numbers for n rows of overlap and a
+    strip of w columns.
     """
 
-    def __init__(self, number: int, view: View, crop_size: int, like: Tensor) -> None:
-        self.number, self.view, self.crop_size = number, view, crop_size
-        self.tops, self.lefts = (window_origins(side, crop_size) for side in view.size)
-        steps = [below - above for above, below in itertools.pairwise(self.tops)]
-        overlap = crop_size - min(steps, default=crop_size)
-        self.kept_Knw = like.new_zeros(like.shape[0], overlap, max(view.size[1], crop_size))
-        self.sums_KSS = like.new_zeros(like.shape)
+    def __init__(self, number: int, view: View, crop_size: int, strip: Strip, like: Tensor) -> None:
+        self.number, self.view, self.crop_size, self.strip = number, view, crop_size, strip
+        self.tops = window_origins(view.size[0], crop_size)
+        span = strip.lefts[-1] + crop_size - strip.lefts[0]
+        self.kept_Knw = like.new_zeros(like.shape[0], _overlap(self.tops, crop_size), span)
+        self.sums_KSS = like.new_zeros(like.shape[0], crop_size, crop_size)
 
-    def add(self, top: int, left: int, logits_KSS: Tensor) -> Band:
+    def add(self, top: int, left: int, logits_KSS: Tensor) -> Iterator[Band]:
         """Add a window; windows come in rows, each from left to right."""
-        crop, (height, width) = self.crop_size, self.view.size
-        last, rightmost = top == self.tops[-1], left == self.lefts[-1]
+        crop, (height, width), lefts = self.crop_size, self.view.size, self.strip.lefts
+        last, rightmost = top == self.tops[-1], left == lefts[-1]
         above = 0 if top == 0 else self.tops[self.tops.index(top) - 1] + crop - top  # rows kept of the windows above
-        fresh = crop if left == 0 else left - self.lefts[self.lefts.index(left) - 1]  # columns that this window begins
+        fresh = crop if left == lefts[0] else left - lefts[lefts.index(left) - 1]  # columns that this window begins
+        place = left - lefts[0]
         self.sums_KSS[:, :, crop - fresh :] = 0
-        self.sums_KSS[:, :above, crop - fresh :] = self.kept_Knw[:, :above, left + crop - fresh : left + crop]
-        self.sums_KSS += logits_KSS
+        self.sums_KSS[:, :above, crop - fresh :] = self.kept_Knw[:, :above, place + crop - fresh : place + crop]
+        _add(self.sums_KSS, logits_KSS)
         end = max(height, crop) if last else self.tops[self.tops.index(top) + 1]
-        done = crop if rightmost else self.lefts[self.lefts.index(left) + 1] - left
-        self.kept_Knw[:, : crop - (end - top), left : left + done] = self.sums_KSS[:, end - top :, :done]
-        rows = _covered(self.tops, crop, top, end).to(logits_KSS.device)
-        columns = _covered(self.lefts, crop, left, left + done).to(logits_KSS.device)
-        average = self.sums_KSS[:, : end - top, :done] / (rows[:, None] * columns)
-        self.sums_KSS[:, :, : crop - done] = self.sums_KSS[:, :, done:].clone()
-        return Band(self.number, self.view, top, average[:, : height - top, : width - left], last and rightmost, left)
+        done = crop if rightmost else lefts[lefts.index(left) + 1] - left
+        self.kept_Knw[:, : crop - (end - top), place : place + done] = self.sums_KSS[:, end - top :, :done]
+        shown = slice(max(self.strip.start - left, 0), max(0, min(self.strip.end - left, done)))
+        if shown.start < shown.stop:
+            rows = _covered(self.tops, crop, top, end).to(logits_KSS.device)
+            columns = _covered(lefts, crop, left + shown.start, left + shown.stop).to(logits_KSS.device)
+            finished = last and rightmost and self.strip.end == width
+            for part, done_rows in _pieces(min(end, height) - top, PART // (len(self.sums_KSS) * len(columns))):
+                average = self.sums_KSS[:, part, shown] / (rows[part, None] * columns)
+                yield Band(
+                    self.number, self.view, top + part.start, average, finished and done_rows, left + shown.start
+                )
+        for sums_SS in self.sums_KSS:
+            sums_SS[:, : crop - done] = sums_SS[:, done:].clone()
 
 
 def _covered(origins: Sequence[int], crop_size: int, first: int, end: int) -> Tensor:
@@ -318,18 +382,22 @@ def _at_size(logits_BKhw: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.interpolate(logits_BKhw, size=(height, width), mode="bilinear", align_corners=False)
 
 
-def logit_bands(model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int = BATCH) -> Iterator[Band]:
-    """Logits at each view's target resolution, from top to bottom, one view after the other.
+def logit_bands(
+    model: nn.Module, views: Iterable[View], crop_size: int, batch_size: int = BATCH, *, classes: int
+) -> Iterator[Band]:
+    """Logits at each view's target resolution, one view after the other, each from top to bottom (of a large view, in
+    upright strips from left to right).
 
     Args:
         model: in eval mode; takes only crops of ``crop_size``.
         views: views, opened as needed.
         crop_size: side of the windows.
         batch_size: windows per forward pass; on a CPU at most `PIXELS` pixels.
+        classes: logits per pixel.
     """
     held: list[Tensor] = []
     above = 0
-    for band in _averages(model, views, crop_size, batch_size):
+    for band in _averages(model, views, crop_size, batch_size, classes):
         height, width = band.view.target
         if band.view.size == band.view.target:
             yield band
@@ -369,12 +437,14 @@ def _stretched(band: Band, held_Knw: Tensor, above: int, piece: int) -> Generato
 # ---- used by evaluation and pictures ----
 
 
-def whole_image_logits(model: nn.Module, pixels: Sequence[Tensor], crop_size: int, batch_size: int) -> list[Tensor]:
+def whole_image_logits(
+    model: nn.Module, pixels: Sequence[Tensor], crop_size: int, batch_size: int, *, classes: int
+) -> list[Tensor]:
     """Return logits (K, h, w), float32, of each image (C, h, w)."""
     views = [WholeView(image, (image.shape[1], image.shape[2])) for image in pixels]
     found: list[Tensor] = []
-    for band in logit_bands(model, views, crop_size, batch_size):
-        classes, rows, columns = band.logits_KnW.shape
+    for band in logit_bands(model, views, crop_size, batch_size, classes=classes):
+        _, rows, columns = band.logits_KnW.shape
         if band.top == band.left == 0:
             found.append(band.logits_KnW.new_empty(classes, *band.view.target))
         found[-1][:, band.top : band.top + rows, band.left : band.left + columns] = band.logits_KnW
@@ -385,7 +455,7 @@ def predict_labels(model: nn.Module, data: WholeImages, image_HWC: npt.NDArray[A
     """Return the class ids (H, W) of one image, as evaluation predicts them; the model must be in eval mode."""
     view = WholeView(data.pixels(image_HWC), (image_HWC.shape[0], image_HWC.shape[1]))
     ids_HW = torch.zeros(view.target, dtype=torch.int64)
-    for band in logit_bands(model, [view], crop_size):
+    for band in logit_bands(model, [view], crop_size, classes=data.images.num_labels):
         _, rows, columns = band.logits_KnW.shape
         ids_HW[band.top : band.top + rows, band.left : band.left + columns] = band.logits_KnW.argmax(0)
     return ids_HW
@@ -497,7 +567,7 @@ def count_pixels(
                 number += 1
 
     found = Counts(np.zeros((num_labels, num_labels), np.int64), ignore_index)
-    for band in logit_bands(model, views(), crop_size, batch_size):
+    for band in logit_bands(model, views(), crop_size, batch_size, classes=num_labels):
         _, rows, columns = band.logits_KnW.shape
         part = slice(band.top, band.top + rows), slice(band.left, band.left + columns)
         found.add(numbers[0], band.logits_KnW, labels[numbers[0]][part])

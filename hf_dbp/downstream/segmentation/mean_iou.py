@@ -14,7 +14,7 @@ Shapes: K classes; H, W height and width of one map; N pixels of a piece of a ma
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
@@ -29,7 +29,7 @@ import torch
 
 from hf_dbp.errors import UserError
 
-__all__ = ["MeanIoU", "SegmentationScores", "confusion_matrix", "scores_from_confusion"]
+__all__ = ["MeanIoU", "SegmentationScores", "class_scores", "confusion_matrix", "scores_from_confusion"]
 
 IntArray = npt.NDArray[np.integer[Any]]
 LabelMaps = IntArray | torch.Tensor | Sequence[IntArray | torch.Tensor]
@@ -248,3 +248,31 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         confusion_KK = np.zeros((self.num_labels, self.num_labels), dtype=np.int64)
         np.add.at(confusion_KK, references, np.asarray(predictions, dtype=np.int64))
         return scores_from_confusion(confusion_KK)
+
+
+def class_scores(
+    hits_K: npt.NDArray[np.int64],
+    true_K: npt.NDArray[np.int64],
+    predicted_K: npt.NDArray[np.int64],
+    names: Mapping[int, str],
+) -> dict[str, dict[str, float | int | None]]:
+    """IoU, accuracy, precision, recall, Dice and pixels of each class, by name; None if a denominator is 0.
+
+    With h the correctly found pixels of a class, t its true and p its predicted pixels: precision h / p, recall (also
+    called accuracy) h / t, Dice 2 h / (t + p), IoU h / (t + p - h).
+    """
+    return {
+        names[k]: {
+            "iou": _share(hits_K[k], true_K[k] + predicted_K[k] - hits_K[k]),
+            "accuracy": _share(hits_K[k], true_K[k]),
+            "precision": _share(hits_K[k], predicted_K[k]),
+            "recall": _share(hits_K[k], true_K[k]),
+            "dice": _share(2 * hits_K[k], true_K[k] + predicted_K[k]),
+            "pixels": int(true_K[k]),
+        }
+        for k in range(len(names))
+    }
+
+
+def _share(part: np.int64, whole: np.int64) -> float | None:
+    return float(part / whole) if whole else None

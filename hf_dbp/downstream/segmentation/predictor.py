@@ -52,10 +52,10 @@ from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
 from hf_dbp.downstream.networks import channels_of, load_stock, weights_digest
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
-from hf_dbp.downstream.segmentation.evaluation import class_scores
 from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, likely, logit_bands
+from hf_dbp.downstream.segmentation.mean_iou import class_scores
 from hf_dbp.downstream.segmentation.retrieval import SETTINGS, RetrievalSegmenter, load_retrieval
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
@@ -195,18 +195,19 @@ class RowsView:
 
     def crop(self, top: int, left: int, side: int) -> Tensor:
         bottom = min(top + side, self.size[0])
-        with self.lock:
-            if self.kept[0] != (top, bottom):
-                self.kept = (top, bottom), self.scaled(top, bottom)
-            part = self.kept[1][:, left : left + side]
+        if self.size == self.target:
+            part = adapted(self.rows.rows(top, bottom, left, left + side), self.channels)
+        else:
+            with self.lock:
+                if self.kept[0] != (top, bottom):
+                    self.kept = (top, bottom), self.scaled(top, bottom)
+                part = self.kept[1][:, left : left + side]
         pixels = self.preparation.normalized(part, self.rows.dtype)
         return nn.functional.pad(pixels, (0, side - pixels.shape[2], 0, side - pixels.shape[1]))
 
     def scaled(self, top: int, bottom: int) -> npt.NDArray[Any]:
         """Rows of the scaled image, from at most `BLOCK` values at a time; the bicubic kernel reaches twice the scale
         beyond them."""
-        if self.size == self.target:
-            return adapted(self.rows.rows(top, bottom), self.channels)
         scale = self.target[0] / self.size[0]
         block = max(1, int(BLOCK / (self.rows.shape[1] * self.rows.shape[2] * scale)))
         parts = []
@@ -330,19 +331,20 @@ class Segmenter:
         device, autocast = next(self.model.parameters()).device.type, self.how.autocast
         kind = getattr(torch, autocast or "bfloat16")
         found: Segmented | None = None
-        rows = tqdm(desc="Rows", unit="row", leave=False, disable=True)
+        pixels = tqdm(desc="Pixels", unit="px", leave=False, disable=True)
         with torch.autocast(device, kind, enabled=autocast is not None):
-            for band in logit_bands(self.model, views(), self.how.crop_size, self.how.batch_size):
+            crop, batch = self.how.crop_size, self.how.batch_size
+            for band in logit_bands(self.model, views(), crop, batch, classes=len(self.names)):
                 if found is None:
                     ids_HW = np.zeros(band.view.target, self.dtype)
                     found = Segmented(ids_HW, np.zeros(len(self.names)), 0.0, waiting.pop(0))
                     if isinstance(band.view, RowsView):  # of an image that takes long
-                        rows = tqdm(total=len(ids_HW), desc=f"Rows of {found.image.name}", unit="row", leave=False)
+                        called = {"desc": f"Pixels of {found.image.name}", "unit": "px", "unit_scale": True}
+                        pixels = tqdm(total=ids_HW.size, leave=False, **called)
                 found.add(band.top, band.left, band.logits_KnW)
-                if band.left == 0:
-                    rows.update(band.logits_KnW.shape[1])
+                pixels.update(band.logits_KnW[0].numel())
                 if band.last:
-                    rows.close()
+                    pixels.close()
                     yield found
                     found = None
 

@@ -32,7 +32,7 @@ class PixelModel(nn.Module):
 def test_windows_and_padding_give_the_logits_of_the_whole(size):
     model, image = PixelModel(16), torch.randn(3, *size)
     with torch.no_grad():
-        logits = whole_image_logits(model, [image, image[:, :5, :5]], 16, batch_size=4)
+        logits = whole_image_logits(model, [image, image[:, :5, :5]], 16, batch_size=4, classes=4)
         torch.testing.assert_close(logits[0], model.linear(image))
         torch.testing.assert_close(logits[1], model.linear(image[:, :5, :5]))
     assert set(model.batches) == {4}  # the last one filled up: a window's logits depend on nothing else
@@ -41,7 +41,7 @@ def test_windows_and_padding_give_the_logits_of_the_whole(size):
 def test_windows_overlap_by_a_third():
     model = PixelModel(30)
     with torch.no_grad():
-        whole_image_logits(model, [torch.randn(3, 30, 90)], 30, batch_size=1)
+        whole_image_logits(model, [torch.randn(3, 30, 90)], 30, batch_size=1, classes=4)
     assert len(model.batches) == 4  # at 0, 20, 40, 60
 
 
@@ -148,9 +148,9 @@ def test_on_a_cpu_a_forward_pass_has_few_pixels_and_one_thread_beside_it(monkeyp
     torch.set_num_threads(2)
     try:
         with torch.no_grad():
-            bands = inference.logit_bands(model, [inference.WholeView(image, (40, 40))], 16, batch_size=8)
+            bands = inference.logit_bands(model, [inference.WholeView(image, (40, 40))], 16, batch_size=8, classes=4)
             beside = [(torch.get_num_threads(), band)[0] for band in bands]
-            whole_image_logits(small, [image], 16, batch_size=2)
+            whole_image_logits(small, [image], 16, batch_size=2, classes=4)
         assert set(beside) == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -171,11 +171,11 @@ def test_columns_handed_out_one_by_one_are_those_of_the_whole(size, monkeypatch)
 
     monkeypatch.setattr(inference.Columns, "__init__", noted)
     with torch.no_grad():
-        (whole,) = whole_image_logits(model, [image], 16, batch_size=4)
+        (whole,) = whole_image_logits(model, [image], 16, batch_size=4, classes=4)
         assert not kept
         monkeypatch.setattr(inference, "LARGE", 0)
-        (columns,) = whole_image_logits(model, [image], 16, batch_size=4)
-        bands = list(inference.logit_bands(model, [view, view], 16, batch_size=4))
+        (columns,) = whole_image_logits(model, [image], 16, batch_size=4, classes=4)
+        bands = list(inference.logit_bands(model, [view, view], 16, batch_size=4, classes=4))
     assert torch.equal(columns, whole)
     assert [band.last for band in bands if band.number == 0] == [*[False] * (len(bands) // 2 - 1), True]
     for band in bands:

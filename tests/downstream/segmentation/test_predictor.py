@@ -346,9 +346,9 @@ def test_logits_in_bands_are_those_of_the_whole(segmenter, monkeypatch):
     pixels = torch.randn(2, 70, 50, generator=torch.Generator().manual_seed(0))
     for target in ((70, 50), (161, 120), (33, 21)):
         view = inference.WholeView(pixels, target)
-        whole = torch.cat([band.logits_KnW for band in inference.logit_bands(model, [view], 32)], dim=1)
+        whole = torch.cat([band.logits_KnW for band in inference.logit_bands(model, [view], 32, classes=5)], dim=1)
         monkeypatch.setattr(inference, "BAND", 5 * target[1] * 7)  # seven rows
-        bands = list(inference.logit_bands(model, [view], 32))
+        bands = list(inference.logit_bands(model, [view], 32, classes=5))
         monkeypatch.undo()
         assert len(bands) > 3 and [band.last for band in bands] == [False] * (len(bands) - 1) + [True]
         assert max(band.logits_KnW.shape[1] for band in bands) <= 7
