@@ -43,6 +43,7 @@ class TiffRows:
         self.step = self.page.tilelength if tiled else min(self.page.rowsperstrip, self.shape[0])
         self.across = -(-self.shape[1] // self.page.tilewidth) if tiled else 1
         self.bands: dict[int, NDArray[Any]] = {}  # decoded rows of strips or tiles, numbered from the top
+        self.asked = range(0), range(0)  # the last two ranges of bands: threads ask for two rows of windows in turns
         self.lock = threading.Lock()
 
     def rows(self, top: int, bottom: int, left: int = 0, right: int | None = None) -> NDArray[Any]:
@@ -53,7 +54,11 @@ class TiffRows:
         """
         with self.lock:
             numbers = range(top // self.step, -(-bottom // self.step))
-            self.bands = {number: band for number, band in self.bands.items() if number in numbers}
+            if numbers != self.asked[1]:
+                self.asked = self.asked[1], numbers
+            self.bands = {
+                number: band for number, band in self.bands.items() if any(number in asked for asked in self.asked)
+            }
             for number in numbers:
                 if number not in self.bands:
                     self.bands[number] = self._decoded(number)

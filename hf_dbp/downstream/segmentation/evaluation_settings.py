@@ -18,9 +18,10 @@ from transformers import TrainingArguments
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_json
 
-__all__ = ["EVALUATED", "Evaluated", "autocast_of", "read_evaluated", "stock_crop"]
+__all__ = ["EVALUATED", "MEMORY_SETTINGS", "Evaluated", "autocast_of", "read_evaluated", "stock_crop"]
 
 EVALUATED = "hf_dbp_evaluated"
+MEMORY_SETTINGS = "retrieval.json"  # in the folder of a memory of `hf-dbp retrieve`, in place of that entry
 LARGEST = 2**16  # pixels of a crop's side or of an edge
 
 

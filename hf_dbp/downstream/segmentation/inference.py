@@ -325,7 +325,7 @@ def _pieces(rows: int, step: int) -> Iterator[tuple[slice, bool]]:
 def _add(sums_KSS: Tensor, logits_Khw: Tensor) -> None:
     """Add logits at the size of the sums; larger ones are resized a few classes at a time, so that no copy is held."""
     step = max(1, PART // (sums_KSS.shape[1] * sums_KSS.shape[2]))
-    for sums, logits in zip(sums_KSS.split(step), logits_Khw.split(step), strict=True):
+    for sums, logits in zip(torch.split(sums_KSS, step), torch.split(logits_Khw, step), strict=True):
         sums.add_(_at_size(logits[None], *sums.shape[1:])[0])
 
 

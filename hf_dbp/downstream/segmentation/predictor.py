@@ -29,7 +29,7 @@ import functools
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -52,16 +52,18 @@ from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
 from hf_dbp.downstream.networks import channels_of, load_stock, weights_digest
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
-from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated, read_evaluated, stock_crop
+from hf_dbp.downstream.segmentation.evaluation_settings import MEMORY_SETTINGS, Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, likely, logit_bands
 from hf_dbp.downstream.segmentation.mean_iou import class_scores
-from hf_dbp.downstream.segmentation.retrieval import SETTINGS, RetrievalSegmenter, load_retrieval
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
 from hf_dbp.records import write_json
+
+if TYPE_CHECKING:
+    from hf_dbp.downstream.segmentation.retrieval import RetrievalSegmenter
 
 __all__ = ["Segmented", "Segmenter", "load"]
 
@@ -108,7 +110,9 @@ def load(
     own: dict[str, Any] = {}
     network: PreTrainedModel | RetrievalSegmenter
     evaluated: Evaluated | None
-    if (Path(model) / SETTINGS).is_file():
+    if (Path(model) / MEMORY_SETTINGS).is_file():
+        from hf_dbp.downstream.segmentation.retrieval import load_retrieval  # imports training, which takes memory
+
         network, kept = load_retrieval(model)
         evaluated = Evaluated(kept["crop_size"], kept["long_edge"], kept["batch_size"])
         own = {name: kept[name] for name in ("neighbours", "temperature")}

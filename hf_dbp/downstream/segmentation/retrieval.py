@@ -40,7 +40,7 @@ from hf_dbp.downstream.encoder import check_channels, load_vit
 from hf_dbp.downstream.neighbours import centred, nearest
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images
 from hf_dbp.downstream.segmentation.detection import detection, image_figures
-from hf_dbp.downstream.segmentation.evaluation_settings import Evaluated
+from hf_dbp.downstream.segmentation.evaluation_settings import MEMORY_SETTINGS, Evaluated
 from hf_dbp.downstream.segmentation.figures import plot_predictions, plot_worst
 from hf_dbp.downstream.segmentation.finetuning import DataArguments, image_processor
 from hf_dbp.downstream.segmentation.inference import BATCH, WholeImages, count_pixels, window_origins
@@ -56,7 +56,7 @@ __all__ = ["RetrievalArguments", "RetrievalSegmenter", "build_memory", "load_ret
 
 logger = logging.getLogger(__name__)
 
-MEMORY, SETTINGS = "memory.safetensors", "retrieval.json"
+MEMORY = "memory.safetensors"
 
 
 class RetrievalSegmenter(nn.Module):
@@ -112,7 +112,7 @@ class RetrievalSegmenter(nn.Module):
         memory = {"tokens": self.memory_MD, "shares": self.shares_MK}
         save_file({name: tensor.cpu().contiguous() for name, tensor in memory.items()}, folder / MEMORY)
         own = {"neighbours": self.neighbours, "temperature": self.temperature, "id2label": self.config.id2label}
-        write_json(folder / SETTINGS, {"schema": 1, **own, **settings})
+        write_json(folder / MEMORY_SETTINGS, {"schema": 1, **own, **settings})
 
 
 def load_retrieval(folder: str | Path) -> tuple[RetrievalSegmenter, dict[str, Any]]:
@@ -123,7 +123,7 @@ def load_retrieval(folder: str | Path) -> tuple[RetrievalSegmenter, dict[str, An
     """
     path = Path(folder)
     try:
-        settings = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        settings = json.loads((path / MEMORY_SETTINGS).read_text(encoding="utf-8"))
         memory = load_file(path / MEMORY)
         names = {int(number): str(name) for number, name in settings["id2label"].items()}
         neighbours, temperature = int(settings["neighbours"]), float(settings["temperature"])

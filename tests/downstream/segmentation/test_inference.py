@@ -12,7 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dbp.downstream.segmentation import inference
 from hf_dbp.downstream.segmentation.data import LabelledImages
-from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, predict_labels, whole_image_logits
+from hf_dbp.downstream.segmentation.inference import (
+    WholeImages,
+    count_pixels,
+    predict_labels,
+    whole_image_logits,
+    window_origins,
+)
 
 
 class PixelModel(nn.Module):
@@ -196,3 +202,57 @@ def test_a_large_image_is_counted_in_columns(monkeypatch):
     assert np.array_equal(found.confusion_KK, whole.confusion_KK) and found.loss_sum == pytest.approx(whole.loss_sum)
     assert [found.images[k].foreground for k in (0, 1)] == [whole.images[k].foreground for k in (0, 1)]
     assert torch.equal(predict_labels(model, data, data.images[1][0], 16), ids)
+
+
+class CoarseModel(PixelModel):
+    """Leaves resizing to the user, as SegFormer does."""
+
+    def forward(self, pixel_values):
+        return SimpleNamespace(logits=nn.functional.avg_pool2d(super().forward(pixel_values).logits, 4))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    height=st.integers(1, 90), width=st.integers(1, 130), held=st.integers(1, 4000), coarse=st.booleans(),
+    piece=st.integers(1, 3000),
+)  # fmt: skip
+def test_strips_give_the_logits_of_the_whole_and_hold_no_more_than_they_may(height, width, held, coarse, piece):
+    """Of a large image: to the bit, each pixel once; what is held is bounded, however wide and high the image is."""
+    torch.manual_seed(0)
+    model, image, taken = (CoarseModel if coarse else PixelModel)(16), torch.randn(3, height, width), []
+    view, seen = inference.WholeView(image, (height, width)), torch.zeros(height, width)
+    made = inference.Columns.__init__
+
+    def noted(self, *args):
+        made(self, *args)
+        taken.append((self.kept_Knw.numel(), self.sums_KSS.numel(), len(self.strip.lefts)))
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        (whole,) = whole_image_logits(model, [image], 16, batch_size=3, classes=4)
+        patch.setattr(inference.Columns, "__init__", noted)
+        for name, value in {"LARGE": 0, "HELD": held, "PART": piece, "BAND": 0 if coarse else 2**24}.items():
+            patch.setattr(inference, name, value)
+        bands = list(inference.logit_bands(model, [view], 16, batch_size=3, classes=4))
+    for band in bands:
+        _, rows, columns = band.logits_KnW.shape
+        part = slice(band.top, band.top + rows), slice(band.left, band.left + columns)
+        assert torch.equal(band.logits_KnW, whole[:, part[0], part[1]])
+        assert band.logits_KnW.numel() <= max(piece, 4 * columns)  # so many, or one row
+        seen[part] += 1
+    assert (seen == 1).all() and [band.last for band in bands] == [*[False] * (len(bands) - 1), True]
+    for kept, sums, windows in taken:  # two windows and their neighbour are the least that a strip can have
+        assert sums == 4 * 16 * 16 and (kept <= held or windows <= 3)
+
+
+def test_an_image_of_any_size_holds_a_strip_of_150_classes():
+    """20,000 or 200,000 pixels wide: never more logits than `HELD`, and at most a third of the windows twice."""
+    for side in (20_000, 200_000):
+        view = SimpleNamespace(size=(side, side), target=(side, side))
+        strips = inference._strips(view, 512, 150)
+        overlap = inference._overlap(window_origins(side, 512), 512)
+        spans = [strip.lefts[-1] + 512 - strip.lefts[0] for strip in strips]
+        assert max(150 * overlap * span for span in spans) <= inference.HELD
+        assert [strip.start for strip in strips] == [0, *(strip.end for strip in strips[:-1])]
+        assert strips[-1].end == side
+        assert sum(len(strip.lefts) for strip in strips) <= 1.34 * len(window_origins(side, 512)) + 1
+        assert (len(inference._strips(view, 512, 11)) == 1) is (side == 20_000)

@@ -299,9 +299,11 @@ def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter
     view: Any = predictor.open("a", [str(tmp_path / "a.tif")]).view
     monkeypatch.setattr(predictor_module, "BLOCK", 20 * 220 * 2)  # twenty rows
     opened: Any = predictor.open("a", [str(tmp_path / "a.tif")])
-    read: list[tuple[int, int]] = []
-    rows, side = opened.view.rows.rows, predictor.how.crop_size
-    opened.view.rows.rows = lambda top, bottom: read.append((top, bottom)) or rows(top, bottom)
+    read: list[tuple[int, int, int, int]] = []
+    decoded: list[int] = []
+    rows, band, side = opened.view.rows.rows, opened.view.rows._decoded, predictor.how.crop_size
+    opened.view.rows.rows = lambda *part: read.append((*part, 0, 220)[:4]) or rows(*part)
+    opened.view.rows._decoded = lambda number: decoded.append(number) or band(number)
     (blocks,) = predictor.predict([opened])
     assert (blocks.ids_HW == whole.ids_HW).mean() > 0.999
     monkeypatch.setattr(inference, "LARGE", 0)
@@ -310,11 +312,12 @@ def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter
     assert np.array_equal(columns.ids_HW, blocks.ids_HW) and columns.score == blocks.score
     np.testing.assert_allclose(columns.confidence_K, blocks.confidence_K, rtol=1e-9)
     again.view.rows.close()
-    tops = inference.window_origins(view.size[0], side)
     if name == "native":
-        assert read == [(top, top + side) for top in tops]  # once for all windows of a row
+        tops, lefts = (inference.window_origins(length, side) for length in view.size)
+        assert sorted(read) == [(top, top + side, left, left + side) for top in tops for left in lefts]
+        assert sorted(decoded) == sorted(set(decoded))  # once for all windows that share its rows
     else:
-        assert max(bottom - top for top, bottom in read) <= 20 + 4 * 300 / view.size[0] + 3
+        assert max(bottom - top for top, bottom, _, _ in read) <= 20 + 4 * 300 / view.size[0] + 3
     for image_view in (view, whole.image.view, opened.view):
         image_view.rows.close()
 
