@@ -17,6 +17,7 @@ A plan is a YAML file, from the package or your own:
     against: {adamw: [dbp+adamw]}           # baseline -> variants compared with it (default: the first, all others)
     segmentation: {recipe: demo_upernet.yaml, flags: {}, random: true}  # optional: mean IoU of each seed's encoder
     classification: {flags: {train_dir: tiles}, random: true}           # optional: accuracy of each seed's encoder
+    detection: {flags: {train_dir: photos, train_mask_dir: boxes.json}} # optional: mean average precision of it
     probe: {flags: {train_dir: tiles}}      # optional: k nearest neighbours and a linear probe on each encoder
     lengths: {adamw: [900, 1200]}           # optional: complete schedules of other lengths (max_steps) of a baseline,
                                             # at its best setting: where does it reach another variant's result?
@@ -39,6 +40,7 @@ from typing import Any
 
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.classification import arguments as classification
+from hf_dbp.downstream.detection import arguments as detection
 from hf_dbp.downstream.probe import ProbeArguments
 from hf_dbp.downstream.segmentation import arguments as segmentation
 from hf_dbp.errors import UserError
@@ -149,7 +151,8 @@ class Head:
         groups: its classes of flags.
         model: what is trained, in words.
         metrics: figures of its `eval.json`, in words; the first is also plotted.
-        guess: figure with the first metric's value for always predicting the most common class.
+        guess: figure with the first metric's value for always predicting the most common class; None if that means
+            nothing.
         check: refuses invalid data flags.
     """
 
@@ -157,7 +160,7 @@ class Head:
     groups: tuple[type, ...]
     model: str
     metrics: dict[str, str]
-    guess: str
+    guess: str | None
     check: Callable[[Any], Any]
 
 
@@ -177,6 +180,14 @@ HEADS = {
         "a classifier",
         {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"},
         "majority_class_accuracy",
+        lambda data_args: data_args.source(None, None),
+    ),
+    "detection": Head(
+        "hf_dbp.downstream.detection.finetuning",
+        detection.GROUPS,
+        "a detector",
+        {"map": "mean average precision", "map_50": "AP50"},
+        None,
         lambda data_args: data_args.source(None, None),
     ),
 }

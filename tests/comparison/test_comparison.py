@@ -244,6 +244,7 @@ def test_flags_are_put_right_after_a_run_that_failed_at_once(plan, launcher, tmp
         (("seeds:", "segmentation: {random: true}\nseeds:"), "segmentation: no data: give --train_dir FOLDER"),
         (("seeds:", "classification: {random: true}\nseeds:"), "classification: no data: give --train_dir FOLDER"),
         (("seeds:", "classification: {flags: {mix_up: 1}}\nseeds:"), "classification: unknown flag --mix_up; did"),
+        (("seeds:", "detection: {random: true}\nseeds:"), "detection: no data: give --train_dir FOLDER"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused_before_the_first(changed, message, tmp_path):

@@ -181,6 +181,29 @@ def test_accuracies_of_a_classifier_stand_beside_one_another(tmp_path, sketched)
     assert (tmp_path / "accuracy.svg").is_file() and not (tmp_path / "miou.svg").exists()
 
 
+def detected(seed, precision):
+    rows = [{"epoch": float(k), "eval_map": precision * k / 3} for k in range(1, 4)]
+    data = {"source": "photos", "train_images": 8, "validation_images": 4}
+    return {"map": precision, "map_50": precision + 0.2, "seed": seed, "evaluations": rows, "data": data}
+
+
+def test_precisions_of_a_detector_stand_beside_one_another(tmp_path, sketched):
+    runs = paired_runs()
+    for run in runs:
+        better = run.planned.variant != "adamw"
+        run.heads["detection"] = detected(run.planned.seed, 0.3 + 0.1 * better + 0.01 * run.planned.seed**2)
+    figures = analyse(made_plan(), runs)["detection"]
+    for one in (figures, figures["map_50"]):
+        (test,) = (t["test"] for t in one["tests"] if (t["baseline"], t["other"]) == ("adamw", "dbp+adamw"))
+        assert test["difference"]["mean"] == pytest.approx(0.1)
+    write_report(tmp_path, made_plan(), runs, command="c")
+    page = (tmp_path / "README.md").read_text()
+    for part in ("Mean average precision of a detector on photos (8 training and 4 validation images).",
+                 "AP50 of a detector.", "AP50, paired by seed."):  # fmt: skip
+        assert part in page
+    assert "most common class" not in page and (tmp_path / "map.svg").is_file()
+
+
 def grid_runs(plan):
     return [
         made_run(variant, 0, QUICK, searched=[("learning_rate", a), ("eta", b)])

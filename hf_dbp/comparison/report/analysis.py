@@ -220,7 +220,7 @@ def head_figures(
     def figures(metric: str) -> dict[str, Any]:
         return metric_figures(name, metric, chosen, pairs, random)
 
-    shared = {key: evaluations[0][key] for key in ("data", HEADS[name].guess)}
+    shared = {key: evaluations[0][key] for key in ("data", HEADS[name].guess) if key is not None}
     return plain(figures(first) | {metric: figures(metric) for metric in others} | shared)
 
 

@@ -242,8 +242,10 @@ def head_tables(name: str, figures: Figures) -> list[Block]:
         if own is figures:
             caption += (
                 f" on {data['source']} ({data['train_images']} training and {data['validation_images']} "
-                f"validation images); always predicting the most common class scores {number(figures[head.guess])}"
+                "validation images)"
             )
+            if head.guess is not None:
+                caption += f"; always predicting the most common class scores {number(figures[head.guess])}"
         means = [[one, mean(value), str(value["n"])] for one, value in own["variants"].items() if value is not None]
         tests = [
             [f"{t['other']} against {t['baseline']}", *(number(t["test"][k]) for k in ("baseline", "other")),
