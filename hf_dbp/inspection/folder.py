@@ -150,7 +150,9 @@ def survey_background(args: argparse.Namespace, found: Findings) -> list[ImageKi
     """
     if args.background_dir is None:
         return []
-    samples: Samples = {files[0]: files for files in background_files(args.background_dir, args.channel_files)}
+    good, left_out = background_files(args.background_dir, args.channel_files)
+    found.problems += left_out.lines()
+    samples: Samples = {files[0]: files for files in good}
     kinds, channels = survey_images(samples), found.pretraining["num_channels"]
     usable = [
         kind

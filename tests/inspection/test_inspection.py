@@ -90,7 +90,7 @@ def test_large_images_are_seen_as_tiles(capsys, monkeypatch, gpu, side):
 
 @pytest.mark.parametrize(("gpu", "side", "batch"), [(True, 352, 10), (False, 256, 8)])
 def test_without_a_gpu_crops_and_batches_are_small(capsys, monkeypatch, gpu, side, batch):
-    """Else a thousand steps of fine-tuning on photographs take hours on two cores; images of tiles stay native."""
+    """Else a thousand steps of fine-tuning on photographs take 85 minutes of a core; whether tiles are native stays."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     write(24, (360, 480))
     assert (f"batches of at most {batch} in fine-tuning" in report(capsys, "--masks", "masks")) is not gpu

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_dbp.data.folders import open_pictures
+from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.subset import split_rows
 from hf_dbp.downstream.segmentation.source import SegmentationSource
 
@@ -49,18 +50,19 @@ class WithBackground:
         return dict(zip(self.columns, ({"bytes": None, "path": first, "more": more}, Blank()), strict=True))
 
 
-def background_files(folder: str, channel_files: Sequence[str] | None) -> list[tuple[str, ...]]:
-    """The files of each image in a folder of good images. UserError if there are none."""
+def background_files(folder: str, channel_files: Sequence[str] | None) -> tuple[list[tuple[str, ...]], LeftOut]:
+    """The files of each image in a folder of good images, and what is left out. UserError if there are none."""
     found = open_pictures(folder, "--background_dir")
     named = found.named(Path(folder), found.files, channel_files)
-    found.left_out.warn(folder)
-    return list(named.values())
+    left_out = LeftOut()
+    left_out.merge(found.left_out, "in --background_dir, ")
+    return list(named.values()), left_out
 
 
 def with_background(
     splits: Mapping[str, Any], columns: tuple[str, str], source: SegmentationSource, *, given: bool
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """The splits with the good images of ``source``, and how many each has.
+) -> tuple[dict[str, Any], dict[str, int], LeftOut]:
+    """The splits with the good images of ``source``, how many each has, and what of the folder is left out.
 
     Args:
         splits: the labelled samples, ``train`` and ``validation``.
@@ -71,7 +73,8 @@ def with_background(
     Raises:
         UserError: there are no pictures in the folder, or too few to hold out a share.
     """
-    files = background_files(str(source.background_dir), source.channel_files)
+    files, left_out = background_files(str(source.background_dir), source.channel_files)
+    left_out.warn(str(source.background_dir))
     rows = {"train": list(range(len(files)))}
     if not given and len(files) > 1:
         parts = split_rows(len(files), source.train_val_split, source.seed)
@@ -88,4 +91,4 @@ def with_background(
         split: WithBackground(samples, columns, [files[row] for row in rows.get(split, [])])
         for split, samples in splits.items()
     }
-    return found, counts
+    return found, counts, left_out

@@ -261,7 +261,8 @@ def load_labelled_images(source: SegmentationSource) -> tuple[LabelledImages, La
         given = "validation" in pairs
         splits = drawn_splits({split: _encoded(data, columns) for split, data in pairs.items()}, source)
     if source.background_dir is not None:
-        splits, background = with_background(splits, columns, source, given=given)
+        splits, background, not_used = with_background(splits, columns, source, given=given)
+        left_out.merge(not_used)
     lists: list[LabelledImages] = []
     for split, samples in splits.items():
         images = LabelledImages(

@@ -6,9 +6,17 @@ from PIL import Image
 
 from hf_dbp.downstream.segmentation.balance import count_classes
 from hf_dbp.downstream.segmentation.data import SegmentationSource, TrainingCrops, load_labelled_images
+from hf_dbp.downstream.segmentation.evaluation import summary
 from hf_dbp.downstream.segmentation.finetuning import main
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.errors import UserError
+
+QUICK = [
+    *("--num_labels", "2", "--crop_size", "32", "--long_edge", "0", "--model_size", "mini", "--head_size", "8"),
+    *("--auxiliary_head_size", "8", "--per_device_train_batch_size", "4", "--max_steps", "2", "--do_train"),
+    *("--eval_strategy", "no", "--save_strategy", "no", "--use_cpu", "--report_to", "none", "--disable_tqdm", "1"),
+    *("--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"),
+]
 
 
 def write(folder, count, masks=False, size=(40, 48)):
@@ -69,14 +77,37 @@ def test_what_cannot_be_read_is_counted_and_what_cannot_be_meant_is_refused(fold
         load_labelled_images(SegmentationSource(**folders | {"background_dir": str(tmp_path / "empty")}, num_labels=2))
 
 
+def test_what_lies_in_the_folder_and_is_not_used_is_counted_in_record_and_summary(tmp_path):
+    """A picture of no channel among the good images; all labelled images are used."""
+    flags = ["--channel_files", "*_a.png", "*_b.png"]
+    for kind, count in (("images", 4), ("masks", 4), ("good", 6)):
+        (tmp_path / kind).mkdir()
+        for number in range(count):
+            if kind == "masks":
+                mask = np.zeros((40, 48), np.uint8)
+                mask[5:15, number : number + 12] = 1
+                Image.fromarray(mask).save(tmp_path / kind / f"{number}.png")
+                continue
+            for channel in "ab":
+                noise = np.random.default_rng(number).integers(0, 255, (40, 48), dtype=np.uint8)
+                Image.fromarray(noise).save(tmp_path / kind / f"{number}_{channel}.png")
+    (tmp_path / "good/3_a.png").rename(tmp_path / "good/overview.png")
+    (tmp_path / "good/3_b.png").unlink()
+    flags += ["--train_dir", str(tmp_path / "images"), "--train_mask_dir", str(tmp_path / "masks")]
+    flags += ["--background_dir", str(tmp_path / "good"), *QUICK, "--output_dir", str(tmp_path / "out")]
+    record = main(flags)
+    left_out = record["data"]["left_out"]
+    ((reason, entry),) = left_out["reasons"].items()
+    assert left_out["count"] == entry["count"] == 1
+    assert reason.startswith("in --background_dir, ") and "overview.png" in entry["examples"][0]
+    assert "in --background_dir" in summary(record, tmp_path / "out")
+    assert reason in record["asked_used"]["images of the source"]["why"]
+
+
 def test_with_them_fine_tuning_answers_whether_there_is_any(folders, tmp_path, caplog):
     """Every labelled image holds a defect: without good images there is nothing to tell them from."""
     flags = [part for name, value in folders.items() for part in (f"--{name}", value)]
-    flags += ["--num_labels", "2", "--crop_size", "32", "--long_edge", "0", "--model_size", "mini"]
-    flags += ["--head_size", "8", "--auxiliary_head_size", "8", "--per_device_train_batch_size", "4"]
-    flags += ["--max_steps", "2", "--eval_strategy", "no", "--save_strategy", "no", "--do_train", "--use_cpu"]
-    flags += ["--report_to", "none", "--disable_tqdm", "1", "--dataloader_num_workers", "0"]
-    flags += ["--dataloader_persistent_workers", "false", "--output_dir", str(tmp_path / "out")]
+    flags += [*QUICK, "--output_dir", str(tmp_path / "out")]
     record = main(flags)
     assert record["data"]["background_images"] == {"train": 8, "validation": 2}
     assert (record["detection"]["images_with_any"], record["detection"]["images_without"]) == (1, 2)
