@@ -13,10 +13,12 @@ import torch
 from object_images import FLAGS, NAMES, object_folder
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import ViTConfig, ViTModel
 
 from hf_dbp.downstream.detection import finetuning
 from hf_dbp.downstream.detection.finetuning import main
-from hf_dbp.downstream.detection.trainer import DetectionTrainer
+from hf_dbp.downstream.detection.model import build_detector
+from hf_dbp.downstream.detection.trainer import DetectionTrainer, one_group
 from hf_dbp.downstream.detection.views import TrainingViews
 
 ROOT = Path(__file__).parents[3]
@@ -88,10 +90,10 @@ def test_a_run_records_what_it_did(run: tuple[Path, dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_it_finds_what_is_there(folder: Path, tmp_path: Path) -> None:
+def test_it_finds_what_is_there(tmp_path: Path) -> None:
     """A few hundred steps from random weights suffice for bright rectangles."""
-    long = ("--max_steps", "300", "--eval_steps", "100", "--decoder_width", "64")
-    record = main(given(folder, tmp_path, *long, "--instances"))
+    long = ("--max_steps", "400", "--eval_steps", "100", "--decoder_width", "64")
+    record = main(given(object_folder(tmp_path / "data", count=16), tmp_path / "run", *long, "--instances"))
     assert record["map_50"] > 0.5 and record["mask_map_50"] > 0.5
 
 
@@ -125,6 +127,34 @@ def test_stopped_and_started_again_it_is_the_same_to_the_bit(folder: Path, tmp_p
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     curves = [{row["step"]: row["eval_loss"] for row in record["evaluations"]} for record in (whole, again)]
     assert list(curves[0]) == [2, 4] and curves[0] == curves[1]
+
+
+def test_the_loss_of_evaluation_matches_all_queries_at_once() -> None:
+    """The stock loss would split them into the groups of training, which the model does not have in evaluation."""
+    config = ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8
+    )
+    how: dict[str, Any] = {"image_size": (32, 32), "num_queries": 8, "decoder_layers": 1, "decoder_width": 32}
+    vit = ViTModel(config, add_pooling_layer=False)
+    torch.manual_seed(0)
+    many = build_detector(vit, NAMES, query_groups=4, **how).eval()
+    single = build_detector(vit, NAMES, query_groups=1, **how).eval()
+    state = many.state_dict()
+    own = {
+        name: state[name][: len(value)] if value.ndim else state[name] for name, value in single.state_dict().items()
+    }
+    single.load_state_dict(own)
+    box = torch.tensor([[0.4, 0.4, 0.2, 0.3], [0.7, 0.6, 0.3, 0.2]])
+    inputs = {
+        "pixel_values": torch.randn(1, 3, 32, 32),
+        "labels": [{"class_labels": torch.tensor([0, 1]), "boxes": box}],
+    }
+    with torch.no_grad():
+        expected = single(**inputs).loss
+        with one_group(many):
+            assert many(**inputs).loss == pytest.approx(float(expected), rel=1e-5)
+        assert many.config.group_detr == 4
+        assert many(**inputs).loss != pytest.approx(float(expected), rel=1e-3)
 
 
 def without_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
