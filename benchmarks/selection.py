@@ -177,7 +177,7 @@ def compared(runs: Runs, base: tuple[str, Case], other: tuple[str, Case]) -> lis
     found, seeds = difference(runs, base, other), shared(runs, [base, other])
     if found is None:
         return ["", "", "not run", "", "0"]
-    verdict = "undecided"
+    verdict = "undecided" if len(seeds) > 1 else "(one seed)"
     if found.low is not None and found.high is not None and (found.low > 0 or found.high < 0):
         verdict = "better" if found.low > 0 else "worse"
     means = [f"{np.mean(figures(runs, *side, seeds)):.3f}" for side in (base, other)]
@@ -229,9 +229,24 @@ def section(data: str, runs: Runs) -> list[str]:
         settings = sorted({settings_of(judge, each) for each in found})
         lines += [f"{judge}: {'; '.join(settings) or 'not run'}.", ""]
     return [
-        *lines, "Mean IoU of chosen against random images:", "", *choice_table(runs), "",
-        "Mean IoU of retrieval against UperNet, random images (seconds: median):", "", *judge_table(runs), "",
+        *lines, *remarks(runs), "Mean IoU of chosen against random images:", "", *choice_table(runs), "",
+        "Mean IoU of retrieval against UperNet, random images (seconds: median, on the machines below):", "",
+        *judge_table(runs), "",
     ]  # fmt: skip
+
+
+def remarks(runs: Runs) -> list[str]:
+    """For each judge, whether it tells the worth of labels: whether more random ones make it better."""
+    lines = []
+    for judge in JUDGES:
+        few, many = ((judge, ("random", labels)) for labels in (min(CHOSEN), max(CHOSEN)))
+        found = difference(runs, few, many)
+        if found is not None:
+            means = f"{judge}: {max(CHOSEN)} random images against {min(CHOSEN)}: {shown(found, '+')}"
+            better = found.low is not None and found.low > 0
+            blind = "**More labels are not shown to help this judge, so it can hardly tell which images teach more.**"
+            lines += [means + ("." if better else f". {blind}"), ""]
+    return lines
 
 
 def settings_of(judge: str, arguments: dict[str, Any]) -> str:
@@ -278,8 +293,9 @@ def report(args: argparse.Namespace) -> None:
         "",
         "Images chosen by `hf-dbp select` against random ones, judged by a fine-tuned UperNet and by retrieval",
         "(`hf-dbp retrieve`), and retrieval against UperNet. Means over seeds; paired differences with 95 % intervals;",
-        "better or worse only where the interval excludes 0. Written by `benchmarks/selection.py`, which says how; the",
-        "figures of every run are in `runs.json`. Short runs of a small model: what counts are the differences.",
+        "better or worse only where the interval excludes 0, which one in twenty does by chance. Written by",
+        "`benchmarks/selection.py`, which says how; the figures of every run are in `runs.json`. Short runs of a small",
+        "model: what counts are the differences.",
         "",
         "![Mean IoU by the number of labelled images](curves.png)",
         "",

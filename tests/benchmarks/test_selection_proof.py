@@ -31,6 +31,15 @@ def test_differences_are_paired_over_the_seeds_that_both_sides_have(selection, t
     assert selection.compared(runs, base, ("upernet", ("k_centre", 20)))[-3:] == ["not run", "", "0"]
 
 
+@pytest.mark.parametrize(("many", "blind"), [([0.3, 0.4, 0.5], False), ([0.2, 0.1, 0.3], True)])
+def test_a_judge_that_more_labels_do_not_help_is_named(selection, tmp_path, many, blind):
+    written(tmp_path, "upernet", "random", 20, dict(enumerate([0.1, 0.2, 0.29])))
+    written(tmp_path, "upernet", "random", 80, dict(enumerate(many)))
+    text = "\n".join(selection.remarks(selection.read(tmp_path)["camvid"]))
+    assert ("can hardly tell" in text) == blind
+    assert "retrieval" not in text
+
+
 def test_the_single_k_centre_memory_stands_for_every_random_seed(selection, tmp_path):
     written(tmp_path, "retrieval", "random", 40, {0: 0.1, 1: 0.3})
     written(tmp_path, "retrieval", "k_centre", 40, {0: 0.25})
