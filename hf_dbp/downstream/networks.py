@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import load_weights, read_json
 
-__all__ = ["channels_of", "load_stock", "processor_size", "weights_digest", "without_code"]
+__all__ = ["channels_of", "chosen_device", "load_stock", "processor_size", "weights_digest", "without_code"]
 
 CODE = (
     "auto_map",
@@ -83,3 +84,14 @@ def weights_digest(model: nn.Module) -> str:
         values = tensor.flatten()[:: max(1, tensor.numel() // 16)].cpu()
         digest.update(name.encode() + values.float().numpy().tobytes())
     return digest.hexdigest()
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; by default a GPU if there is one. UserError if this machine has no such device."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"--device {name}: {reason}; give cpu, or cuda on a machine with a GPU") from error
+    return device

@@ -155,6 +155,11 @@ def predict(
     predictor = load_predictor(model, images=where, **settings) if isinstance(model, str) else model
     (samples, left_out), folder = samples_of(where, channel_files), Path(output_dir)
     left_out.warn(where)
+    if Path(where).is_dir() and folder.resolve().is_relative_to(Path(where).resolve()):
+        raise UserError(
+            f"--output_dir {folder} lies in the folder of images, where its masks would count as images next time; "
+            "give one outside"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     clear_parts(folder)
     done = read_done(folder / DONE, predictor.settings)

@@ -20,6 +20,7 @@ import base64
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -43,6 +44,7 @@ __all__ = [
     "unpacked",
 ]
 
+OUTSIDE = 1.5  # YOLO's shares are at most 1, but for outlines that reach beyond the image
 BACKGROUND = ("background", "_background_")
 Found = tuple[list[Labelled], list[str]]  # the images, and the class names without background
 
@@ -79,7 +81,9 @@ def read_labels(source: str, image_size: Callable[[str], tuple[int, int]]) -> Fo
 
 
 def points(values: Sequence[float]) -> NDArray[np.float64]:
-    """A label file's x0, y0, x1, y1 ... as (V, 2)."""
+    """A label file's x0, y0, x1, y1 ... as (V, 2). UserError if a y is missing."""
+    if np.ndim(values) == 1 and len(values) % 2:
+        raise UserError(f"an outline has {len(values)} coordinates: give an x and a y for each point")
     return np.asarray(values, np.float64).reshape(-1, 2)
 
 
@@ -89,19 +93,34 @@ def points(values: Sequence[float]) -> NDArray[np.float64]:
 def read_coco(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
     content = json.loads(file.read_text(encoding="utf-8"))
     names = {entry["id"]: str(entry["name"]) for entry in sorted(content["categories"], key=lambda entry: entry["id"])}
+    twice = next((name for name, count in Counter(names.values()).items() if count > 1), None)
+    if twice is not None:
+        raise UserError(f"{file} has several categories called {twice!r}: give each its own name, or merge them")
     shapes: dict[Any, list[Shape]] = {entry["id"]: [] for entry in content["images"]}
     sizes = {entry["id"]: (int(entry["height"]), int(entry["width"])) for entry in content["images"]}
     for entry in content.get("annotations", ()):
         drawn, image = entry.get("segmentation"), entry["image_id"]
-        label, box = names[entry["category_id"]], entry.get("bbox")
         stated: dict[str, Any] = {"area": entry.get("area"), "crowd": bool(entry.get("iscrowd", 0))}
         stated["name"] = f"annotation {entry.get('id')}"
+        for key, known in (("category_id", names), ("image_id", shapes)):
+            if entry[key] not in known:
+                listed = "categories" if key == "category_id" else "images"
+                raise UserError(
+                    f"{file}: {stated['name']} has {key} {entry[key]!r}, which is not among the {listed}; "
+                    "add it there, or remove the annotation"
+                )
+        label, box = names[entry["category_id"]], entry.get("bbox")
         if box is not None:
             x, y, width, height = map(float, box)
             stated["box"] = (x, y, x + width, y + height)
         if isinstance(drawn, dict):
             counts = drawn["counts"]
             runs = unpacked(counts) if isinstance(counts, str) else counts
+            if tuple(drawn["size"]) != sizes[image]:
+                raise UserError(
+                    f"{file}: {stated['name']} has runs for {drawn['size']} pixels (height, width), its image "
+                    f"{list(sizes[image])}; export it again at the image's size"
+                )
             shape = Shape(label, pixels=from_runs(runs, (drawn["size"][0], drawn["size"][1])), **stated)
         elif drawn or "box" in stated:
             shape = Shape(label, [points(ring) for ring in drawn or ()], **stated)
@@ -223,7 +242,16 @@ def read_yolo(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Fou
             values = line.split()
             if not values:
                 continue
+            if int(values[0]) not in names:
+                raise UserError(
+                    f"{file}, line {number}: class {values[0]} has no name; name it in data.yaml or classes.txt"
+                )
             label, numbers = names[int(values[0])], [float(value) for value in values[1:]]
+            if max(map(abs, numbers), default=0) > OUTSIDE:
+                raise UserError(
+                    f"{file}, line {number}: {max(numbers, key=abs):g} is no share of the image's side; divide x by "
+                    "the width and y by the height"
+                )
             if len(numbers) == 4:
                 x, y, w, h = numbers  # centre and sides
                 box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
@@ -256,6 +284,8 @@ def yolo_names(folder: Path) -> dict[int, str]:
 def read_cvat(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
     root = ElementTree.parse(file).getroot()
     images = []
+    if root.find("track") is not None:
+        raise UserError(f"{file} holds tracks of a video; export the task as 'CVAT for images'")
     for image in root.iter("image"):
         drawn = sorted(image, key=lambda shape: int(shape.get("z_order", 0)))
         size = int(image.attrib["height"]), int(image.attrib["width"])

@@ -81,7 +81,7 @@ def filled(ring: Ring, size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def painted(labelled: Labelled, ids: Mapping[str, int]) -> NDArray[np.int32]:
-    """The mask (H, W) of class ids. UserError for a shape outside its image, or for a box without an outline."""
+    """The mask (H, W) of class ids. UserError for a shape outside its image, or without an outline."""
     mask_HW = np.zeros(labelled.size, np.int32)
     for shape in labelled.shapes:
         if not shape.outlined:
@@ -96,6 +96,11 @@ def painted(labelled: Labelled, ids: Mapping[str, int]) -> NDArray[np.int32]:
                 raise UserError(f"{labelled.file}: a mask of {shape.label!r} reaches beyond its {labelled.size} pixels")
             part[shape.pixels] = ids[shape.label]
         for ring in shape.rings:
+            if len(ring) < 3:
+                raise UserError(
+                    f"{labelled.file}: {shape.name} of {shape.label!r} has an outline of {len(ring)} points; draw "
+                    "at least three, or remove it"
+                )
             mask_HW[filled(ring, labelled.size)] = ids[shape.label]
     return mask_HW
 

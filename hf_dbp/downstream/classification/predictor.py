@@ -28,7 +28,7 @@ from hf_dbp.data.decoding import UnreadableImageError, decode
 from hf_dbp.data.values import UNIT, ValueRange
 from hf_dbp.downstream.classification.model import load_classifier
 from hf_dbp.downstream.classification.views import central_view
-from hf_dbp.downstream.networks import channels_of, processor_size, weights_digest
+from hf_dbp.downstream.networks import channels_of, chosen_device, processor_size, weights_digest
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_statistics, read_value_range
 
@@ -57,7 +57,7 @@ def load(
     if given:
         raise UserError(f"--{given[0]} is for segmentation; {model} is a classifier")
     network, content = load_classifier(model)
-    network = network.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network = network.eval().to(chosen_device(device))
     channels, kept = channels_of(content), read_value_range(model)
     mean, std = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
     size = processor_size(model)

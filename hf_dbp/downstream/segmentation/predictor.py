@@ -50,7 +50,7 @@ from hf_dbp.data.masks import Palette, index_mask
 from hf_dbp.data.values import UNIT, displayed
 from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
-from hf_dbp.downstream.networks import channels_of, load_stock, weights_digest
+from hf_dbp.downstream.networks import channels_of, chosen_device, load_stock, weights_digest
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
 from hf_dbp.downstream.segmentation.evaluation_settings import MEMORY_SETTINGS, Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
@@ -123,10 +123,13 @@ def load(
     changes: dict[str, Any] = {"crop_size": crop_size, "batch_size": batch_size}
     how = dataclasses.replace(how, **{name: value for name, value in changes.items() if value is not None})
     how = how if long_edge is None else dataclasses.replace(how, long_edge=long_edge or None)
-    network.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network.eval().to(chosen_device(device))
     channels = channels_of(content)
     statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
     truth = None
+    alone = {"mask_suffix": mask_suffix or None, "palette": palette, "ignore_index": ignore_index}
+    if masks is None and (without := [name for name, value in alone.items() if value is not None]):
+        raise UserError(f"--{without[0]} says how to read true masks: give --masks too, or leave it out")
     unknown = sorted(set(export) - set(EXPORTS))
     if unknown:
         raise UserError(f"export {unknown[0]!r}: choose from {', '.join(EXPORTS)}")
@@ -134,7 +137,8 @@ def load(
         if images is not None and is_labels(masks):
             masks, _ = mask_folder(masks, images, [str(name) for name in network.config.id2label.values()])
         ignored = ignore_index if ignore_index is not None else int(content.get("loss_ignore_index", 255))
-        truth = Truth(masks, mask_suffix, None if palette is None else Palette(palette, ignored), ignored)
+        colours = None if palette is None else Palette(palette, ignored)
+        truth = Truth(masks, mask_suffix, colours, ignored, len(network.config.id2label))
     settings = {
         "task": "segmentation", "model": model, "weights": weights_digest(network), **how.record(), **own,
         "masks": masks, "overlays": not no_overlays, "export": sorted(export),
@@ -168,6 +172,7 @@ class Truth:
     suffix: str
     palette: Palette | None
     ignore_index: int
+    classes: int
 
     @functools.cached_property
     def files(self) -> dict[str, tuple[str, ...]]:
@@ -185,6 +190,12 @@ class Truth:
         ids = (index_mask(mask) if self.palette is None else self.palette(mask)).astype(np.int32)
         if ids.shape != size:
             raise UserError(f"{self.files[name][0]} has {ids.shape} pixels (height x width), its image {size}")
+        outside = (ids != self.ignore_index) & ((ids < 0) | (ids >= self.classes))
+        if outside.any():
+            raise UserError(
+                f"{self.files[name][0]} holds the id {ids[outside][0]}, but the model has classes 0 to "
+                f"{self.classes - 1} and {self.ignore_index} is ignored; give masks of these classes, or --ignore_index"
+            )
         return ids
 
 

@@ -203,6 +203,12 @@ def coco(file="a.png", **annotation):
     (coco(bbox=[0, 0, 1, 1]), "annotation 7 is a box"),
     (coco("b.png"), "labels 'b.png', but no image has that name"),
     (coco(segmentation={"counts": [1, 2], "size": [3, 3]}), "run lengths add up to 3"),
+    (coco(segmentation={"counts": [1, 3], "size": [2, 2]}), r"annotation 7 has runs for \[2, 2\] pixels"),
+    (coco(segmentation=[[0, 0, 2, 0, 2]]), "an outline has 5 coordinates: give an x and a y"),
+    (coco(segmentation=[[0, 0, 2, 2]]), "annotation 7 of 'pit' has an outline of 2 points; draw at least three"),
+    (coco(segmentation=[[0, 0, 2, 0, 2, 2]], category_id=9), "annotation 7 has category_id 9, which is not among"),
+    (coco(segmentation=[[0, 0, 2, 0, 2, 2]], image_id=8), "annotation 7 has image_id 8, which is not among the images"),
+    (coco().replace('"name": "pit"}', '"name": "pit"}, {"id": 2, "name": "pit"}'), "several categories called 'pit'"),
 ])  # fmt: skip
 def test_mistakes_name_the_file_and_the_remedy(content, message, tmp_path):
     (tmp_path / "images").mkdir()
@@ -210,3 +216,29 @@ def test_mistakes_name_the_file_and_the_remedy(content, message, tmp_path):
     (tmp_path / "labels.json").write_text(content)
     with pytest.raises(UserError, match=message):
         mask_folder(str(tmp_path / "labels.json"), str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(("kind", "content", "message"), [
+    ("yolo", "3 0.1 0.1 0.5 0.1 0.5 0.5", r"a\.txt, line 1: class 3 has no name; name it in data.yaml or classes.txt"),
+    ("yolo", "0 12 12 40 12 40 30", r"a\.txt, line 1: 40 is no share of the image's side; divide x by the width"),
+    ("labelme", [[1, 1], [2, 2]], "a shape of 'pit' has an outline of 2 points; draw at least three"),
+    ("cvat", "<annotations><track id='0' label='pit'/></annotations>", "tracks of a video; export the task as"),
+])  # fmt: skip
+def test_mistakes_in_other_formats_too(kind, content, message, tmp_path):
+    """None becomes a mask of background alone."""
+    (tmp_path / "images").mkdir()
+    Image.new("L", (50, 40)).save(tmp_path / "images" / "a.png")
+    labels = tmp_path / "labels"
+    labels.mkdir()
+    if kind == "yolo":
+        (labels / "a.txt").write_text(content)
+        (labels / "classes.txt").write_text("pit\n")
+    elif kind == "labelme":
+        shapes = [{"label": "pit", "points": content, "shape_type": "polygon"}]
+        own = {"shapes": shapes, "imagePath": "a.png", "imageHeight": 40, "imageWidth": 50}
+        (labels / "a.json").write_text(json.dumps(own))
+    else:
+        labels = labels / "a.xml"
+        labels.write_text(content)
+    with pytest.raises(UserError, match=message):
+        mask_folder(str(labels), str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))

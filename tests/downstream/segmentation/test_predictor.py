@@ -399,3 +399,26 @@ def test_killed_again_and_again_it_ends_with_every_image_once(segmenter, wafers,
     assert (out / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
     for file in sorted((tmp_path / "whole" / "masks").iterdir()):
         assert (out / "masks" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_what_would_give_wrong_figures_is_refused(segmenter, wafers, tmp_path):
+    """Masks of classes that the model lacks, flags without an effect, masks that would be images of the next run."""
+    model, images = str(segmenter["native"][0]), wafers / "images/validation"
+    for file in (wafers / "masks/validation").iterdir():
+        ids = np.asarray(Image.open(file)).copy()
+        ids[0, 0] = 77
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(ids).save(tmp_path / "masks" / file.name)
+    masks = str(tmp_path / "masks")
+    with pytest.raises(UserError, match=r"holds the id 77, but the model has classes 0 to 4 and 255 is ignored"):
+        hf_dbp.predict(model, images, tmp_path / "out", masks=masks)
+    found = hf_dbp.predict(model, images, tmp_path / "other", masks=masks, ignore_index=77)
+    assert found.record["mean_iou"] is not None
+    for flag in ({"palette": "binary"}, {"mask_suffix": "_m"}, {"ignore_index": 7}):
+        with pytest.raises(UserError, match=rf"--{next(iter(flag))} says how to read true masks: give --masks too"):
+            load(model, **flag)
+    with pytest.raises(UserError, match=r"--device tpu9: .*; give cpu"):
+        load(model, device="tpu9")
+    with pytest.raises(UserError, match=r"lies in the folder of images.*give one outside"):
+        hf_dbp.predict(model, images, images / "out")
+    assert not (images / "out").exists()
