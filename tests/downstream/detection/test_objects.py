@@ -273,7 +273,7 @@ def changed(folder: Path, **fields: Any) -> None:
         (
             lambda f: changed(f, annotations=[{"id": 5, "image_id": 1, "category_id": 11, "bbox": [1, 1, 2, 2]}]),
             {},
-            "is not a file of coco labels: KeyError: 11",
+            "annotation 5 has category_id 11, which is not among the categories",
         ),
         (
             lambda f: changed(f, annotations=[{"id": 5, "image_id": 1, "category_id": 10, "bbox": [1, 1, 2]}]),
@@ -284,7 +284,7 @@ def changed(folder: Path, **fields: Any) -> None:
         (
             lambda f: changed(f, images=[{"id": 1, "file_name": "train/77.png", "height": 36, "width": 48}]),
             {},
-            "is not a file of coco labels: KeyError: 2",
+            "annotation 2 has image_id 2, which is not among the images",
         ),
         (
             lambda f: changed(
