@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_dbp.errors import UserError, command
-from hf_dbp.training.duration import noted_beginning
+from hf_dbp.training.duration import noted_beginning, process_began
 
 __all__ = ["COMMANDS", "demo", "main"]
 
@@ -50,11 +50,11 @@ COMMANDS = {
 }
 
 
-def run_command(name: str, arguments: Sequence[str]) -> None:
-    """Run a command under its own name, which argparse and the reports print."""
+def run_command(name: str, arguments: Sequence[str], began: float | None = None) -> None:
+    """Run a command, which began then or begins now, under its own name, which argparse and the reports print."""
     program, sys.argv[0] = sys.argv[0], f"hf-dbp {name}"
     try:
-        with noted_beginning():
+        with noted_beginning(began):
             importlib.import_module(COMMANDS[name]).main(list(arguments))
     finally:
         sys.argv[0] = program
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     name, rest = (given[0], given[1:]) if given else ("", [])
     if name in COMMANDS:
-        run_command(name, rest)
+        run_command(name, rest, process_began() if arguments is None else None)
     elif name == "demo" and not {"-h", "--help"} & set(rest):
         demo(rest)
     else:

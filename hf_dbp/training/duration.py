@@ -1,4 +1,4 @@
-"""When the command began, and durations as people write them. This module imports only the standard library."""
+"""When the command began, and durations as people write them. Its import loads only the standard library."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from contextlib import contextmanager
 
 from hf_dbp.errors import UserError
 
-__all__ = ["command_began", "noted_beginning", "parse_duration"]
+__all__ = ["command_began", "noted_beginning", "parse_duration", "process_began"]
 
 _BEGAN: list[float] = []
 
 
+def process_began() -> float:
+    """When this process began, from `time.monotonic`, to about a second: before Python itself started, which takes
+    seconds on a busy machine."""
+    import psutil
+
+    ago = time.time() - float(psutil.Process().create_time())
+    return time.monotonic() - max(0.0, ago)
+
+
 @contextmanager
-def noted_beginning() -> Iterator[None]:
-    """Record that a command begins now, before its imports."""
-    _BEGAN.append(time.monotonic())
+def noted_beginning(began: float | None = None) -> Iterator[None]:
+    """Record that a command began then, from `time.monotonic`, or begins now, before its imports."""
+    _BEGAN.append(time.monotonic() if began is None else began)
     try:
         yield
     finally:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_dbp import pretraining
+from hf_dbp import cli, pretraining
 from hf_dbp.cli import main
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import ImageList
@@ -52,6 +55,22 @@ def test_a_command_begins_before_its_imports(monkeypatch):
     with noted_beginning():
         assert command_began() == command_began() == 0
     assert command_began() == 1
+
+
+def test_a_command_line_begins_with_its_process(monkeypatch):
+    """Python's own start takes seconds on a busy machine."""
+    code = "import time; from hf_dbp.training.duration import process_began; print(time.monotonic() - process_began())"
+    before = time.monotonic()
+    ago = float(subprocess.run([sys.executable, "-c", "import time; time.sleep(2); " + code], capture_output=True,
+                               text=True, check=True).stdout)  # fmt: skip
+    assert 1 < ago < time.monotonic() - before + 1  # the kernel says when it booted in whole seconds
+    seen = []
+    monkeypatch.setattr(pretraining, "main", lambda arguments: seen.append(command_began()))
+    monkeypatch.setattr(cli, "process_began", lambda: -1.0)
+    monkeypatch.setattr(sys, "argv", ["hf-dbp", "pretrain"])
+    cli.main()
+    cli.main(["pretrain"])
+    assert seen[0] == -1.0 and seen[1] > before
 
 
 def pictures(count, size, channels, dtype=np.uint8):
