@@ -201,9 +201,10 @@ def choose_balance(
     if not seldom:
         found.finetuning |= {"rare_crops": 0.33, "loss": "ce+dice", "class_weights": "sqrt"}
         found.lines += [
-            f"{said}: a third of the crops is drawn around them (rare_crops: 0.33), Dice joins the",
-            "           loss (loss: ce+dice), which weights classes by one over the square root of their share",
-            "           (class_weights: sqrt); together they did better than each alone, see docs/results/rare_classes",
+            said,
+            "           a third of the crops is drawn around them (rare_crops: 0.33), Dice joins the loss",
+            "           (loss: ce+dice), which weights classes by one over the square root of their share",
+            "           (class_weights: sqrt): together these did better than each alone in docs/results/rare_classes",
         ]
         return
     found.finetuning |= {"rare_crops": 0.33, "loss": "ce+dice"}

@@ -90,12 +90,20 @@ def draw(source: str, files: dict[str, str], names: Sequence[str] | None, kept: 
 
 
 def named(file: str, files: dict[str, str], source: str) -> str:
-    """The name of the image that labels refer to: by its path, else by its file name if that is unique."""
+    """The name of the image that labels refer to: by its path, else by its file name if that is unique.
+
+    An image in ``validation`` is not the one that labels call ``train/0.png``, if there is a folder ``train``.
+    """
     path = PurePosixPath(file.replace("\\", "/"))
     for name in (str(path), str(path.with_suffix(""))):
         if name in files:
             return name
-    same = [name for name in files if PurePosixPath(name).name == path.stem]
+    places = {name: PurePosixPath(name) for name in files}
+    folder = path.parent.name
+    known = folder and any(place.parent.name == folder for place in places.values())
+    same = [
+        name for name, place in places.items() if place.name == path.stem and (not known or place.parent.name == folder)
+    ]
     if len(same) != 1:
         there = f"{len(same)} images have" if same else "no image has"
         raise UserError(f"{source} labels {file!r}, but {there} that name; images are called {next(iter(files))!r} ...")

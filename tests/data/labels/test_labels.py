@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_dbp.data.labels.formats import coco_content, label_format, labelme_content, read_labels, unpacked
-from hf_dbp.data.labels.masks import is_labels, mask_folder
+from hf_dbp.data.labels.masks import is_labels, mask_folder, named
 from hf_dbp.data.labels.shapes import filled, from_runs, outlines, painted, parts, to_runs
 from hf_dbp.errors import UserError
 
@@ -169,6 +169,16 @@ def test_pycocotools_reads_what_is_exported(tmp_path):
                 assert (mask[pixels] == entry["category_id"]).all()
             seen[pixels] = entry["category_id"]
         np.testing.assert_array_equal(seen, mask)
+
+
+def test_an_image_is_found_by_its_path_or_else_by_its_name():
+    files = dict.fromkeys(("train/1", "validation/0", "validation/1", "3"), "")
+    assert named("validation/1.png", files, "labels") == "validation/1"
+    assert named("..\\pictures\\0.jpg", files, "labels") == "validation/0"
+    assert named("3.png", files, "labels") == named("pictures/3.png", files, "labels") == "3"
+    for wrong, count in (("train/0.png", "no image has"), ("1.png", "2 images have"), ("4.png", "no image has")):
+        with pytest.raises(UserError, match=f"labels {wrong!r}, but {count} that name"):
+            named(wrong, files, "labels")
 
 
 def test_other_shapes_of_labelme(tmp_path):
