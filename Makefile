@@ -1,5 +1,5 @@
 # make demo     set up, then pre-train, fuse and load the result on built-in images (minutes on two cores)
-# make test     all tests;  make fast  those that take less than about ten seconds each;  make slow  the others
+# make test     all tests;  make fast  those that take less than about two seconds each;  make slow  the others
 # make docs     the documentation site, warnings are errors
 # make oldest   the core tests with the oldest libraries that pyproject.toml allows;  make newest  with the newest
 # make truth    draw 200 tiny runs and compare what they say with what they leave (nightly)

@@ -77,6 +77,7 @@ def test_the_model_is_one_graph_for_training_one_without_gathering_and_one_for_e
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own, at a graph break
 @pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.slow
 def test_gradient_checkpointing_in_a_compiled_model_counts_rows_once(mae_config: Maker, flag: bool) -> None:
     """In one graph with the flag; without it each checkpointed block is a graph break, with the same numbers."""
     model, batches = mae(mae_config(num_hidden_layers=1))
@@ -93,6 +94,7 @@ def test_gradient_checkpointing_in_a_compiled_model_counts_rows_once(mae_config:
         torch.testing.assert_close(p.grad, q[1].grad, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_compiles_checkpointed_blocks_without_graph_breaks(
     tmp_path: Path, mae_config: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -306,7 +306,7 @@ def read_only(tmp_path_factory):
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "read-only"])
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "demo")) for name in COMMANDS])
 def test_an_output_that_cannot_be_written_is_one_line(name, place, trained, tmp_path, capfd, request):
     (tmp_path / "taken").write_text("a file")
     out = {"a file": tmp_path / "taken", "below a file": tmp_path / "taken" / "out"}.get(place)

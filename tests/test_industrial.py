@@ -73,6 +73,7 @@ def shapes(number, size=(64, 80)):
     return (rng.integers(0, 90, size) + 150 * disc).astype(np.uint8), disc
 
 
+@pytest.mark.slow
 def test_grey_images_with_masks_of_0_and_255(tmp_path):
     for folder in ("images", "masks"):
         Path(folder).mkdir()

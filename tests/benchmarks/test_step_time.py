@@ -59,6 +59,7 @@ def test_fused_inference_compares_the_same_shapes() -> None:
     assert result["ratio_to_stock"]["stock"] == 1 and all(ratio > 0 for ratio in result["ratio_to_stock"].values())
 
 
+@pytest.mark.slow
 def test_growth_is_a_table_and_a_figure_of_every_sweep(
     step_time: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,7 @@ def test_every_run_runs_once_and_failures_stop_nothing(plan, launcher, tmp_path,
     assert calls(tmp_path) == [f"muon/{best}/seed1"]
 
 
+@pytest.mark.slow
 def test_baselines_run_at_other_lengths_and_encoders_are_probed(plan, launcher, tmp_path, monkeypatch):
     with Path(plan).open("a") as file:
         file.write("probe: {flags: {train_dir: tiles}}\nlengths: {adamw: [60, 80]}\n")
@@ -259,6 +260,7 @@ SEGMENTED = PLAN.replace(
 )
 
 
+@pytest.mark.slow
 def test_segmentation_that_fails_is_told_and_reported(launcher, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(comparison, "FINETUNE", FAKE_FINETUNING)
     (tmp_path / "plan.yaml").write_text(SEGMENTED)
@@ -371,6 +373,7 @@ def test_two_runs_of_one_setting_and_seed_are_refused(tmp_path):
         collect_runs([folders[0], f"{folders[0]}/"])
 
 
+@pytest.mark.slow
 def test_methods_see_the_same_images_crops_masks_and_weights(tmp_path):
     """Paired seeds: DBP with eta = 0 is BP, so that any difference there is comes from the method."""
     curves = [

@@ -289,6 +289,7 @@ def test_the_readme_says_what_the_reports_say():
         assert [label, losses[variant], *cells] in table
 
 
+@pytest.mark.slow
 def test_the_report_is_the_same_at_every_call(report, tmp_path):
     written(tmp_path)
     for file in report.parent.iterdir():

@@ -203,6 +203,7 @@ def missing(caplog, **flags):
     return [r.getMessage() for r in caplog.records if "in none of the" in r.getMessage()]
 
 
+@pytest.mark.slow
 def test_a_class_missing_in_validation(capsys, caplog):
     rare_class(3, 5)
     found = {seed: missing(caplog, subset_seed=seed, seed=seed) for seed in range(30)}

@@ -61,9 +61,9 @@ def test_a_command_line_begins_with_its_process(monkeypatch):
     """Python's own start takes seconds on a busy machine."""
     code = "import time; from hf_dbp.training.duration import process_began; print(time.monotonic() - process_began())"
     before = time.monotonic()
-    ago = float(subprocess.run([sys.executable, "-c", "import time; time.sleep(2); " + code], capture_output=True,
+    ago = float(subprocess.run([sys.executable, "-c", "import time; time.sleep(1.3); " + code], capture_output=True,
                                text=True, check=True).stdout)  # fmt: skip
-    assert 1 < ago < time.monotonic() - before + 1  # the kernel says when it booted in whole seconds
+    assert 0.3 < ago < time.monotonic() - before + 1  # the kernel says when it booted in whole seconds
     seen = []
     monkeypatch.setattr(pretraining, "main", lambda arguments: seen.append(command_began()))
     monkeypatch.setattr(cli, "process_began", lambda: -1.0)
@@ -200,6 +200,7 @@ def test_a_run_ends_in_time_along_the_schedule(tmp_path, clock):
     assert steps[-1] == state["global_step"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_rest_of_its_budget(tmp_path, clock, monkeypatch):
     saves, real = [], BudgetCallback.on_save
 

@@ -168,6 +168,7 @@ def test_resumed_runs_add_up(tmp_path, timed_training):
         assert record.results[key] == 12
 
 
+@pytest.mark.slow
 def test_measuring_costs_less_than_a_hundredth():
     """Processor time of codecarbon, including its thread, during training that itself takes none."""
     clock = TrainingClock(EnergyMeter())

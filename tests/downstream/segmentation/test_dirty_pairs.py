@@ -81,7 +81,7 @@ def arguments(tmp_path, **changed):
     return [*kept, *flags]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["folders", "parquet"])
 def test_dirty_pairs_train_to_the_end_and_are_counted_exactly(tmp_path, dirty, kind, workers):
     flags = dirty if kind == "folders" else as_parquet(dirty, tmp_path / "parquet")

@@ -106,6 +106,7 @@ def test_what_is_evaluated_is_saved_without_being_asked(encoder, tmp_path):
     assert record["mean_iou"] == max(row["eval_mean_iou"] for row in record["evaluations"])
 
 
+@pytest.mark.slow
 def test_the_worst_images_are_shown_beside_the_others(real_pictures, encoder, tmp_path, monkeypatch):
     """Those of the lowest mean IoU, in order, with the figures that eval.json has."""
     shown = {}
@@ -220,6 +221,7 @@ def test_repeated_with_other_arguments_it_is_refused_or_told(encoder, tmp_path, 
     assert "arguments.json does not hold the arguments of a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_training_alone_cost_is_recorded_and_adds_up_over_a_resume(encoder, tmp_path, monkeypatch):
     """The clock stops during evaluations, however slow they are."""
     stock, stood = SegmentationTrainer.get_eval_dataloader, []

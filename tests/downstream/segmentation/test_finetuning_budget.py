@@ -17,6 +17,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 def test_fine_tuning_ends_in_time_along_the_schedule(vit, tmp_path, monkeypatch):
     clock = SimpleNamespace(now=0.0)
 
