@@ -138,6 +138,7 @@ def test_each_block_has_its_own_share_of_eta_and_the_layer_reports_the_smallest(
     assert (moved > 0).all()
 
 
+@pytest.mark.slow
 def test_repeated_updates_decorrelate_every_layer() -> None:
     module, x = model(), inputs(200) @ torch.randn(6, 6, dtype=torch.float64)
     module(x)

@@ -139,6 +139,7 @@ def test_shipped_plans_are_ones_that_runs_accept(name, tmp_path):
     assert len(plan.search_runs()) > 1
 
 
+@pytest.mark.slow
 def test_every_run_runs_once_and_failures_stop_nothing(plan, launcher, tmp_path, capsys):
     runs = run_plan(read_plan(plan, ["--use_cpu", "true"]), tmp_path / "out", jobs=2, launcher=launcher)
     best = "weight_decay=0.1"

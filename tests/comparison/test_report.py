@@ -319,6 +319,7 @@ def test_a_baseline_that_is_best_before_its_first_step_is_reported(tmp_path, ske
     assert "| dbp+adamw to adamw's best | seconds | 1 of 1 | 0 | 20 | - | - |" in page
 
 
+@pytest.mark.slow
 def test_nothing_but_diverged_runs_is_still_reported(tmp_path):
     runs = [made_run("adamw", 0, (1.0, NAN)), made_run("dbp+adamw", 0, (NAN, NAN))]
     write_report(tmp_path, made_plan(seeds=[0]), runs, command="c")

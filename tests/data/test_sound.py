@@ -58,6 +58,7 @@ def test_silence_short_and_damaged_sounds():
             read_picture(bad)
 
 
+@pytest.mark.slow
 def test_pre_training_on_a_folder_of_sounds(tmp_path):
     for i in range(12):
         suffix = ("wav", "flac")[i % 2]

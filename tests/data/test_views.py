@@ -308,6 +308,7 @@ def test_only_8_bit_images_are_fed_to_the_device():
         data[0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same_from_views_of_the_device(tmp_path, photographs, write, monkeypatch):
     """With a worker, losses equal those of the loader's views up to the rounding of their pixels."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

@@ -123,7 +123,9 @@ def test_flags_are_held_to_the_same_limits(tmp_path, capsys):
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
 
 
-@pytest.mark.parametrize("kind", ["not JSON", "a list", "nested", "no type", "code"])
+@pytest.mark.parametrize(
+    "kind", ["not JSON", "a list", "nested", "no type", pytest.param("code", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 def test_what_is_no_configuration_is_refused(ours, kind, load):
     content = {

@@ -182,6 +182,7 @@ def pretrain(folder):
           "--output_dir", str(folder), *TINY])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_time_along_the_schedule(tmp_path, clock):
     pretrain(tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())

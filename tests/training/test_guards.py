@@ -59,6 +59,7 @@ def train(model: DBPViTMAEForPreTraining, kind: str, *, eta: float, bound: bool,
 
 
 @pytest.mark.parametrize("kind", ["black", "one_pixel", "constant", "correlated"])
+@pytest.mark.slow
 def test_an_eta_100_times_too_large_trains_on_and_would_diverge_without_the_bound(mae_config, kind) -> None:
     for bound in (True, False):
         torch.manual_seed(0)

@@ -481,7 +481,7 @@ CHECKS |= {name: partial(check_finetuning, task) for name, task in TASKS.items()
 
 
 #: how many runs of each are drawn: of those asked for in all, else few, and in the slow tier more
-RUNS: list[Any] = [2, pytest.param(5, marks=pytest.mark.slow)]
+RUNS: list[Any] = [1, pytest.param(5, marks=pytest.mark.slow)]
 if "TRUTH_RUNS" in os.environ:
     RUNS = [int(os.environ["TRUTH_RUNS"]) // len(CHECKS)]
 

@@ -176,6 +176,7 @@ def prepared(folder):
     return data, UperNetForSemanticSegmentation.from_pretrained(folder).eval()
 
 
+@pytest.mark.slow
 def test_stopped_and_started_again_it_continues(encoder, tmp_path):
     flags = [*FLAGS, *encoder, "--lr_scheduler_type", "constant", "--output_dir"]
     whole = main([*flags, str(tmp_path / "whole")])

@@ -115,6 +115,7 @@ def test_it_gives_eval_json_to_all_digits(segmenter, wafers, tmp_path, name):
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}")
+@pytest.mark.slow
 def test_it_gives_eval_json_of_camvid_to_all_digits(tmp_path):
     """Photographs with ignored pixels, evaluated from parquet, scaled down; predicted from picture files."""
     data = {"train_dir": str(CAMVID), "num_labels": 11, "ignore_index": 11, "max_train_samples": 4}
@@ -268,6 +269,7 @@ def test_models_and_settings_that_cannot_be(tmp_path, segmenter):
     {"rowsperstrip": 50, "compression": "zlib", "predictor": True}, {"byteorder": ">"},
 ])  # fmt: skip
 @pytest.mark.parametrize(("name", "dtype"), [("native", np.uint16), ("smaller", np.uint16), ("native", np.uint8)])
+@pytest.mark.slow
 def test_rows_of_a_large_tiff_are_seen_as_the_whole(segmenter, tmp_path, monkeypatch, writer, name, dtype):
     """Every layout, two channels, read in rows: the crops of the image read whole."""
     rng = np.random.default_rng(0)

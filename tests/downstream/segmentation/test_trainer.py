@@ -93,6 +93,7 @@ def test_resume_restores_every_tensor_and_continues_the_curve(tmp_path):
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_it_learns_and_ends_with_the_best_checkpoint(tmp_path):
     run = trainer(
         tmp_path,
