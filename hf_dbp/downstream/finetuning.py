@@ -13,14 +13,14 @@ The Trainer adds:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_dbp.data.feeding import feeding, make_sampler, step_images
 from hf_dbp.downstream.beit import parameter_groups
@@ -44,7 +44,7 @@ from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.saving import checkpoint_step
 from hf_dbp.training.stopping import shield_workers
 
-__all__ = ["FinetuningTrainer", "finish", "options_of", "trained", "trained_model"]
+__all__ = ["FinetuningTrainer", "class_ids", "finish", "options_of", "trained", "trained_model"]
 
 ARGUMENTS, RECORD = "arguments.json", "eval.json"
 Encoder = TypeVar("Encoder", bound=EncoderArguments)
@@ -251,6 +251,15 @@ def trained(trainer: FinetuningTrainer) -> tuple[dict[str, float], list[dict[str
     metrics = trainer.evaluate()  # the model is now the best checkpoint
     trainer.save_model()
     return metrics, history
+
+
+def class_ids(model: PreTrainedModel, source: str, present: Iterable[str]) -> dict[str, int]:
+    """The model's class names with their ids. UserError for a name of ``present`` that it lacks."""
+    ids = {str(name): int(k) for k, name in model.config.id2label.items()}
+    unknown = [name for name in present if name not in ids]
+    if unknown:
+        raise UserError(f"{source} does not know the class {unknown[0]!r}; its classes are {', '.join(ids)}"[:400])
+    return ids
 
 
 def trained_model(

@@ -30,7 +30,7 @@ from hf_dbp.downstream.classification.model import build_classifier, load_classi
 from hf_dbp.downstream.classification.trainer import ClassificationTrainer
 from hf_dbp.downstream.classification.views import Augmentation, CentralViews, TrainingViews, image_processor
 from hf_dbp.downstream.encoder import build_vit, check_channels, pixel_statistics
-from hf_dbp.downstream.finetuning import finish, options_of, trained, trained_model
+from hf_dbp.downstream.finetuning import class_ids, finish, options_of, trained, trained_model
 from hf_dbp.downstream.networks import channels_of
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.publishing import claim_push
@@ -91,11 +91,8 @@ def evaluate_alone(
 
 def named(model: PreTrainedModel, source: str, data: ClassifiedImages) -> None:
     """Give images the model's ids for their classes. UserError for a class that the model lacks."""
-    ids = {str(name): int(k) for k, name in model.config.id2label.items()}
     present = [data.names[k] for k in sorted(set(data.labels_N.tolist()))]
-    unknown = [name for name in present if name not in ids]
-    if unknown:
-        raise UserError(f"{source} does not know the class {unknown[0]!r}; its classes are {', '.join(ids)}"[:400])
+    ids = class_ids(model, source, present)
     own = {k: ids.get(name, -1) for k, name in enumerate(data.names)}
     data.labels_N[:] = [own[int(k)] for k in data.labels_N]
     data.names = list(ids)

@@ -30,7 +30,7 @@ from hf_dbp.downstream.detection.runs import tools
 from hf_dbp.downstream.detection.trainer import DetectionTrainer
 from hf_dbp.downstream.detection.views import TrainingViews, WholeImages, image_processor
 from hf_dbp.downstream.encoder import build_vit, check_channels, pixel_statistics
-from hf_dbp.downstream.finetuning import finish, options_of, trained, trained_model
+from hf_dbp.downstream.finetuning import class_ids, finish, options_of, trained, trained_model
 from hf_dbp.downstream.networks import channels_of, processor_size
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.publishing import claim_push
@@ -93,11 +93,8 @@ def evaluate_alone(model_args: ModelArguments, data_args: DataArguments, args: D
 
 def named(model: PreTrainedModel, source: str, data: ObjectImages) -> None:
     """Give objects the model's ids for their classes. UserError for a class that the model lacks."""
-    ids = {str(name): int(k) for k, name in model.config.id2label.items()}
     present = [name for name, count in zip(data.names, data.counts_K, strict=True) if count]
-    unknown = [name for name in present if name not in ids]
-    if unknown:
-        raise UserError(f"{source} does not know the class {unknown[0]!r}; its classes are {', '.join(ids)}"[:400])
+    ids = class_ids(model, source, present)
     own = np.array([ids.get(name, 0) for name in data.names], np.int64)
     data.objects = [None if one is None else replace(one, classes_N=own[one.classes_N]) for one in data.objects]
     data.names = list(ids)
