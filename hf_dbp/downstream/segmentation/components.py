@@ -39,8 +39,10 @@ class Components:
             above_W = np.zeros(ids_HW.shape[1], np.int64)  # parts that reach the row above, from 1; 0 for none
             for top in range(0, ids_HW.shape[0], rows):
                 count, labels_nW = cv2.connectedComponents((ids_HW[top : top + rows] == chosen).astype(np.uint8))
-                unions, above_W = united(above_W, labels_nW, count - 1)
-                self.counts_K[chosen] += count - 1 - unions
+                self.counts_K[chosen] += count - 1
+                if rows < ids_HW.shape[0]:
+                    unions, above_W = united(above_W, labels_nW, count - 1)
+                    self.counts_K[chosen] -= unions
         return self.counts_K
 
 

@@ -457,7 +457,9 @@ def predict_labels(model: nn.Module, data: WholeImages, image_HWC: npt.NDArray[A
     ids_HW = torch.zeros(view.target, dtype=torch.int64)
     for band in logit_bands(model, [view], crop_size, classes=data.images.num_labels):
         _, rows, columns = band.logits_KnW.shape
-        ids_HW[band.top : band.top + rows, band.left : band.left + columns] = band.logits_KnW.argmax(0)
+        ids_HW[band.top : band.top + rows, band.left : band.left + columns] = torch.cat(
+            [part.ids_nW for part in likely(band.logits_KnW)]
+        )
     return ids_HW
 
 
@@ -499,14 +501,15 @@ class Counts:
         self.loss_sum += nn.functional.cross_entropy(
             logits_KnW[None], target_nW[None], ignore_index=self.ignore_index, reduction="sum"
         ).item()
-        predicted_nW = logits_KnW.argmax(0).to(torch.uint8 if classes <= 256 else torch.int32)
+        parts = list(likely(logits_KnW))
+        predicted_nW = torch.cat([part.ids_nW for part in parts]).to(torch.uint8 if classes <= 256 else torch.int32)
         confusion_KK = confusion_matrix([predicted_nW], [label_nW], classes, self.ignore_index)
         self.confusion_KK += confusion_KK
         image = self.images.setdefault(number, ImageCounts(*np.zeros((3, classes), np.int64)))
         image.hits_K += np.diag(confusion_KK)
         image.true_K += confusion_KK.sum(axis=1)
         image.predicted_K += confusion_KK.sum(axis=0)
-        image.foreground = max(image.foreground, *(part.foreground for part in likely(logits_KnW)))
+        image.foreground = max(image.foreground, *(part.foreground for part in parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,11 +535,23 @@ def likely(logits_KnW: Tensor) -> Iterator[Likely]:
     step = max(1, PART // (classes * width))
     for top in range(0, rows, step):
         part_KnW = logits_KnW[:, top : top + step]
-        best_nW, ids_nW = part_KnW.max(dim=0)
+        best_nW, ids_nW = _largest(part_KnW)
         odds_KnW = (part_KnW - best_nW).exp_()  # 1 for the likeliest class
         chance_nW = odds_KnW.sum(dim=0).reciprocal_()
         others_nW = odds_KnW[1:].sum(dim=0).mul_(chance_nW)
         yield Likely(top, ids_nW, chance_nW, float(others_nW.max()))
+
+
+def _largest(part_KnW: Tensor) -> tuple[Tensor, Tensor]:
+    """``max(dim=0)``; on a CPU class by class, which is several times as fast. The first of equal ones wins."""
+    if part_KnW.device.type != "cpu":
+        return torch.max(part_KnW, dim=0)
+    dtype = torch.uint8 if len(part_KnW) <= 256 else torch.int32
+    best_nW, ids_nW = part_KnW[0].clone(), torch.zeros(part_KnW.shape[1:], dtype=dtype)
+    for k, logits_nW in enumerate(part_KnW[1:], start=1):
+        torch.maximum(ids_nW, (logits_nW > best_nW).to(dtype) * k, out=ids_nW)
+        torch.maximum(best_nW, logits_nW, out=best_nW)
+    return best_nW, ids_nW
 
 
 def count_pixels(

@@ -442,9 +442,10 @@ def write_overlay(stem: Path, picture: npt.NDArray[Any], ids_HW: npt.NDArray[Any
     """Write the small image, with values in [0, 1], and every class but 0 in colour over it."""
     step = -(-max(ids_HW.shape) // OVERLAY)
     ids = ids_HW[::step, ::step]
-    colours = class_colours(classes).astype(np.float32)[ids]
-    mixed = np.where((ids > 0)[..., None], np.float32(0.45) * picture + np.float32(0.55) * colours, picture)
-    done, encoded = cv2.imencode(".jpg", (mixed[..., ::-1] * 255).astype(np.uint8))
+    share_K = np.where(np.arange(classes) > 0, np.float32(0.55), np.float32(0))[:, None]  # of the colour
+    mixed = picture * (1 - share_K).take(ids, axis=0)
+    mixed += (share_K * class_colours(classes).astype(np.float32)).take(ids, axis=0)
+    done, encoded = cv2.imencode(".jpg", cv2.cvtColor((mixed * 255).astype(np.uint8), cv2.COLOR_RGB2BGR))
     assert done
     with whole_file(stem.with_name(f"{stem.name}.jpg")) as part:
         part.write_bytes(encoded.tobytes())
