@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ from hf_dbp.stock_vit_mae import freeze_fixed_
 from hf_dbp.training.accounting import asked_lines, asked_used
 from hf_dbp.training.arguments import GROUPS, DataArguments, ModelArguments, PretrainingArguments
 from hf_dbp.training.budget import BudgetCallback
-from hf_dbp.training.budget_plan import Choice, choose, images_first, write_plan
+from hf_dbp.training.budget_plan import Choice, choose, images_first, with_plan
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.disk import disk_errors
@@ -367,23 +367,11 @@ def summary(record: RunRecord, folder: Path) -> str:
     return "\n".join([*lines, *asked_lines(record.asked_used)])
 
 
-def plan_budget(given: Sequence[str]) -> Path:
-    """Write what the budget chooses for these flags to `budget.yaml` in the output folder; return its path.
-
-    Raises:
-        UserError: there is no such data, or the folder holds the plan of another run.
-    """
-    model_args, data_args, _, args = parse_arguments(GROUPS, given)
-    path = Path(args.output_dir) / "budget.yaml"
-    flags = {part.removeprefix("--").partition("=")[0] for part in given if part.startswith("--")}
-    data = {name: value for name, value in dataclasses.asdict(data_args).items() if name in flags}
-    choices: list[Choice] = []
-    if not path.is_file():
-        source = ImageSource(**dataclasses.asdict(data_args), cache_dir=model_args.cache_dir, token=model_args.token)
-        choices = choose(load_images(source)[0], parse_duration(args.budget))
-    write_plan(path, args.budget, data, choices, flags)
-    print(f"the plan: {path}")
-    return path
+def chosen(parsed: Sequence[Any], seconds: float, flags: Collection[str]) -> list[Choice]:
+    """What --budget chooses for these arguments."""
+    model_args, data_args, *_ = parsed
+    source = ImageSource(**dataclasses.asdict(data_args), cache_dir=model_args.cache_dir, token=model_args.token)
+    return choose(load_images(source)[0], seconds)
 
 
 @command
@@ -392,9 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments)
-    named = {part.partition("=")[0] for part in given}
-    if "--budget" in named and "--config" not in named:
-        given = ["--config", str(plan_budget(given)), *given]
+    given = with_plan(given, GROUPS, chosen)
     parsed = parse_arguments(GROUPS, given, "Pre-train a ViT by masked autoencoding. See also docs/flags.md.")
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)

@@ -10,10 +10,12 @@ highest rung for which the budget allows `VIEWS` views and `PASSES` passes over 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +28,10 @@ from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import BUILT_IN, ImageList
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
-from hf_dbp.recipes import read_yaml
+from hf_dbp.recipes import parse_arguments, read_yaml
 from hf_dbp.training.duration import parse_duration
 
-__all__ = ["Choice", "choose", "images_first", "measured_rate", "write_plan"]
+__all__ = ["Choice", "choose", "images_first", "measured_rate", "with_plan", "write_plan"]
 
 VIEWS, PASSES = 60_000, 10
 SURVEYED = 32  # images, at even steps
@@ -194,6 +196,36 @@ def fixed(width: int, batch: int) -> list[Choice]:
     ]
 
 
+def with_plan(
+    given: Sequence[str],
+    groups: Sequence[type],
+    choose: Callable[[Sequence[Any], float, Collection[str]], list[Choice]],
+) -> list[str]:
+    """The command line with the plan of its --budget, `budget.yaml` in the output folder, as its --config.
+
+    Without --budget, or with a --config of the user's, the command line is returned unchanged.
+
+    Args:
+        given: the arguments of the command line.
+        groups: the classes of its flags; the last has ``output_dir`` and ``budget``.
+        choose: makes the choices from the parsed arguments, the seconds, and the names of the flags that were given.
+
+    Raises:
+        UserError: as from ``choose``, or the folder holds the plan of another run.
+    """
+    flags = {part.removeprefix("--").partition("=")[0] for part in given if part.startswith("--")}
+    if "budget" not in flags or "config" in flags:
+        return list(given)
+    parsed = parse_arguments(groups, given)
+    *inputs, args = parsed
+    path = Path(args.output_dir) / "budget.yaml"
+    values = {name: value for group in inputs for name, value in dataclasses.asdict(group).items() if name != "token"}
+    choices = [] if path.is_file() else choose(parsed, parse_duration(args.budget), flags)
+    write_plan(path, args.budget, {name: value for name, value in values.items() if name in flags}, choices, flags)
+    print(f"the plan: {path}")
+    return ["--config", str(path), *given]
+
+
 def write_plan(
     path: Path, budget: str, data: dict[str, Any], choices: Sequence[Choice], given: Collection[str]
 ) -> None:
@@ -227,4 +259,8 @@ def write_plan(
     for choice in choices:
         if choice.flag not in given:
             lines.append(f"{choice.flag}: {json.dumps(choice.value, allow_nan=False)}  # {choice.reason}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with contextlib.suppress(FileExistsError):  # another process of this run was faster: all use its plan
+        os.link(part, path)
+    part.unlink()

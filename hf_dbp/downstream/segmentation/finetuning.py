@@ -23,6 +23,7 @@ from hf_dbp.downstream.encoder import build_vit, check_channels, pixel_statistic
 from hf_dbp.downstream.finetuning import finish, options_of, trained, trained_model
 from hf_dbp.downstream.segmentation.arguments import GROUPS, DataArguments, FinetuningArguments, ModelArguments
 from hf_dbp.downstream.segmentation.balance import balanced
+from hf_dbp.downstream.segmentation.budget_choices import chosen
 from hf_dbp.downstream.segmentation.data import TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED, Evaluated, autocast_of
@@ -35,7 +36,7 @@ from hf_dbp.errors import UserError, command
 from hf_dbp.hub.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
-from hf_dbp.training.budget_plan import images_first
+from hf_dbp.training.budget_plan import images_first, with_plan
 from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.processes import ending_processes
 
@@ -148,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments, "--train_mask_dir")
+    given = with_plan(given, GROUPS, chosen)
     parsed = parse_arguments(GROUPS, given, "Fine-tune UperNet from a ViT on labelled images.")
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)

@@ -3,11 +3,20 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import yaml
 
 from hf_dbp.downstream import finetuning as shared
-from hf_dbp.downstream.segmentation import finetuning
+from hf_dbp.downstream.encoder import EncoderArguments
+from hf_dbp.downstream.segmentation import budget_choices, finetuning
+from hf_dbp.downstream.segmentation.arguments import GROUPS
+from hf_dbp.downstream.segmentation.budget_choices import Timed, choose, timed
+from hf_dbp.downstream.segmentation.data import LabelledImages
+from hf_dbp.downstream.segmentation.inference import window_origins
+from hf_dbp.recipes import parse_arguments
 from hf_dbp.training import budget
+from hf_dbp.training.budget_plan import with_plan
 
 FLAGS = [
     *("wire_bonding", "--built_in_size", "48", "--max_train_samples", "8", "--max_eval_samples", "3"),
@@ -39,3 +48,70 @@ def test_fine_tuning_ends_in_time_along_the_schedule(vit, tmp_path, monkeypatch)
     assert rates[0] < 0.5e-3 and peak < 0.3 * len(rates)
     assert rates[peak:] == sorted(rates[peak:], reverse=True) and rates[-1] < 0.2e-3
     assert 2 <= len(record["evaluations"]) <= 4
+
+
+def labelled(count, size, rare=0):
+    """Pairs of an image and a mask with a large square; ``rare`` of them have a small one too."""
+    mask = np.zeros(size, np.int32)
+    mask[: size[0] // 2, : size[1] // 2] = 1
+    small = mask.copy()
+    small[-8:, -8:] = 2
+    samples = [{"image": np.zeros((*size, 3), np.uint8), "mask": small if i < rare else mask} for i in range(count)]
+    return LabelledImages(samples, ("image", "mask"), num_labels=3, ignore_index=255)
+
+
+def choices(train, seconds, *, step=0.01, forward=0.002, side=64, validation=None):
+    validation = labelled(4, (96, 96)) if validation is None else validation
+    names = {0: "background", 1: "square", 2: "speck"}
+    made = choose(train, validation, names, seconds, Timed(side, step, forward), patch=8)
+    assert all(choice.reason and "\n" not in choice.reason for choice in made)
+    return {choice.flag: choice.value for choice in made}
+
+
+def test_more_time_buys_larger_crops_up_to_the_images():
+    sides = [choices(labelled(40, (256, 300)), seconds)["crop_size"] for seconds in (1, 60, 180, 600, 10**6)]
+    assert sides == sorted(sides) and (sides[0], sides[-1]) == (64, 256) and len(set(sides)) > 2
+    assert choices(labelled(40, (100, 300)), 10**6)["crop_size"] == 96
+    assert choices(labelled(40, (40, 50)), 10**6)["crop_size"] == 64  # smaller images are padded
+
+
+def test_rare_classes_get_crops_dice_and_weights():
+    with_specks, without = choices(labelled(40, (128, 128), rare=40), 60), choices(labelled(40, (128, 128)), 60)
+    assert with_specks["rare_crops"] == 0.33 and with_specks["loss"] == "ce+dice"
+    assert not {"rare_crops", "loss", "class_weights"} & without.keys()
+
+
+def test_evaluations_take_a_share_of_the_budget():
+    """Of images larger than the crop, windows count."""
+    large = labelled(100, (256, 256))
+    assert "max_eval_samples" not in choices(large, 10**6, validation=large)
+    few = choices(large, 100, validation=large, forward=0.01)
+    windows = len(window_origins(256, few["crop_size"])) ** 2
+    each = windows * 0.01 * (few["crop_size"] / 64) ** 2
+    assert few["max_eval_samples"] * each <= 0.06 * 100 < (few["max_eval_samples"] + 1) * each
+
+
+def test_the_plan_names_the_encoder_and_yields_to_flags(vit, tmp_path, monkeypatch):
+    vit(num_channels=2).save_pretrained(tmp_path / "vit")
+    monkeypatch.setattr(budget_choices, "timed", lambda *_: Timed(64, 0.01, 0.001))
+    given = ["--dataset_name", "wire_bonding", "--built_in_size", "96", "--max_train_samples", "8", "--num_labels", "5",
+             "--budget=1m", "--model_name_or_path", str(tmp_path / "vit"), "--head_size", "8", "--token", "secret",
+             "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    words = with_plan(given, GROUPS, budget_choices.chosen)
+    text = (tmp_path / "out" / "budget.yaml").read_text()
+    plan = yaml.safe_load(text)
+    assert words == ["--config", str(tmp_path / "out" / "budget.yaml"), *given]
+    assert plan["model_name_or_path"] == str(tmp_path / "vit") and plan["crop_size"] in (64, 96)
+    assert plan["head_size"] == 8 and "a wide head" not in text.partition("head_size")[2].partition("\n")[0]
+    assert "secret" not in text
+    model_args, data_args, args = parse_arguments(GROUPS, words)
+    assert (model_args.head_size, data_args.crop_size, args.budget) == (8, plan["crop_size"], "1m")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["budget.yaml"]
+
+
+def test_a_step_is_timed_with_the_head_that_will_be_used(vit, tmp_path):
+    vit().save_pretrained(tmp_path / "vit")
+    encoder = EncoderArguments(model_name_or_path=str(tmp_path / "vit"))
+    found = timed(encoder, {0: "a", 1: "b"}, 3, 32, {"head_size": 8, "auxiliary_head_size": 8})
+    assert found.side == 32 and 0 < found.forward < found.step < 5
+    assert found.scaled(found.step, 64) == 4 * found.step
