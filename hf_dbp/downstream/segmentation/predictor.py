@@ -245,13 +245,13 @@ class RowsView:
 
 
 def return_large_blocks() -> None:
-    """Have glibc return blocks of 16 MiB and more to the system as soon as they are freed.
+    """Have glibc return blocks of 4 MiB and more to the system as soon as they are freed.
 
     Otherwise it raises that bound to 32 MiB, and activations leave gaps in its heaps: over a large image these took up
     to 0.3 GB more.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
+        libc.mallopt(-3, 2**22)  # M_MMAP_THRESHOLD
 
 
 def adapted(image_HWC: npt.NDArray[Any], channels: int) -> npt.NDArray[Any]:
