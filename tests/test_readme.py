@@ -17,7 +17,7 @@ from hf_dbp.comparison import runner as comparison
 from hf_dbp.downstream import probe
 from hf_dbp.downstream.classification import finetuning as classification
 from hf_dbp.downstream.detection import finetuning as detection
-from hf_dbp.downstream.segmentation import finetuning, retrieval
+from hf_dbp.downstream.segmentation import budget_choices, finetuning, retrieval
 from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.training.arguments import ModelArguments, PretrainingArguments
 
@@ -103,7 +103,7 @@ def parsing_alone(monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     for module, name in (
         (pretraining, "run"), (pretraining, "load_images"), (finetuning, "run"), (retrieval, "run"), (probe, "run"),
-        (classification, "run"), (detection, "run"), (comparison, "run_plan"),
+        (classification, "run"), (detection, "run"), (comparison, "run_plan"), (budget_choices, "load_labelled_images"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, stop)
 
