@@ -257,5 +257,5 @@ def wrong_channels(shape: tuple[int, ...], num_channels: int | None) -> ValueErr
     """The error of an image of ``shape`` (height, width, channels) that has another number of channels than wanted."""
     return UserError(
         f"an image of shape {shape} (height, width, channels) cannot be read as {num_channels} channels; "
-        f"pass --num_channels {shape[2]} or convert the images"
+        f"convert the images, or train with --num_channels {shape[2]}"
     )

@@ -149,7 +149,8 @@ def predict(
         settings: as for `load_predictor`.
 
     Raises:
-        UserError: there is no such model or image, or ``output_dir`` holds results of another model or other settings.
+        UserError: there is no such model or image, none of the images can be read, or ``output_dir`` holds results of
+            another model or other settings.
     """
     where = os.fspath(images)
     predictor = load_predictor(model, images=where, **settings) if isinstance(model, str) else model
@@ -189,8 +190,10 @@ def predict(
         "images_of_this_run": len(left) - len(unreadable),
         "versions": versions(),
     }
-    file = write_table(rows, folder / f"{TABLE}.{table}")
     write_json(folder / RECORD, record)
+    if not record["images"]:
+        raise UserError(f"none of the {len(samples)} images can be read, e.g. {next(iter(unreadable.values()))}")
+    file = write_table(rows, folder / f"{TABLE}.{table}")
     return Predictions(folder, file, rows, record)
 
 

@@ -198,6 +198,10 @@ def test_damaged_images_are_left_out_and_named(segmenter, wafers, tmp_path):
     assert found.record["images"] == 1 and list(found.record["unreadable"]["images"]) == ["b"]
     assert (tmp_path / "out/masks/lot/a.png").is_file()
     assert "left out   1 that cannot be read" in predicting.report(found)
+    (folder / "lot" / "a.tif").unlink()
+    with pytest.raises(UserError, match=r"none of the 1 images can be read, e\.g\. .*b\.tif"):
+        hf_dbp.predict(str(segmenter["native"][0]), folder, tmp_path / "none")
+    assert (tmp_path / "none" / "predictions.json").is_file()
 
 
 def test_exported_labels_are_the_masks_again(segmenter, wafers, tmp_path):
