@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -247,20 +248,19 @@ def built_in_images(source: ImageSource) -> tuple[ImageList, ImageList]:
     """The built-in images: training and validation render different scenes."""
     train = source.max_train_samples or 1000
     validation = source.max_eval_samples or 200
-    scenes = [
-        WireBonding(count, size=source.built_in_size, seed=source.seed, first=first)
-        for count, first in ((train, 0), (validation, 10_000_000))
-    ]
     if source.num_channels not in (None, 2):
         raise UserError(f"{BUILT_IN} images have 2 channels; leave out --num_channels or pass 2")
-    return ImageList(rendered(scenes[0]), "image", 2), ImageList(rendered(scenes[1]), "image", 2)
+    scenes = [
+        rendered(count, source.built_in_size, source.seed, first) for count, first in ((train, 0), (validation, 10**7))
+    ]
+    return ImageList(scenes[0], "image", 2), ImageList(scenes[1], "image", 2)
 
 
-def rendered(scenes: WireBonding) -> WireBonding | list[dict[str, NDArray[Any]]]:
-    """The built-in scenes, rendered once and kept in memory unless they would take more than a quarter of a
-    gigabyte."""
-    first = scenes[0]
-    if len(scenes) * sum(array.nbytes for array in first.values()) > 2**28:
+@functools.lru_cache(maxsize=2)  # a budget's plan looks at the images before training does
+def rendered(count: int, size: Any, seed: int, first: int) -> WireBonding | list[dict[str, NDArray[Any]]]:
+    """Built-in scenes, rendered once and kept in memory unless they would take more than a quarter of a gigabyte."""
+    scenes = WireBonding(count, size=size, seed=seed, first=first)
+    if len(scenes) * sum(array.nbytes for array in scenes[0].values()) > 2**28:
         return scenes
     return [scenes[index] for index in tqdm(range(len(scenes)), desc=f"Rendering {BUILT_IN}", leave=False)]
 

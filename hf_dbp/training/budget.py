@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 WARM_UP = 0.05
 SAVES, EVALUATED = 10, (3, 6)  # tenths of the training time
 GUESSED_ENDING = 0.05  # share of the budget, until the ending is measured
+DRAWN, MOST_DRAWN = 0.3, 0.04  # for pictures and exit: a share of the start, which also imports much; of the budget
 FIRST = 60.0  # seconds, or a tenth of the budget: then measure the ending and predict the number of steps
 
 
@@ -128,8 +129,9 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "%d steps so far; about %.0f will fit the budget", state.global_step, state.global_step * (1 + left)
             )
         self.saving = time.monotonic() - self._marked
-        # an evaluation, the pictures and the interpolation, which cost about the same, the final model, and a margin
-        self.ending = 2 * self.evaluation + 2 * self.saving + 0.01 * self.seconds
+        # an evaluation, the interpolation, which costs about the same, the final model, pictures and exit, and a margin
+        pictures = min(DRAWN * (self.first_step or 0.0), MOST_DRAWN * self.seconds)
+        self.ending = 2 * self.evaluation + 2 * self.saving + pictures + 0.01 * self.seconds
         self._marked = time.monotonic()
         self._now = self.elapsed()  # evaluating and saving are not part of a step
 
