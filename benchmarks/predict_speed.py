@@ -25,7 +25,7 @@ from PIL import Image
 from hf_dbp import predict
 from hf_dbp.data.decoding import decode
 from hf_dbp.downstream.predicting import load_predictor, samples_of
-from hf_dbp.downstream.segmentation.inference import WholeView, window_origins
+from hf_dbp.downstream.segmentation.sliding import WholeView, window_origins
 from hf_dbp.records import hardware, versions, write_json
 
 

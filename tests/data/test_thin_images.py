@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_dbp.data.augmentation import random_resized_crop
-from hf_dbp.downstream.segmentation.inference import window_origins
+from hf_dbp.downstream.segmentation.sliding import window_origins
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 from hf_dbp.inspection.folder import main as inspect
 from hf_dbp.recipes import read_yaml

@@ -20,7 +20,8 @@ from hf_dbp.data.values import pixel_values
 from hf_dbp.downstream import export, onnx_run
 from hf_dbp.downstream.features import FrozenEncoder, pooled
 from hf_dbp.downstream.segmentation.data import LabelledImages
-from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels, window_origins
+from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels
+from hf_dbp.downstream.segmentation.sliding import window_origins
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet
 
 pytest.importorskip("onnxruntime")

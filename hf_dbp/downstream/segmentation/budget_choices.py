@@ -28,7 +28,7 @@ from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.downstream.encoder import build_vit
 from hf_dbp.downstream.segmentation.arguments import ModelArguments
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images
-from hf_dbp.downstream.segmentation.inference import window_origins
+from hf_dbp.downstream.segmentation.sliding import window_origins
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.errors import UserError

@@ -56,8 +56,9 @@ from hf_dbp.downstream.networks import channels_of, chosen_device, load_stock, w
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
 from hf_dbp.downstream.segmentation.evaluation_settings import MEMORY_SETTINGS, Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
-from hf_dbp.downstream.segmentation.inference import Preparation, View, WholeView, likely, logit_bands
+from hf_dbp.downstream.segmentation.inference import Preparation, likely
 from hf_dbp.downstream.segmentation.mean_iou import class_scores
+from hf_dbp.downstream.segmentation.sliding import View, WholeView, logit_bands
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
 from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError

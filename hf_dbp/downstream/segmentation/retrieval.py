@@ -43,8 +43,9 @@ from hf_dbp.downstream.segmentation.detection import detection, image_figures
 from hf_dbp.downstream.segmentation.evaluation_settings import MEMORY_SETTINGS, Evaluated
 from hf_dbp.downstream.segmentation.figures import plot_predictions, plot_worst
 from hf_dbp.downstream.segmentation.finetuning import DataArguments, image_processor
-from hf_dbp.downstream.segmentation.inference import BATCH, WholeImages, count_pixels, window_origins
+from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.downstream.segmentation.mean_iou import class_scores, scores_from_confusion
+from hf_dbp.downstream.segmentation.sliding import BATCH, window_origins
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.hub.untrusted import read_statistics, read_value_range

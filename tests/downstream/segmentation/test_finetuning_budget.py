@@ -13,7 +13,7 @@ from hf_dbp.downstream.segmentation import budget_choices, finetuning
 from hf_dbp.downstream.segmentation.arguments import GROUPS
 from hf_dbp.downstream.segmentation.budget_choices import Timed, choose, timed
 from hf_dbp.downstream.segmentation.data import LabelledImages
-from hf_dbp.downstream.segmentation.inference import window_origins
+from hf_dbp.downstream.segmentation.sliding import window_origins
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.training import budget
 from hf_dbp.training.budget_plan import with_plan

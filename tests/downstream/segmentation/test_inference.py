@@ -10,15 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dbp.downstream.segmentation import inference
+from hf_dbp.downstream.segmentation import inference, sliding
 from hf_dbp.downstream.segmentation.data import LabelledImages
-from hf_dbp.downstream.segmentation.inference import (
-    WholeImages,
-    count_pixels,
-    predict_labels,
-    whole_image_logits,
-    window_origins,
-)
+from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels, predict_labels, whole_image_logits
+from hf_dbp.downstream.segmentation.sliding import window_origins
 
 
 class PixelModel(nn.Module):
@@ -110,7 +105,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("stretch", [1, 2])
 def test_evaluation_takes_no_more_for_higher_images(monkeypatch, stretch):
     """Class ids are taken band by band: no logits of a whole image, at its own size or scaled."""
-    monkeypatch.setattr(inference, "BAND", 2**13)
+    monkeypatch.setattr(sliding, "BAND", 2**13)
     model, taken = PixelModel(16), {}
     model.linear = nn.Conv2d(3, 40, 1)
     for height in (64, 640):
@@ -149,13 +144,13 @@ def test_the_likeliest_class_is_that_of_the_softmax(seed, classes, height, width
 
 def test_on_a_cpu_a_forward_pass_has_few_pixels_and_one_thread_beside_it(monkeypatch):
     """Else memory grows with the batch and the crop, and threads of the blending take the cores of the model."""
-    monkeypatch.setattr(inference, "PIXELS", 3 * 16**2)
+    monkeypatch.setattr(sliding, "PIXELS", 3 * 16**2)
     image, threads = torch.randn(3, 40, 40), torch.get_num_threads()
     model, small = PixelModel(16), PixelModel(16)
     torch.set_num_threads(2)
     try:
         with torch.no_grad():
-            bands = inference.logit_bands(model, [inference.WholeView(image, (40, 40))], 16, batch_size=8, classes=4)
+            bands = sliding.logit_bands(model, [sliding.WholeView(image, (40, 40))], 16, batch_size=8, classes=4)
             beside = [(torch.get_num_threads(), band)[0] for band in bands]
             whole_image_logits(small, [image], 16, batch_size=2, classes=4)
         assert set(beside) == {1} and torch.get_num_threads() == 2
@@ -168,27 +163,27 @@ def test_on_a_cpu_a_forward_pass_has_few_pixels_and_one_thread_beside_it(monkeyp
 def test_columns_handed_out_one_by_one_are_those_of_the_whole(size, monkeypatch):
     """Of a large image: the same logits to the bit, each pixel once, while only the overlap of the rows is kept."""
     model, image = PixelModel(16), torch.randn(3, *size)
-    view = inference.WholeView(image, size)
+    view = sliding.WholeView(image, size)
     kept, seen = [], torch.zeros(size)
-    made = inference.Columns.__init__
+    made = sliding.Columns.__init__
 
     def noted(self, *args):
         made(self, *args)
         kept.append(self.kept_Knw.shape[1])
 
-    monkeypatch.setattr(inference.Columns, "__init__", noted)
+    monkeypatch.setattr(sliding.Columns, "__init__", noted)
     with torch.no_grad():
         (whole,) = whole_image_logits(model, [image], 16, batch_size=4, classes=4)
         assert not kept
-        monkeypatch.setattr(inference, "LARGE", 0)
+        monkeypatch.setattr(sliding, "LARGE", 0)
         (columns,) = whole_image_logits(model, [image], 16, batch_size=4, classes=4)
-        bands = list(inference.logit_bands(model, [view, view], 16, batch_size=4, classes=4))
+        bands = list(sliding.logit_bands(model, [view, view], 16, batch_size=4, classes=4))
     assert torch.equal(columns, whole)
     assert [band.last for band in bands if band.number == 0] == [*[False] * (len(bands) // 2 - 1), True]
     for band in bands:
         seen[band.top : band.top + band.logits_KnW.shape[1], band.left : band.left + band.logits_KnW.shape[2]] += 1
     assert (seen == 2).all()
-    assert max(kept) <= (0 if size[0] <= 16 else 16 - min(np.diff(inference.window_origins(size[0], 16))))
+    assert max(kept) <= (0 if size[0] <= 16 else 16 - min(np.diff(sliding.window_origins(size[0], 16))))
 
 
 def test_a_large_image_is_counted_in_columns(monkeypatch):
@@ -198,7 +193,7 @@ def test_a_large_image_is_counted_in_columns(monkeypatch):
     options = {"num_labels": 4, "ignore_index": 255, "crop_size": 16}
     whole = count_pixels(model, [[data[0], data[1]]], **options)
     ids = predict_labels(model, data, data.images[1][0], 16)
-    monkeypatch.setattr(inference, "LARGE", 0)
+    monkeypatch.setattr(sliding, "LARGE", 0)
     found = count_pixels(model, [[data[0], data[1]]], **options)
     assert np.array_equal(found.confusion_KK, whole.confusion_KK) and found.loss_sum == pytest.approx(whole.loss_sum)
     assert [found.images[k].foreground for k in (0, 1)] == [whole.images[k].foreground for k in (0, 1)]
@@ -221,8 +216,8 @@ def test_strips_give_the_logits_of_the_whole_and_hold_no_more_than_they_may(heig
     """Of a large image: to the bit, each pixel once; what is held is bounded, however wide and high the image is."""
     torch.manual_seed(0)
     model, image, taken = (CoarseModel if coarse else PixelModel)(16), torch.randn(3, height, width), []
-    view, seen = inference.WholeView(image, (height, width)), torch.zeros(height, width)
-    made = inference.Columns.__init__
+    view, seen = sliding.WholeView(image, (height, width)), torch.zeros(height, width)
+    made = sliding.Columns.__init__
 
     def noted(self, *args):
         made(self, *args)
@@ -230,10 +225,10 @@ def test_strips_give_the_logits_of_the_whole_and_hold_no_more_than_they_may(heig
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         (whole,) = whole_image_logits(model, [image], 16, batch_size=3, classes=4)
-        patch.setattr(inference.Columns, "__init__", noted)
+        patch.setattr(sliding.Columns, "__init__", noted)
         for name, value in {"LARGE": 0, "HELD": held, "PART": piece, "BAND": 0 if coarse else 2**24}.items():
-            patch.setattr(inference, name, value)
-        bands = list(inference.logit_bands(model, [view], 16, batch_size=3, classes=4))
+            patch.setattr(sliding, name, value)
+        bands = list(sliding.logit_bands(model, [view], 16, batch_size=3, classes=4))
     for band in bands:
         _, rows, columns = band.logits_KnW.shape
         part = slice(band.top, band.top + rows), slice(band.left, band.left + columns)
@@ -249,11 +244,11 @@ def test_an_image_of_any_size_holds_a_strip_of_150_classes():
     """20,000 or 200,000 pixels wide: never more logits than `HELD`, and at most a third of the windows twice."""
     for side in (20_000, 200_000):
         view = SimpleNamespace(size=(side, side), target=(side, side))
-        strips = inference._strips(view, 512, 150)
-        overlap = inference._overlap(window_origins(side, 512), 512)
+        strips = sliding._strips(view, 512, 150)
+        overlap = sliding._overlap(window_origins(side, 512), 512)
         spans = [strip.lefts[-1] + 512 - strip.lefts[0] for strip in strips]
-        assert max(150 * overlap * span for span in spans) <= inference.HELD
+        assert max(150 * overlap * span for span in spans) <= sliding.HELD
         assert [strip.start for strip in strips] == [0, *(strip.end for strip in strips[:-1])]
         assert strips[-1].end == side
         assert sum(len(strip.lefts) for strip in strips) <= 1.34 * len(window_origins(side, 512)) + 1
-        assert (len(inference._strips(view, 512, 11)) == 1) is (side == 20_000)
+        assert (len(sliding._strips(view, 512, 11)) == 1) is (side == 20_000)

@@ -24,8 +24,8 @@ from hf_dbp.data.labels.formats import coco_content
 from hf_dbp.data.windows import open_rows
 from hf_dbp.data.wire_bonding import render
 from hf_dbp.downstream import predicting
-from hf_dbp.downstream.segmentation import inference
 from hf_dbp.downstream.segmentation import predictor as predictor_module
+from hf_dbp.downstream.segmentation import sliding
 from hf_dbp.downstream.segmentation.components import class_pixels
 from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
 from hf_dbp.downstream.segmentation.finetuning import main as finetune
@@ -312,14 +312,14 @@ def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter
     opened.view.rows._decoded = lambda number: decoded.append(number) or band(number)
     (blocks,) = predictor.predict([opened])
     assert (blocks.ids_HW == whole.ids_HW).mean() > 0.999
-    monkeypatch.setattr(inference, "LARGE", 0)
+    monkeypatch.setattr(sliding, "LARGE", 0)
     again: Any = predictor.open("a", [str(tmp_path / "a.tif")])
     (columns,) = predictor.predict([again])
     assert np.array_equal(columns.ids_HW, blocks.ids_HW) and columns.score == blocks.score
     np.testing.assert_allclose(columns.confidence_K, blocks.confidence_K, rtol=1e-9)
     again.view.rows.close()
     if name == "native":
-        tops, lefts = (inference.window_origins(length, side) for length in view.size)
+        tops, lefts = (sliding.window_origins(length, side) for length in view.size)
         assert sorted(read) == [(top, top + side, left, left + side) for top in tops for left in lefts]
         assert sorted(decoded) == sorted(set(decoded))  # once for all windows that share its rows
     else:
@@ -354,10 +354,10 @@ def test_logits_in_bands_are_those_of_the_whole(segmenter, monkeypatch):
     model = load(str(segmenter["native"][0]), device="cpu").model
     pixels = torch.randn(2, 70, 50, generator=torch.Generator().manual_seed(0))
     for target in ((70, 50), (161, 120), (33, 21)):
-        view = inference.WholeView(pixels, target)
-        whole = torch.cat([band.logits_KnW for band in inference.logit_bands(model, [view], 32, classes=5)], dim=1)
-        monkeypatch.setattr(inference, "BAND", 5 * target[1] * 7)  # seven rows
-        bands = list(inference.logit_bands(model, [view], 32, classes=5))
+        view = sliding.WholeView(pixels, target)
+        whole = torch.cat([band.logits_KnW for band in sliding.logit_bands(model, [view], 32, classes=5)], dim=1)
+        monkeypatch.setattr(sliding, "BAND", 5 * target[1] * 7)  # seven rows
+        bands = list(sliding.logit_bands(model, [view], 32, classes=5))
         monkeypatch.undo()
         assert len(bands) > 3 and [band.last for band in bands] == [False] * (len(bands) - 1) + [True]
         assert max(band.logits_KnW.shape[1] for band in bands) <= 7
