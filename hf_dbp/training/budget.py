@@ -102,6 +102,10 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 f"{self.ending:.0f} s reserved for the end): give a larger --budget"
             )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress() < WARM_UP:
+            args.warmup_steps = state.global_step + 1  # eta, which skips the warm-up, knows it by this number
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = torch.tensor(self.elapsed(), dtype=torch.float64, device=args.device)
         if args.world_size > 1:

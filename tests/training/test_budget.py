@@ -13,11 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_dbp import cli, pretraining
+from hf_dbp import DecorrelationArguments, DecorrelationCallback, cli, pretraining
 from hf_dbp.cli import main
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import ImageList
 from hf_dbp.training import budget, budget_plan, duration
+from hf_dbp.training.arguments import PretrainingArguments
 from hf_dbp.training.budget import BudgetCallback, schedule
 from hf_dbp.training.budget_plan import LADDER, choose, cost, images_first, write_plan
 from hf_dbp.training.duration import command_began, noted_beginning, parse_duration
@@ -222,6 +223,20 @@ def test_a_resumed_run_keeps_the_rest_of_its_budget(tmp_path, clock, monkeypatch
     rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
     peak = int(np.argmax(rates))
     assert rates[peak:] == sorted(rates[peak:], reverse=True) and peak < 0.2 * len(rates)
+
+
+def test_eta_follows_the_decay_of_the_clock_but_not_its_warm_up(tmp_path):
+    args = PretrainingArguments(output_dir=str(tmp_path), budget="100s", use_cpu=True)
+    kept, state = BudgetCallback(100, 0.0), SimpleNamespace(global_step=0, max_steps=10**9)
+    kept.first_step = 0.0
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "initial_lr": 1.0}])
+    rates = []
+    for seconds in (1, 3, 4, 30, 60):
+        kept._now, state.global_step = float(seconds), state.global_step + 1
+        optimizer.param_groups[0]["lr"] = schedule(kept.progress())
+        kept.on_step_begin(args, state, None)
+        rates.append(DecorrelationCallback(DecorrelationArguments()).decay(args, state, optimizer))
+    assert rates[:3] == [1.0] * 3 and rates[3:] == pytest.approx([schedule(30 / 95), schedule(60 / 95)])
 
 
 def test_a_budget_too_short_for_the_start_is_refused():
