@@ -26,6 +26,7 @@ PICTURES = {
     "downstream.segmentation.retrieval": ["plot_predictions"],
     "downstream.selection": ["write_pictures"],
     "inspection.contact_sheet": ["write_pictures"],
+    "inspection.object_survey": ["write_pictures"],
 }
 
 

@@ -17,6 +17,7 @@ from hf_dbp.inspection.survey import ImageKind
 from hf_dbp.recipes import read_yaml, recipe_path
 
 __all__ = [
+    "STEPS",
     "VALIDATION",
     "Findings",
     "choose_balance",
@@ -51,6 +52,7 @@ class Findings:
     problems: list[str] = field(default_factory=list)
     pretraining: dict[str, Any] = field(default_factory=dict)
     finetuning: dict[str, Any] = field(default_factory=dict)
+    detection: dict[str, Any] = field(default_factory=dict)
 
 
 def common(counts: Counter[Any], shown: int = 4) -> str:
@@ -216,27 +218,25 @@ def choose_balance(
     ]
 
 
-def choose_split(balance: Mapping[str, Mapping[str, int]], found: Findings) -> None:
-    """Choose a `subset_seed` that leaves every class in both parts, or else in the training masks, if there is one.
+def choose_split(balance: Mapping[str, Mapping[str, int]]) -> int | None:
+    """A `subset_seed` that leaves every class in both parts, or else in the training part; None if there is none.
 
     Args:
-        balance: for each mask, class -> pixels, in the order of training; empty for one that cannot be read.
-        found: collects the flag.
+        balance: for each image, class -> pixels or objects, in the order of training; empty for one without labels that
+            can be read.
     """
     names = list(balance)
     if len(names) < 2:
-        return
+        return None
     every, second = set().union(*balance.values()), None
     for seed in range(100):
         parts = [
             set().union(*(balance[names[row]] for row in rows)) for rows in split_rows(len(names), VALIDATION, seed)
         ]
         if parts == [every, every]:
-            found.finetuning["subset_seed"] = seed
-            return
+            return seed
         second = seed if second is None and parts[0] == every else second
-    if second is not None:
-        found.finetuning["subset_seed"] = second
+    return second
 
 
 def held_by_crops(survey: MaskSurvey, names: Mapping[int, str], found: Findings) -> dict[str, float]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from hf_dbp.data.augmentation import resized
 from hf_dbp.data.decoding import DECODING_ERRORS, decode, stored
 from hf_dbp.data.masks import Palette
+from hf_dbp.downstream.detection.figures import draw_objects
+from hf_dbp.downstream.detection.objects import Objects
 from hf_dbp.downstream.segmentation.figures import class_colours
 from hf_dbp.figures import literal_names
 from hf_dbp.inspection.reading import Samples, value_of
 
-__all__ = ["thumbnail", "write_contact_sheet", "write_pictures"]
+__all__ = ["IMAGES", "thumbnail", "write_contact_sheet", "write_pictures"]
 
 Array = NDArray[Any]
 SIDE, COLUMNS, IMAGES = 256, 6, 24
+LEGEND = 30  # classes
 
 
 def thumbnail(image_HWC: Array) -> Array:
@@ -76,14 +80,34 @@ def write_contact_sheet(path: Path, samples: Samples, masks: Samples, palette: s
 
 
 @literal_names
-def write_pictures(path: Path, pictures: Sequence[tuple[str, Array]]) -> None:
-    """Write a PNG of titled pictures, RGB in [0, 1], six per row."""
+def write_pictures(
+    path: Path,
+    pictures: Sequence[tuple[str, Array]],
+    objects: Mapping[int, Objects] | None = None,
+    classes: Sequence[str] = (),
+) -> None:
+    """Write a PNG of titled pictures, RGB in [0, 1], six per row.
+
+    Args:
+        path: PNG file to write.
+        pictures: titles and pictures.
+        objects: the objects whose boxes are drawn, by the number of their picture.
+        classes: names of their classes by id.
+    """
+    colours_K3 = class_colours(max(1, len(classes)))
     rows = -(-len(pictures) // COLUMNS)
     figure = Figure(figsize=(2.2 * COLUMNS, 2.4 * rows), layout="constrained")
     for axis in figure.subplots(rows, COLUMNS, squeeze=False).flat:
         axis.set_axis_off()
-    for axis, (name, picture) in zip(figure.axes, pictures, strict=False):
+    for number, (axis, (name, picture)) in enumerate(zip(figure.axes, pictures, strict=False)):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(name[-24:], fontsize=7)
+        if objects is not None and number in objects:
+            one = objects[number]
+            height, width = (small / side for small, side in zip(picture.shape[:2], one.size, strict=True))
+            draw_objects(axis, one.boxes_N4 * [width, height, width, height], one.classes_N, colours_K3)
+    if classes:
+        patches = [Patch(color=tuple(colour), label=name) for name, colour in zip(classes, colours_K3, strict=True)]
+        figure.legend(handles=patches[:LEGEND], loc="outside lower center", ncols=6, fontsize="small", frameon=False)
     with matplotlib.rc_context({"savefig.dpi": 100}):
         figure.savefig(path)

@@ -1,18 +1,21 @@
 """Report what a folder contains, how it will be used, and recipes to start from: the main of `hf-dbp inspect`.
 
     hf-dbp inspect IMAGES --masks MASKS [--background_dir GOOD_IMAGES]
+    hf-dbp inspect IMAGES LABELS
     hf-dbp inspect FOLDER_OF_PARQUET_OR_TARS
     hf-dbp inspect --dataset_name HUB_ID
 
 reads every image and mask with the code of training, prints a report, and writes `contact_sheet.png`, `pretrain.yaml`,
-`finetune.yaml` if there are masks, and `palette.yaml`, to fill in class names, for colour masks without a palette file.
-The recipes are `industrial.yaml` and `industrial_upernet.yaml`, completed with the findings; finally training's loader
-opens the data with them, and its messages are reported too.
+`finetune.yaml` if there are masks, `detect.yaml` if objects are to be found, and `palette.yaml`, to fill in class
+names, for colour masks without a palette file. The recipes are `industrial.yaml`, `industrial_upernet.yaml` and
+`industrial_detector.yaml`, completed with the findings; training's loaders open the data with them, and their messages
+are reported too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,7 +23,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +35,7 @@ from hf_dbp.data.images import ImageSource, load_images
 from hf_dbp.data.labels.formats import label_format
 from hf_dbp.data.labels.masks import is_labels, mask_folder
 from hf_dbp.data.masks import BINARY, IGNORE, Palette, check_kinds, grey_code
+from hf_dbp.downstream.detection.data import ObjectImages, ObjectSource
 from hf_dbp.downstream.segmentation.background import background_files
 from hf_dbp.downstream.segmentation.data import load_labelled_images
 from hf_dbp.downstream.segmentation.source import LabelFlags, SegmentationSource
@@ -53,6 +57,13 @@ from hf_dbp.inspection.choices import (
 from hf_dbp.inspection.class_folders import describe_class_folders
 from hf_dbp.inspection.contact_sheet import write_contact_sheet
 from hf_dbp.inspection.mask_survey import MaskSurvey, survey_masks, write_palette, written_here
+from hf_dbp.inspection.object_survey import (
+    BASE,
+    choose_object_split,
+    describe_objects,
+    open_objects,
+    write_box_sheet,
+)
 from hf_dbp.inspection.reading import Content, Samples, read_source, value_of
 from hf_dbp.inspection.survey import ImageKind, copies, survey_images
 from hf_dbp.recipes import read_yaml, recipe_path
@@ -215,7 +226,8 @@ def describe_masks(
         found.finetuning = {}
         return masks
     if not pairs.get("validation"):
-        choose_split({name: ids.get(name, Counter()) for name in masks}, found)
+        seed = choose_split({name: ids.get(name, Counter()) for name in masks})
+        found.finetuning |= {} if seed is None else {"subset_seed": seed}
     if good:
         found.finetuning["background_dir"] = args.background_dir
     labelled = max(2, training_share({**pairs, "train": [*pairs["train"], *good]}))
@@ -297,9 +309,9 @@ def describe_classes(
     return balance
 
 
-def remove_earlier(recipe: Path) -> None:
+def remove_earlier(recipe: Path, base: str) -> None:
     """Remove the recipe of an earlier inspection, which may have been for other data."""
-    if recipe.is_file() and recipe.read_text(encoding="utf-8").startswith("# industrial_upernet.yaml with what"):
+    if recipe.is_file() and recipe.read_text(encoding="utf-8").startswith(f"# {base} with what"):
         recipe.unlink()
 
 
@@ -341,31 +353,43 @@ def known(source: type[ImageSource], flags: Mapping[str, Any]) -> dict[str, Any]
 
 
 def rehearse(data: Mapping[str, Any], found: Findings) -> list[str]:
-    """The messages of training's loaders about the data with the flags of both recipes, except those already reported.
+    """The messages of training's loaders about the data with the flags of the recipes, except those already reported.
 
     Args:
         data: flags that name the images.
-        found: findings with the flags of both recipes and the problems already reported.
+        found: findings with the flags of the recipes and the problems already reported.
     """
-    heard, logger = Heard(), logging.getLogger("hf_dbp")
-    propagated, logger.propagate = logger.propagate, False
-    logger.addHandler(heard)
-    try:
+    with hearing() as messages:
         if found.finetuning:
             flags = known(SegmentationSource, {**data, **found.finetuning})
             load_labelled_images(SegmentationSource(**flags, seed=flags.get("subset_seed", 0)))
         load_images(ImageSource(**known(ImageSource, {**data, **found.pretraining})))
+    return unsaid(messages, found)
+
+
+@contextlib.contextmanager
+def hearing() -> Iterator[list[str]]:
+    """The warnings of training's code, and the mistake that ends it."""
+    heard, logger = Heard(), logging.getLogger("hf_dbp")
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(heard)
+    try:
+        yield heard.messages
     except UserError as error:
         heard.messages.append(str(error))
     finally:
         logger.removeHandler(heard)
         logger.propagate = propagated
+
+
+def unsaid(messages: Sequence[str], found: Findings) -> list[str]:
+    """The messages that are not reported yet."""
     said = {gist(problem) for problem in found.problems}
     fresh = (
-        message for message in dict.fromkeys(heard.messages) if " left out: " not in message
+        message for message in dict.fromkeys(messages) if " left out: " not in message
     )  # these are already reported
     text = "\n".join(found.problems)
-    reasons = ((message, message.partition(": ")[2]) for message in fresh)
+    reasons = ((message, message.partition(": ")[2] or message) for message in fresh)
     return [message for message, reason in reasons if gist(reason) not in said and reason not in text]
 
 
@@ -378,16 +402,23 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
     """Read everything, write the files, and return what to print."""
     found = Findings()
     labels, args.label_names = args.masks, None
-    if labels is not None and is_labels(labels):
+    labelled = labels is not None and is_labels(labels)
+    if labelled and args.task == "detection":
+        found.lines.append(f"labels     {label_format(Path(str(labels)))}, each shape an object")
+        args.masks = None
+    elif labelled:
         args.masks, args.label_names = mask_folder(labels, args.folder)
         found.lines.append(f"labels     {label_format(Path(labels))}, drawn as masks of {', '.join(args.label_names)}")
     content = read_source(args)
+    if args.task == "detection" and not (labelled or content.pairs or content.problem):
+        raise UserError("--task detection needs labels or masks of the objects: hf-dbp inspect IMAGES LABELS")
     describe_left_out(content, found)
     samples = pooled(content.images)
     masks: Samples = {}
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    remove_earlier(output / "finetune.yaml")
+    remove_earlier(output / "finetune.yaml", "industrial_upernet.yaml")
+    remove_earlier(output / "detect.yaml", BASE)
     kinds = survey_images(samples)
     readable = describe_images(samples, content.files, kinds, found)
     choose_pretraining(training_share(content.images), readable, found)
@@ -406,15 +437,52 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
             flags = {"model_name_or_path": "outputs/industrial-fused"} | data | head | found.finetuning
             write_recipe(output / "finetune.yaml", "industrial_upernet.yaml", flags)
             commands.append(f"hf-dbp finetune --config {shlex.quote(str(output / 'finetune.yaml'))}")
-    if args.masks is None and (classify := describe_class_folders(content.images, args.folder, found)):
+    objects = None
+    if args.task == "detection" and (labelled or found.finetuning):
+        flags = data | found.finetuning | ({"train_mask_dir": labels} if labelled else {})
+        objects = inspect_objects(flags, kinds, found, output / "detect.yaml")
+        if found.detection:
+            commands.append(f"hf-dbp detect --config {shlex.quote(str(output / 'detect.yaml'))}")
+    if labels is None and (classify := describe_class_folders(content.images, args.folder, found)):
         commands.append(classify)
     found.problems += rehearse(data, found)
     shown = {name: sample for name, sample in samples.items() if not kinds[name].error}
-    write_contact_sheet(output / "contact_sheet.png", shown, masks, found.finetuning.get("palette"))
+    if objects is None:
+        write_contact_sheet(output / "contact_sheet.png", shown, masks, found.finetuning.get("palette"))
+    else:
+        write_box_sheet(output / "contact_sheet.png", objects)
     found.lines += ["", *(f"PROBLEM    {problem}" for problem in found.problems)]
     found.lines += [f"written    contact_sheet.png and the recipes, in {output}", "next       " + commands[0]]
     found.lines += [" " * 11 + command for command in commands[1:]]
     return found
+
+
+def inspect_objects(
+    flags: Mapping[str, Any], kinds: Mapping[str, ImageKind], found: Findings, recipe: Path
+) -> tuple[ObjectImages, ObjectImages] | None:
+    """Report the objects and write the recipe of the detector; return the lists, or None if training refuses them.
+
+    Args:
+        flags: those that name images and labels.
+        kinds: the kinds of all images, by name.
+        found: collects lines and problems.
+        recipe: the file to write.
+    """
+    source = known(ObjectSource, {**flags, "num_channels": found.pretraining["num_channels"]})
+    objects = None
+    with hearing() as messages:
+        objects = open_objects(source)
+    if objects is not None and (seed := choose_object_split(objects)):
+        source["subset_seed"] = seed
+        with hearing() as messages:
+            objects = open_objects(source)
+    if objects is not None:
+        describe_objects(objects, kinds, found)
+    if found.detection:
+        own = {"model_name_or_path": "outputs/industrial-fused"} | source | found.detection
+        write_recipe(recipe, BASE, own)
+    found.problems += unsaid(messages, found)
+    return objects
 
 
 @command
@@ -431,9 +499,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="?",
         help="Folder of images (any subfolders), parquet files or tars; or give --dataset_name.",
     )
+    parser.add_argument(
+        "labels", nargs="?", help="Labels of objects to find (COCO, LabelMe, YOLO, CVAT), or masks of them."
+    )
     parser.add_argument("--masks", help="Masks, named like the images, or labels (COCO, LabelMe, YOLO, CVAT).")
+    parser.add_argument(
+        "--task",
+        choices=["segmentation", "detection"],
+        help="What the labels are for (default: detection if they are given without --masks, else segmentation).",
+    )
     parser.add_argument("--output_dir", default="outputs/inspection", help="Folder for recipes and contact sheet.")
     args = parser.parse_args(arguments)
     if (args.folder is None) == (args.dataset_name is None):
         raise UserError("name what to inspect: a folder, or --dataset_name HUB_ID (not both)")
+    if args.labels is not None and args.masks is not None:
+        raise UserError(f"labels are given twice, {args.labels} and --masks {args.masks}; leave one out")
+    args.task = args.task or ("segmentation" if args.labels is None else "detection")
+    args.masks = args.labels or args.masks
     print("\n".join(inspect_folder(args).lines))

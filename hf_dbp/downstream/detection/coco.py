@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from hf_dbp.downstream.detection.objects import Objects
 from hf_dbp.downstream.detection.runs import Runs, tools
 
-__all__ = ["FIGURES", "Found", "Scores", "coco_scores"]
+__all__ = ["FIGURES", "LARGE", "SMALL", "Found", "Scores", "coco_scores"]
+
+SMALL, LARGE = 32**2, 96**2  # pixels: smaller objects are small, larger ones large
 
 #: of `COCOeval.stats`, in order
 FIGURES = (

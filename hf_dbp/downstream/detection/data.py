@@ -33,9 +33,11 @@ from hf_dbp.downstream.segmentation.data import LabelledImages, drawn_splits, lo
 from hf_dbp.downstream.segmentation.source import SegmentationSource
 from hf_dbp.errors import UserError
 
-__all__ = ["ObjectImages", "ObjectSource", "load_objects"]
+__all__ = ["BARE", "ObjectImages", "ObjectList", "ObjectSource", "load_objects"]
 
 logger = logging.getLogger(__name__)
+
+BARE = "images hold no object"
 
 
 @dataclasses.dataclass
@@ -75,14 +77,61 @@ class ObjectSource(SegmentationSource):
         """Labels stay labels."""
 
 
-class ObjectImages:
+class ObjectList:
+    """The objects of a list of images, counted.
+
+    Args:
+        objects: those of each image; None where the labels cannot be read.
+        names: class names by id.
+        odd: what is odd about them.
+    """
+
+    def __init__(self, objects: Sequence[Objects | None], names: list[str], odd: Oddities) -> None:
+        self.objects, self.names, self.odd = objects, names, odd
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    @property
+    def counts_K(self) -> NDArray[np.int64]:
+        """The number of objects of each class, crowds left out."""
+        classes = [one.classes_N[~one.crowd_N] for one in self.objects if one is not None]
+        return np.bincount(np.concatenate([np.zeros(0, np.int64), *classes]), minlength=len(self.names))
+
+    def thickness(self, view: tuple[int, int] | None) -> NDArray[np.float64]:
+        """The shorter side of every object, crowds left out, in pixels of images resized to a view; None: as they
+        are."""
+        sides = [np.zeros(0)]
+        for one in self.objects:
+            if one is not None:
+                sides_N2 = (one.boxes_N4[:, 2:] - one.boxes_N4[:, :2])[~one.crowd_N]
+                height, width = one.size
+                factors = np.ones(2) if view is None else np.array([view[1] / width, view[0] / height])
+                sides.append((sides_N2 * factors).min(axis=1, initial=np.inf))
+        return np.concatenate(sides)
+
+    def tiny(self, view: tuple[int, int]) -> int:
+        """The number of objects whose shorter side is below `TINY` pixels when images are resized to a view."""
+        return int((self.thickness(view) < TINY).sum())
+
+    def report(self, view: tuple[int, int]) -> list[str]:
+        """One line for each thing that is odd about the objects."""
+        bare = sum(one is not None and not len(one) for one in self.objects)
+        lines = [f"{bare} of {len(self)} {BARE}"] if bare else []
+        if tiny := self.tiny(view):
+            lines.append(
+                f"{tiny} of {int(self.counts_K.sum())} boxes are thinner than {TINY:g} pixels as the model sees them "
+                f"({view[0]} x {view[1]}); raise --image_size to find such objects"
+            )
+        return [*self.odd.lines(), *lines]
+
+
+class ObjectImages(ObjectList):
     """Images and their objects.
 
     Args:
         images: the images.
-        objects: the objects of each; None where the labels cannot be read.
-        names: class names by id.
-        odd: what is odd about the objects.
+        objects, names, odd: as in `ObjectList`.
         masks: the masks that they come from; None for labels.
     """
 
@@ -94,16 +143,8 @@ class ObjectImages:
         odd: Oddities,
         masks: LabelledImages | None = None,
     ) -> None:
-        self.images, self.objects, self.names, self.odd, self.masks = images, objects, names, odd, masks
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def counts_K(self) -> NDArray[np.int64]:
-        """The number of objects of each class, crowds left out."""
-        classes = [one.classes_N[~one.crowd_N] for one in self.objects if one is not None]
-        return np.bincount(np.concatenate([np.zeros(0, np.int64), *classes]), minlength=len(self.names))
+        super().__init__(objects, names, odd)
+        self.images, self.masks = images, masks
 
     def of(self, index: int, size: tuple[int, int]) -> Objects:
         """The objects of an image that has this height and width. UnreadableImageError if they are not for it."""
@@ -139,27 +180,6 @@ class ObjectImages:
                 where, _, reason = str(error).partition(": ")
             found[where] = reason
         return found
-
-    def tiny(self, view: tuple[int, int]) -> int:
-        """The number of objects whose shorter side is below `TINY` pixels when images are resized to a view."""
-        count = 0
-        for one in self.objects:
-            if one is not None:
-                sides_N2 = (one.boxes_N4[:, 2:] - one.boxes_N4[:, :2])[~one.crowd_N]
-                factors = np.array([view[1] / one.size[1], view[0] / one.size[0]])
-                count += int(((sides_N2 * factors).min(axis=1, initial=np.inf) < TINY).sum())
-        return count
-
-    def report(self, view: tuple[int, int]) -> list[str]:
-        """One line for each thing that is odd about the objects."""
-        bare = sum(one is not None and not len(one) for one in self.objects)
-        lines = [f"{bare} of {len(self)} images hold no object"] if bare else []
-        if tiny := self.tiny(view):
-            lines.append(
-                f"{tiny} of {int(self.counts_K.sum())} boxes are thinner than {TINY:g} pixels as the model sees them "
-                f"({view[0]} x {view[1]}); raise --image_size to find such objects"
-            )
-        return [*self.odd.lines(), *lines]
 
 
 def load_objects(source: ObjectSource) -> tuple[ObjectImages, ObjectImages]:

@@ -88,6 +88,13 @@ class Oddities:
             self.counts[kind] += len(names)
             self.examples[kind] = [*self.examples.get(kind, ()), *names][:EXAMPLES]
 
+    def __add__(self, other: Oddities) -> Oddities:
+        both = Oddities(self.counts.copy(), dict(self.examples))
+        for kind, count in other.counts.items():
+            both.counts[kind] += count
+            both.examples[kind] = [*both.examples.get(kind, ()), *other.examples[kind]][:EXAMPLES]
+        return both
+
     def lines(self) -> list[str]:
         """One line per kind."""
         return [f"{count} {kind}; e.g. {self.examples[kind][0]}" for kind, count in self.counts.items()]
