@@ -25,7 +25,8 @@ from hf_dbp.downstream.detection.runs import Runs, tools
 
 __all__ = ["FIGURES", "LARGE", "SMALL", "Found", "Scores", "coco_scores"]
 
-SMALL, LARGE = 32**2, 96**2  # pixels: smaller objects are small, larger ones large
+SMALL = 32**2  # pixels: smaller objects are small
+LARGE = 96**2  # and larger ones large
 
 #: of `COCOeval.stats`, in order
 FIGURES = (
