@@ -24,7 +24,8 @@ from hf_dbp.inspection.reading import Samples, value_of
 __all__ = ["IMAGES", "thumbnail", "write_contact_sheet", "write_pictures"]
 
 Array = NDArray[Any]
-SIDE, COLUMNS, IMAGES = 256, 6, 24
+SIDE, COLUMNS = 256, 6
+IMAGES = 24  # per sheet
 LEGEND = 30  # classes
 
 
