@@ -4,7 +4,7 @@ hf-dbp inspect FOLDER        what it contains, how it will be used, and a recipe
 hf-dbp pretrain ...          masked autoencoding            = training_scripts/run_dbp_mae.py
 hf-dbp pretrain IMAGES --budget 2h  the same within that time, with all choices made for you
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
-hf-dbp finetune ...          UperNet on labelled images     = training_scripts/run_upernet.py
+hf-dbp finetune ...          UperNet or EoMT on labelled images  = training_scripts/run_upernet.py
 hf-dbp classify ...          a classifier of your images    = training_scripts/run_classification.py
 hf-dbp detect ...            boxes around objects, or masks  = training_scripts/run_detection.py
 hf-dbp retrieve ...          segmentation without training, by the labels of the most similar patches

@@ -169,7 +169,7 @@ HEADS = {
     "segmentation": Head(
         "hf_dbp.downstream.segmentation.finetuning",
         segmentation.GROUPS,
-        "UperNet",
+        "a segmentation model",
         {"mean_iou": "mean IoU"},
         "majority_class_mean_iou",
         lambda data_args: data_args.source(None, None).class_names(),

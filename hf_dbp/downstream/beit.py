@@ -36,8 +36,8 @@ SHARED = (
     "layer_norm_eps",
     "num_channels",
 )
-#: the tensors of the encoder in a model over one: a BEiT, or RF-DETR's backbone; the second group is the layer
-ENCODER = r"\b(?:beit|backbone\.backbone)\.(embeddings|(?:encoder\.layer|layers)\.(\d+))\."
+#: the tensors of the encoder in a model over one: a BEiT, RF-DETR's backbone, or an EoMT; the second group is the layer
+ENCODER = r"(?:\b(?:beit|backbone\.backbone)\.|^)(embeddings|(?:encoder\.layer|layers)\.(\d+))\."
 
 
 def beit_fields(vit: ViTConfig) -> dict[str, Any]:
@@ -90,7 +90,8 @@ def parameter_groups(
         depth = layers + 1
         if match is not None and layer_decay < 1:
             depth = 0 if match[2] is None else int(match[2]) + 1
-        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+        fixed = ("cls_token", "position_embeddings", "position_embeddings.weight")
+        decays = parameter.ndim > 1 and not name.endswith(fixed)
         group = {"params": [], "lr": learning_rate * layer_decay ** (layers + 1 - depth)}
         group["weight_decay"] = weight_decay if decays else 0.0
         groups.setdefault((depth, decays), group)["params"].append(parameter)

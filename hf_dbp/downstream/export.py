@@ -7,9 +7,9 @@ largest difference from PyTorch on the given images, at two image sizes and two 
 
 - An encoder (a stock ViT) takes any batch and any height and width that are multiples of the patch size; its positions
   are interpolated (bicubic) as in transformers. Output: `last_hidden_state` (B, 1 + T, D).
-- A segmenter (UperNet over a ViT) takes any batch of windows of one size, because ONNX cannot express its pooling to
-  fixed grids for arbitrary sizes. Whole images are processed in windows, in ONNX as in PyTorch. Output: `logits` (B, K,
-  S, S).
+- A segmenter (UperNet or EoMT) takes any batch of windows of one size: ONNX cannot express UperNet's pooling to fixed
+  grids for arbitrary sizes, and EoMT has one size. Whole images are processed in windows, in ONNX as in PyTorch.
+  Output: `logits` (B, K, S, S).
 
 Shapes: B batch, T patch tokens, D features, K classes, S side of a window.
 """
@@ -31,6 +31,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import EomtForUniversalSegmentation, PreTrainedModel
 
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import ImageList, channel_statistics, share_value_range
@@ -40,8 +41,8 @@ from hf_dbp.downstream import onnx_run
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares
 from hf_dbp.downstream.segmentation.evaluation_settings import read_evaluated
+from hf_dbp.downstream.segmentation.heads import HEADS, check_crop, load_head, segmenter
 from hf_dbp.downstream.segmentation.inference import Preparation, whole_image_logits
-from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
 from hf_dbp.records import hardware, versions, write_json
@@ -71,12 +72,12 @@ class Encoder(nn.Module):
 class Segmenter(nn.Module):
     """pixel_values (B, C, S, S) -> logits (B, K, S, S)."""
 
-    def __init__(self, upernet: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.upernet = upernet
+        self.model = model
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        logits: Tensor = self.upernet(pixel_values=pixel_values).logits
+        logits: Tensor = self.model(pixel_values=pixel_values).logits
         return logits
 
 
@@ -176,6 +177,14 @@ def export_encoder(
         return how, found, (latency(lambda: model(own[:1])), latency(lambda: session.run(own[:1].numpy())))
 
 
+def without_masks(model: PreTrainedModel) -> PreTrainedModel:
+    """The model; an EoMT's probabilities of masks become numbers, so that the exporter sees that they are 0."""
+    if isinstance(model, EomtForUniversalSegmentation):
+        del model.attn_mask_probs
+        model.attn_mask_probs = [0.0] * model.config.num_blocks
+    return model
+
+
 def export_segmenter(
     source: str, images: list[NDArray[Any]], mean: Sequence[float], std: Sequence[float], folder: Path,
     crop_size: int | None, long_edge: int | None, value_range: ValueRange, **hub: Any,
@@ -183,9 +192,12 @@ def export_segmenter(
     """Write a segmenter; otherwise like `export_encoder`."""
     content = read_config(source, **hub)
     names = {int(number): str(name) for number, name in content["id2label"].items()}
-    upernet = load_upernet(source, names, ignore_index=-100 if 255 in names else 255, **hub).eval()
+    stock = load_head(content["model_type"], source, names, ignore_index=-100 if 255 in names else 255, **hub).eval()
     known = read_evaluated(content, source)
-    side = crop_size or (known.crop_size if known else max(sides(upernet.config.backbone_config.image_size)))
+    encoder = content.get("backbone_config", content)
+    side = crop_size or (known.crop_size if known else max(sides(encoder["image_size"])))
+    check_crop(stock, side)
+    network = segmenter(without_masks(stock))
     edge = long_edge or None
     if long_edge is None:
         edge = known.long_edge if known else side
@@ -195,7 +207,7 @@ def export_segmenter(
         nn.functional.pad(one, (0, max(0, side - one.shape[2]), 0, max(0, side - one.shape[1]))) for one in pixels
     ]
     windows = torch.stack([one[:, :side, :side] for one in padded])
-    model = Segmenter(upernet)
+    model = Segmenter(network)
     write_onnx(model, windows[:2], folder / MODEL, "logits", None)
     how = {"schema": 1, "kind": "segmenter", "model": source, "window": side, "long_edge": edge, "mean": list(mean),
            "std": list(std), "value_range": list(value_range), "labels": names, "input": "pixel_values",
@@ -208,7 +220,7 @@ def export_segmenter(
         for part in (image, image[: max(1, image.shape[0] * 2 // 3)]):
             own = data.pixels(part)
             with torch.no_grad():
-                logits = whole_image_logits(upernet, [own], side, batch_size=1, classes=len(names))[0]
+                logits = whole_image_logits(network, [own], side, batch_size=1, classes=len(names))[0]
                 logits = nn.functional.interpolate(logits[None], part.shape[:2], mode="bilinear", align_corners=False)[
                     0
                 ]
@@ -225,7 +237,7 @@ def export_model(
     """Export an encoder or a segmenter and check it; return the content of `export.json`.
 
     Args:
-        source: folder or Hub id of a stock ViT or of a UperNet over one.
+        source: folder or Hub id of a stock ViT, or of a UperNet or EoMT over one.
         images: images for the check.
         folder: where to write.
         crop_size, long_edge: for a segmenter, as in its training; default: as it was evaluated.
@@ -243,7 +255,7 @@ def export_model(
     share_value_range(images, kept=read_value_range(source, **hub))
     mean, std = read_statistics(source, **hub) or channel_statistics(images)
     own = {"value_range": images.value_range, **hub}
-    if kind == "upernet":
+    if kind in HEADS:
         how, found, times = export_segmenter(source, pictures, mean, std, folder, crop_size, long_edge, **own)
     else:
         how, found, times = export_encoder(source, pictures, mean, std, folder, **own)
@@ -268,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         prog="hf-dbp export", description="Export a model as ONNX and check it against PyTorch.", parents=split_flags()
     )
-    parser.add_argument("model", help="Stock ViT or UperNet over one, folder or Hub id.")
+    parser.add_argument("model", help="Stock ViT, or UperNet or EoMT over one, folder or Hub id.")
     parser.add_argument("images", help="Images to check it on: folder, Hub id, or wire_bonding.")
     parser.add_argument("--format", choices=["onnx"], default="onnx", help="What to write.")
     parser.add_argument("--output_dir", default="outputs/onnx", help="Folder for the model and its files.")

@@ -186,7 +186,7 @@ class FinetuningTrainer(ResumingTrainer):
 
     def labelled(self, labels: Tensor) -> Tensor:
         """The number of items over which a micro-batch's loss is a mean: its images, unless a task counts something
-        else."""
+        else; several numbers if parts of the loss are means of their own."""
         return torch.tensor(len(labels))
 
     def get_batch_samples(
@@ -195,9 +195,9 @@ class FinetuningTrainer(ResumingTrainer):
         """The micro-batches of a step, and the number of labelled items in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.labelled(batch["labels"]).to(device) for batch in batches]
-        return batches, self.accelerator.reduce(torch.stack(counts).sum(), reduction="sum") if counts else torch.ones(
-            ()
-        )
+        if not counts:
+            return batches, torch.ones(())
+        return batches, self.accelerator.reduce(torch.stack(counts).sum(dim=0), reduction="sum")
 
     def step_share(self, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
         """The factor that turns a micro-batch's mean loss into its share of the step's, scaled for the means of Trainer

@@ -53,6 +53,7 @@ DONE, RECORD, TABLE = "done.jsonl", "predictions.json", "predictions"
 #: what an architecture's name in config.json ends in: the module that predicts with it
 TASKS = {
     "ForSemanticSegmentation": "hf_dbp.downstream.segmentation.predictor",
+    "EomtForUniversalSegmentation": "hf_dbp.downstream.segmentation.predictor",
     "ForImageClassification": "hf_dbp.downstream.classification.predictor",
     "ForObjectDetection": "hf_dbp.downstream.detection.predictor",
     "ForInstanceSegmentation": "hf_dbp.downstream.detection.predictor",

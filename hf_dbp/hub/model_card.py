@@ -24,6 +24,7 @@ from hf_dbp.downstream.classification import arguments as classification
 from hf_dbp.downstream.detection import arguments as detection
 from hf_dbp.downstream.segmentation import arguments as segmentation
 from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED
+from hf_dbp.downstream.segmentation.heads import HEADS
 from hf_dbp.errors import UserError, command
 from hf_dbp.natures import Nature, natures
 from hf_dbp.training import arguments as pretraining
@@ -177,6 +178,15 @@ print(found.rows[0])
 from transformers import AutoImageProcessor, UperNetForSemanticSegmentation
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = UperNetForSemanticSegmentation.from_pretrained("{name}")""",
+    "eomt": """\
+import hf_dbp
+found = hf_dbp.predict("{name}", "photos", "predictions")  # a folder of images or one image; masks and a table
+print(found.rows[0])
+
+# stock, without hf_dbp
+from transformers import AutoImageProcessor, EomtForUniversalSegmentation
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = EomtForUniversalSegmentation.from_pretrained("{name}")""",
     "beit": """\
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 processor = AutoImageProcessor.from_pretrained("{name}")
@@ -217,6 +227,7 @@ def summary(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "vit": f"A stock Vision Transformer ({shape})",
         "dinov2": f"A Vision Transformer as a stock DINOv2 whose LayerScale is 1 ({shape})",
         "upernet": f"UperNet for semantic segmentation over a Vision Transformer ({shape}), stock transformers",
+        "eomt": f"EoMT for semantic segmentation, a Vision Transformer with queries ({shape}), stock transformers",
         "beit": f"An image classifier over a Vision Transformer ({shape}), stock transformers",
         "rf_detr": f"An RF-DETR that finds {found} over a Vision Transformer ({shape}), stock transformers",
         "dbp_vit_mae": f"A masked autoencoder with the unfused matrices of decorrelated training ({shape})",
@@ -251,6 +262,14 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     text = f'`model(**processor({given}, return_tensors="pt")).{result}` is its output'
     if kind == "upernet":
         text = f"{windows(config)} Of the stock model {text}"
+    if kind == "eomt":
+        side = config["image_size"]
+        text = (
+            f"{windows(config)} The stock model takes crops of {side} x {side} pixels alone: of such images, "
+            f'`processor.post_process_semantic_segmentation(model(**processor({given}, return_tensors="pt")), '
+            f'target_sizes=[({side}, {side})], size={{"shortest_edge": {side}, "longest_edge": {side}}})` gives the '
+            f"class ids"
+        )
     if kind == "rf_detr":
         masks = ", and `pred_masks` their masks at a quarter of the input's size" if finds_masks(config) else ""
         text = (
@@ -262,7 +281,7 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     text += f" for arrays of {encoder['num_channels']} channels. Stock resizing would take one of them for alpha"
     arguments = record.get("arguments", {})
     long_edge = arguments.get("crop_size") if arguments.get("long_edge") is None else arguments["long_edge"]
-    if kind == "upernet":
+    if kind in HEADS:
         return (
             f"{text}: scale them before, as in training to a long edge of {long_edge} pixels."
             if long_edge
@@ -334,6 +353,10 @@ def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapp
             "It is a stock UperNet over a plain ViT, without the relative position bias and LayerScale behind the "
             "published segmentation results of masked autoencoders.",
         ],
+        "eomt": [
+            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            "Transformers' pipelines do not work with it: they do not cut images into crops of its size.",
+        ],
         "beit": [
             "Scores are those of the validation images named above, which also chose the checkpoint.",
             "It knows only the classes above: an image of anything else gets one of them, perhaps confidently.",
@@ -369,14 +392,15 @@ def metadata(
 ) -> ModelCardData:
     """The card's YAML block: results as ``model-index``, emissions, tags."""
     kind = config["model_type"]
-    purposes = {"upernet": "image-segmentation", "beit": "image-classification", "rf_detr": "object-detection"}
+    purposes = dict.fromkeys(HEADS, "image-segmentation")
+    purposes |= {"beit": "image-classification", "rf_detr": "object-detection"}
     if finds_masks(config):
         purposes["rf_detr"] = "image-segmentation"
     tuned = kind in purposes
     fields: dict[str, Any] = {"library_name": "hf_dbp" if kind == "dbp_vit_mae" else "transformers"}
-    if kind in ("vit", "dinov2", *purposes) and stock_pipeline(config, processor):
+    if kind in ("vit", "dinov2", *purposes) and kind != "eomt" and stock_pipeline(config, processor):
         fields["pipeline_tag"] = purposes.get(kind, "image-feature-extraction")
-    tags = {"upernet": "semantic-segmentation", "beit": "image-classification"}
+    tags = dict.fromkeys(HEADS, "semantic-segmentation") | {"beit": "image-classification"}
     tags["rf_detr"] = "instance-segmentation" if finds_masks(config) else "object-detection"
     fields["tags"] = ["vision", tags.get(kind, "masked-auto-encoding")]
     if record.get("method") == "dbp":

@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import BeitImageProcessorPil, ViTConfig, ViTImageProcessorPil, ViTModel, pipeline
+from transformers import (
+    BeitImageProcessorPil,
+    EomtImageProcessorPil,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+    pipeline,
+)
 
 from hf_dbp.data.values import processor_scaling
+from hf_dbp.downstream.segmentation.eomt import build_eomt
 from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.hub.model_card import main, write_card
 from hf_dbp.records import RunRecord
@@ -190,6 +198,9 @@ def written(folder, kind, channels, dtype):
     if kind == "vit":
         vit.save_pretrained(folder)
         ViTImageProcessorPil(size={"height": 32, "width": 32}, **scaling).save_pretrained(folder)
+    elif kind == "eomt":
+        build_eomt(vit, {0: "road", 1: "sky"}, crop_size=32).save_pretrained(folder)
+        EomtImageProcessorPil(do_resize=False, **scaling).save_pretrained(folder)
     else:
         names = {0: "road", 1: "sky"}
         model = build_upernet(vit, names, ignore_index=255, hidden_size=8, auxiliary_channels=8)
@@ -214,6 +225,15 @@ def test_a_pipeline_is_promised_where_one_works(tmp_path, kind, channels, dtype)
     if channels != 3:
         with pytest.raises(Exception):  # noqa: B017  # whatever transformers stumbles over
             pipeline(tag, model=str(tmp_path), device="cpu")(PICTURES["RGB"])
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_an_eomt_takes_crops_alone_so_no_pipeline_is_promised(tmp_path, channels):
+    card = written(tmp_path, "eomt", channels, "uint8")
+    assert card.data.pipeline_tag is None and "semantic-segmentation" in card.data.tags
+    assert "Transformers' pipelines do not work with it" in card.text and "crops of 32 x 32 pixels alone" in card.text
+    with pytest.raises(Exception):  # noqa: B017  # whatever transformers stumbles over
+        pipeline("image-segmentation", model=str(tmp_path), device="cpu")(PICTURES["RGB"])
 
 
 def test_without_an_image_processor_no_pipeline_is_promised(tmp_path):

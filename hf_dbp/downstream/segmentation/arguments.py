@@ -1,4 +1,4 @@
-"""Flags of fine-tuning UperNet: which labelled images, which encoder, how it is trained."""
+"""Flags of fine-tuning UperNet or EoMT: which labelled images, which encoder, how it is trained."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from hf_dbp.data.arguments import FolderFlags, fields_of
 from hf_dbp.downstream.class_weights import WEIGHTS
 from hf_dbp.downstream.encoder import EncoderArguments
+from hf_dbp.downstream.segmentation.heads import HEADS
 from hf_dbp.downstream.segmentation.losses import LOSSES
 from hf_dbp.downstream.segmentation.source import LabelFlags, SegmentationSource
 from hf_dbp.errors import UserError
@@ -13,6 +14,9 @@ from hf_dbp.natures import Nature
 from hf_dbp.training.arguments import FINETUNED, RunArguments
 
 __all__ = ["GROUPS", "DataArguments", "FinetuningArguments", "ModelArguments"]
+
+#: flags of one head alone
+OWN = {"head_size": "upernet", "auxiliary_head_size": "upernet", "num_queries": "eomt", "num_blocks": "eomt"}
 
 
 @dataclass
@@ -44,14 +48,33 @@ class DataArguments(LabelFlags, FolderFlags):
 
 @dataclass
 class ModelArguments(EncoderArguments):
-    """Which encoder UperNet starts from."""
+    """Which encoder the model starts from, and its head."""
 
+    head: Annotated[str, Nature("model", card="head")] = field(
+        default="upernet",
+        metadata={"help": "UperNet over the encoder, or EoMT: queries within it, no decoder.", "choices": list(HEADS)},
+    )
     head_size: Annotated[int, Nature("model")] = field(
         default=512, metadata={"help": "Width of UperNet's decode head."}
     )
     auxiliary_head_size: Annotated[int, Nature("model")] = field(
-        default=256, metadata={"help": "Width of the auxiliary head."}
+        default=256, metadata={"help": "Width of UperNet's auxiliary head."}
     )
+    num_queries: Annotated[int | None, Nature("model")] = field(
+        default=None, metadata={"help": "EoMT's queries, at least one for each class (default: 100)."}
+    )
+    num_blocks: Annotated[int | None, Nature("model")] = field(
+        default=None,
+        metadata={"help": "Layers that EoMT's queries pass, the last ones (default: a quarter, at most 4)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, head in OWN.items():
+            value, default = getattr(self, name), getattr(ModelArguments, name)
+            if self.head != head and value != default:
+                recipe = "" if default is None else f" (over a recipe, --{name} {default} does so)"
+                raise UserError(f"--{name} {value} is for --head {head}: leave it out{recipe}, or give that head")
 
 
 @dataclass
@@ -73,13 +96,16 @@ class FinetuningArguments(RunArguments):
     )
     loss: Annotated[str, Nature("training", "told")] = field(
         default="ce",
-        metadata={"help": "Cross-entropy, or cross-entropy plus soft Dice, for small objects.", "choices": LOSSES},
+        metadata={
+            "help": "UperNet: cross-entropy, or cross-entropy plus soft Dice, for small objects. EoMT has its own.",
+            "choices": LOSSES,
+        },
     )
     class_weights: Annotated[str, Nature("training", "told")] = field(
         default="none",
         metadata={
             "help": "Weights of the classes in the cross-entropy: one over their share of the pixels, or its square "
-            "root.",
+            "root (UperNet).",
             "choices": list(WEIGHTS),
         },
     )

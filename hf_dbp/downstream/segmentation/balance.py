@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
-from transformers import UperNetForSemanticSegmentation
+from transformers import PreTrainedModel
 
 from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.threads import in_threads
@@ -39,7 +39,7 @@ def count_classes(images: LabelledImages) -> NDArray[np.int64]:
 
 
 def balanced(
-    model: UperNetForSemanticSegmentation,
+    model: PreTrainedModel,
     images: LabelledImages,
     *,
     loss: str = "ce",
@@ -50,7 +50,7 @@ def balanced(
     """The loss that replaces UperNet's own, and the crops around rare classes; None if not asked for.
 
     Args:
-        model: the UperNet to train, unwrapped.
+        model: the UperNet, or the EoMT, which has a loss of its own, to train; unwrapped.
         images: the training images; their masks are read once if weights or crops need them.
         loss, class_weights, rare_crops, rare_classes: the flags.
 

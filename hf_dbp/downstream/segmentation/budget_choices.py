@@ -28,9 +28,9 @@ from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.downstream.encoder import build_vit
 from hf_dbp.downstream.segmentation.arguments import ModelArguments
 from hf_dbp.downstream.segmentation.data import LabelledImages, load_labelled_images
+from hf_dbp.downstream.segmentation.heads import build_head, segmenter, training_loss
 from hf_dbp.downstream.segmentation.sliding import window_origins
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
-from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.errors import UserError
 from hf_dbp.inspection.choices import (
     FAST,
@@ -72,19 +72,20 @@ class Timed:
 
 def timed(model_args: ModelArguments, names: dict[int, str], channels: int, side: int, head: dict[str, int]) -> Timed:
     """Time two training steps, on two images each, and two forward passes; the first of each only warms up."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    width, auxiliary = head["head_size"], head["auxiliary_head_size"]
+    device, model_args = "cuda" if torch.cuda.is_available() else "cpu", dataclasses.replace(model_args, **head)
     vit = build_vit(model_args, side, channels)
-    model = build_upernet(vit, names, ignore_index=255, hidden_size=width, auxiliary_channels=auxiliary).to(device)
+    model = build_head(vit, names, model_args, crop_size=side, ignore_index=max(255, len(names))).to(device)
+    loss, applied = training_loss(model, None), segmenter(model)
     pixels = torch.rand(2, channels, side, side, device=device)
     labels = torch.zeros(2, side, side, dtype=torch.int64, device=device)
+    whole = torch.ones_like(loss.labelled(labels), dtype=torch.float32)
 
     def seconds() -> tuple[float, float]:
         began = time.monotonic()
-        model.train()(pixel_values=pixels, labels=labels).loss.backward()
+        loss(model.train(), {"pixel_values": pixels, "labels": labels}, whole, 0.0)[0].backward()
         between = time.monotonic()
         with torch.no_grad():
-            float(model.eval()(pixel_values=pixels).logits.sum())  # a GPU has finished when the number is here
+            float(applied.eval()(pixel_values=pixels).logits.sum())  # a GPU has finished when the number is here
         return between - began, time.monotonic() - between
 
     seconds()
@@ -182,8 +183,8 @@ def chosen(parsed: Sequence[Any], seconds: float, flags: Collection[str]) -> lis
     source = data_args.source(model_args.cache_dir, model_args.token)
     train, validation = load_labelled_images(source)
     recipe = read_yaml(recipe_path("industrial_upernet.yaml"))
-    gpu = torch.cuda.is_available()
-    head = {name: int(recipe[name]) if gpu else size for name, size in SMALL_HEAD.items()}
+    gpu, eomt = torch.cuda.is_available(), model_args.head == "eomt"
+    head = {} if eomt else {name: int(recipe[name]) if gpu else size for name, size in SMALL_HEAD.items()}
     head |= {name: getattr(model_args, name) for name in head if name in flags}
     channels = train.readable(0)[0].shape[2]
     patch = build_vit(model_args, data_args.crop_size, channels).config.patch_size
@@ -191,4 +192,6 @@ def chosen(parsed: Sequence[Any], seconds: float, flags: Collection[str]) -> lis
     reason = "that of industrial_upernet.yaml" if gpu else "a step of a wide head takes too long without a GPU"
     at = timed(model_args, source.class_names(), channels, side, head)
     choices = choose(train, validation, source.class_names(), seconds, at, patch)
+    if eomt:  # its loss is its own
+        choices = [choice for choice in choices if choice.flag not in ("loss", "class_weights")]
     return [*choices, *(Choice(name, size, reason) for name, size in head.items())]

@@ -1,4 +1,4 @@
-"""The results of evaluating a UperNet: the scores of each class, the content of `eval.json`, and lines to print."""
+"""The results of an evaluation: the scores of each class, the content of `eval.json`, and lines to print."""
 
 import dataclasses
 import shlex
@@ -11,6 +11,7 @@ import numpy as np
 from hf_dbp.data.images import unreadable_images
 from hf_dbp.downstream.segmentation.data import SegmentationSource
 from hf_dbp.downstream.segmentation.detection import detection
+from hf_dbp.downstream.segmentation.heads import HEADS
 from hf_dbp.downstream.segmentation.mean_iou import class_scores
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.records import hardware, source_commit, versions
@@ -20,7 +21,7 @@ __all__ = ["evaluation_record", "per_class", "summary"]
 
 
 def per_class(trainer: SegmentationTrainer) -> dict[str, dict[str, float | int | None]]:
-    """The scores of each class in a UperNet's last evaluation, by name; see `class_scores`."""
+    """The scores of each class in the last evaluation, by name; see `class_scores`."""
     confusion_KK = trainer.confusion_KK
     counts = np.diag(confusion_KK), confusion_KK.sum(axis=1), confusion_KK.sum(axis=0)
     return class_scores(*counts, trainer.model.config.id2label)
@@ -82,8 +83,8 @@ def evaluation_record(
 
 
 def summary(record: dict[str, Any], folder: Path) -> str:
-    """The results of a UperNet's run and where they are, to print at its end."""
-    rows = [f"\nUperNet on {record['data']['source']}: {folder}"]
+    """The results of a run and where they are, to print at its end."""
+    rows = [f"\n{HEADS[record['arguments']['head']]} on {record['data']['source']}: {folder}"]
     rows.append(f"  mean IoU {record['mean_iou']:.4f} (most common class everywhere: "
                 f"{record['majority_class_mean_iou']:.4f}), loss {record['loss']:.4f}")  # fmt: skip
     rows.append(f"    {'':<20} {'IoU':>8}{'Dice':>8}{'prec.':>8}{'recall':>8}")

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from transformers import UperNetForSemanticSegmentation
+from transformers import PreTrainedModel
 
 from hf_dbp.data.values import displayed
 from hf_dbp.downstream.segmentation.detection import ImageFigures, worst_images
+from hf_dbp.downstream.segmentation.eomt import SemanticEomt
 from hf_dbp.downstream.segmentation.inference import WholeImages, predict_labels
 from hf_dbp.figures import literal_names
 
@@ -39,7 +40,7 @@ def _painted(ids_HW: npt.NDArray[Any], colours_K3: npt.NDArray[np.float64]) -> n
 
 @literal_names
 def plot_predictions(
-    model: UperNetForSemanticSegmentation,
+    model: PreTrainedModel | SemanticEomt,
     data: WholeImages,
     path: str | os.PathLike[str],
     *,
@@ -50,7 +51,7 @@ def plot_predictions(
     """Write a PNG with one row per image: image, true mask (void is black), prediction; the legend names the classes.
 
     Args:
-        model: a UperNet in eval mode, with `config.id2label`.
+        model: in eval mode, with `config.id2label`; see `hf_dbp.downstream.segmentation.heads.segmenter`.
         data: evaluation images; `num_images` at even steps are shown.
         path: PNG file to write.
         crop_size: as in training.
@@ -88,7 +89,7 @@ def plot_predictions(
 
 
 def plot_worst(
-    model: UperNetForSemanticSegmentation,
+    model: PreTrainedModel | SemanticEomt,
     data: WholeImages,
     images: Sequence[ImageFigures],
     path: str | os.PathLike[str],
@@ -98,7 +99,7 @@ def plot_worst(
     """Write a PNG as `plot_predictions` does of the images with the lowest mean IoU, worst first.
 
     Args:
-        model: a UperNet in eval mode, with `config.id2label`.
+        model: in eval mode, with `config.id2label`; see `hf_dbp.downstream.segmentation.heads.segmenter`.
         data: evaluation images.
         images: the figures of each.
         path: PNG file to write.

@@ -16,14 +16,73 @@ Shapes: B images; K classes; H, W height and width of a crop; N labelled pixels 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import UperNetForSemanticSegmentation
 
-__all__ = ["LOSSES", "UperNetLoss", "soft_dice"]
+__all__ = ["LOSSES", "PixelLoss", "TrainingLoss", "UperNetLoss", "soft_dice", "with_a_label"]
 
 LOSSES = ("ce", "ce+dice")
+
+
+class TrainingLoss(Protocol):
+    """What the Trainer asks of the loss of a head."""
+
+    def labelled(self, labels_BHW: Tensor) -> Tensor:
+        """What the loss of these labels is a mean over; several numbers if parts of it are means of their own."""
+
+    def __call__(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], share: Tensor, progress: float
+    ) -> tuple[Tensor, Any]:
+        """The loss of a micro-batch as its part of the step's, and the model's outputs.
+
+        Args:
+            model: the model, maybe wrapped.
+            inputs: ``pixel_values`` (B, C, H, W) and ``labels`` (B, H, W).
+            share: the micro-batch's share of what `labelled` counts in the step.
+            progress: share of training that is done, in [0, 1].
+        """
+
+
+def with_a_label(labels_BHW: Tensor, ignore_index: int) -> Tensor:
+    """The labels, in which one pixel is of class 0 if none is labelled: with weight 0 the loss is finite."""
+    all_void = labels_BHW.eq(ignore_index).all()
+    labels_BHW = labels_BHW.clone()
+    labels_BHW[0, 0, 0] = torch.where(all_void, 0, labels_BHW[0, 0, 0])
+    return labels_BHW
+
+
+@dataclasses.dataclass
+class PixelLoss:
+    """A mean over the labelled pixels.
+
+    Args:
+        ignore_index: label of the others.
+        formula: training loss of logits and labels; None for the model's own, which evaluation uses anyway.
+    """
+
+    ignore_index: int
+    formula: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def labelled(self, labels_BHW: Tensor) -> Tensor:
+        """The number of labelled pixels."""
+        return labels_BHW.ne(self.ignore_index).sum()
+
+    def __call__(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], share: Tensor, progress: float
+    ) -> tuple[Tensor, Any]:
+        """See `TrainingLoss`."""
+        labels_BHW = with_a_label(inputs["labels"], self.ignore_index)
+        if self.formula is None or not model.training:
+            outputs = model(**{**inputs, "labels": labels_BHW})
+            loss = outputs.loss
+        else:
+            outputs = model(pixel_values=inputs["pixel_values"])
+            loss = self.formula(outputs.logits, labels_BHW)
+        return loss * share, outputs
 
 
 def soft_dice(logits_BKHW: Tensor, labels_BHW: Tensor, ignore_index: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""Semantic segmentation of new images: `hf_dbp.downstream.predicting` for UperNet, any stock model of that kind, and
-the memories of `hf-dbp retrieve`.
+"""Semantic segmentation of new images: `hf_dbp.downstream.predicting` for UperNet, EoMT, any stock model for semantic
+segmentation, and the memories of `hf-dbp retrieve`.
 
 A model from `hf-dbp finetune` sees images as in its evaluation: its config.json holds crop, scale and batch size, its
 image processor mean and standard deviation. Predictions on the validation images reproduce the mean IoU of `eval.json`,
@@ -54,13 +54,14 @@ from hf_dbp.data.whole_files import whole_file
 from hf_dbp.data.windows import TiffRows, open_rows
 from hf_dbp.downstream.networks import channels_of, chosen_device, load_stock, weights_digest
 from hf_dbp.downstream.segmentation.components import Components, class_pixels
+from hf_dbp.downstream.segmentation.eomt import SemanticEomt
 from hf_dbp.downstream.segmentation.evaluation_settings import MEMORY_SETTINGS, Evaluated, read_evaluated, stock_crop
 from hf_dbp.downstream.segmentation.figures import class_colours
+from hf_dbp.downstream.segmentation.heads import check_crop, load_head, segmenter
 from hf_dbp.downstream.segmentation.inference import Preparation, likely
 from hf_dbp.downstream.segmentation.mean_iou import class_scores
 from hf_dbp.downstream.segmentation.sliding import View, WholeView, logit_bands
 from hf_dbp.downstream.segmentation.transforms import long_edge_size
-from hf_dbp.downstream.segmentation.upernet import load_upernet
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
 from hf_dbp.records import write_json
@@ -111,7 +112,7 @@ def load(
     """
     content = read_config(model)
     own: dict[str, Any] = {}
-    network: PreTrainedModel | RetrievalSegmenter
+    network: PreTrainedModel | SemanticEomt | RetrievalSegmenter
     evaluated: Evaluated | None
     if (Path(model) / MEMORY_SETTINGS).is_file():
         from hf_dbp.downstream.segmentation.retrieval import load_retrieval  # imports training, which takes memory
@@ -126,6 +127,8 @@ def load(
     changes: dict[str, Any] = {"crop_size": crop_size, "batch_size": batch_size}
     how = dataclasses.replace(how, **{name: value for name, value in changes.items() if value is not None})
     how = how if long_edge is None else dataclasses.replace(how, long_edge=long_edge or None)
+    if isinstance(network, SemanticEomt):
+        check_crop(network.model, how.crop_size)
     network.eval().to(chosen_device(device))
     channels = channels_of(content)
     statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
@@ -151,16 +154,18 @@ def load(
     return Segmenter(network, how, preparation, channels, settings, truth, floats=value_range is not None)
 
 
-def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel:
-    """Load a model from a folder or Hub id: one of our UperNets, or any stock class for semantic segmentation.
+def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel | SemanticEomt:
+    """Load a model from a folder or Hub id: one of our UperNets, an EoMT, or any stock class for semantic segmentation.
 
     Raises:
         UserError: another kind of model, or invalid weights; see `hf_dbp.hub.untrusted`.
     """
     backbone = content.get("backbone_config")
     names = {int(number): str(name) for number, name in (content.get("id2label") or {}).items()}
-    if content["model_type"] == "upernet" and isinstance(backbone, dict) and backbone.get("model_type") == "beit":
-        return load_upernet(model, names, ignore_index=int(content.get("loss_ignore_index", 255)))
+    kind = content["model_type"]
+    ours = kind == "upernet" and isinstance(backbone, dict) and backbone.get("model_type") == "beit"
+    if ours or kind == "eomt":
+        return segmenter(load_head(kind, model, names, ignore_index=int(content.get("loss_ignore_index", 255))))
     return load_stock(AutoModelForSemanticSegmentation, model, content, "semantic segmentation")
 
 
@@ -314,8 +319,8 @@ class Segmenter:
     """
 
     def __init__(
-        self, model: PreTrainedModel | RetrievalSegmenter, how: Evaluated, preparation: Preparation, channels: int,
-        settings: Mapping[str, Any], truth: Truth | None = None, *, floats: bool = False,
+        self, model: PreTrainedModel | SemanticEomt | RetrievalSegmenter, how: Evaluated, preparation: Preparation,
+        channels: int, settings: Mapping[str, Any], truth: Truth | None = None, *, floats: bool = False,
     ) -> None:  # fmt: skip
         self.floats = floats
         self.model, self.how, self.preparation, self.channels = model, how, preparation, channels

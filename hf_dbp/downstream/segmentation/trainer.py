@@ -1,9 +1,9 @@
-"""`SegmentationTrainer`: transformers' Trainer for UperNet.
+"""`SegmentationTrainer`: transformers' Trainer for UperNet and EoMT.
 
 It adds what the stock Trainer lacks here:
-- the loss is the mean over the labelled pixels of the whole batch: each micro-batch and each process is weighted by its
-  share of them, so accumulation and several processes give the gradient of one batch; a micro-batch without labelled
-  pixels weighs 0 (the stock loss would be NaN);
+- the loss is a mean over the whole batch (of UperNet over its labelled pixels, of EoMT over its masks and queries):
+  each micro-batch and each process is weighted by its share of them, so accumulation and several processes give the
+  gradient of one batch; a micro-batch without labelled pixels weighs 0 (UperNet's stock loss would be NaN);
 - evaluation on whole images at label resolution, every image once for any number of processes;
 - what all fine-tuning shares (`FinetuningTrainer`): layer-wise learning rates, arguments in checkpoints, the clock.
 """
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
-from transformers import UperNetForSemanticSegmentation
 
 from hf_dbp.downstream.finetuning import FinetuningTrainer
 from hf_dbp.downstream.segmentation.arguments import GROUPS
 from hf_dbp.downstream.segmentation.detection import ImageFigures, image_figures
+from hf_dbp.downstream.segmentation.heads import check_crop, segmenter, training_loss
 from hf_dbp.downstream.segmentation.inference import WholeImages, count_pixels
 from hf_dbp.downstream.segmentation.mean_iou import SegmentationScores, scores_from_confusion
 from hf_dbp.downstream.segmentation.upernet import synchronize_batch_norm
@@ -30,11 +30,11 @@ __all__ = ["SegmentationTrainer"]
 
 
 class SegmentationTrainer(FinetuningTrainer):
-    """Trainer of a stock UperNet.
+    """Trainer of a stock UperNet or EoMT.
 
     Args:
         crop_size: side of the crops that the model is trained and evaluated on, a multiple of the patch size.
-        criterion: training loss of logits and labels, a mean over the labelled pixels; default: UperNet's own.
+        criterion: training loss of logits and labels, a mean over the labelled pixels, in place of UperNet's own.
         kwargs: as for `FinetuningTrainer`; `train_dataset` is a `TrainingCrops` (None to evaluate only), `eval_dataset`
             a `WholeImages`.
 
@@ -47,22 +47,19 @@ class SegmentationTrainer(FinetuningTrainer):
     def __init__(
         self, *, crop_size: int, criterion: Callable[[Tensor, Tensor], Tensor] | None = None, **kwargs: Any
     ) -> None:
-        self.criterion, self.crop_size = criterion, crop_size
-        model: UperNetForSemanticSegmentation = kwargs["model"]
-        args = kwargs["args"]
+        model, args = kwargs["model"], kwargs["args"]
+        check_crop(model, crop_size)
+        self.loss, self.crop_size = training_loss(model, criterion), crop_size
         synchronize_batch_norm(model, args.world_size, args.device)
-        model.supports_gradient_checkpointing = True  # its backbone does, although UperNet's class denies it
-        patch = model.config.backbone_config.patch_size
-        if crop_size % patch:
-            raise UserError(f"crop_size {crop_size} is not a multiple of the patch size {patch}")
+        model.supports_gradient_checkpointing = True  # the layers of the encoder do, although the classes deny it
         super().__init__(**kwargs)
         self.scores: SegmentationScores | None = None
         self.confusion_KK = np.zeros((model.config.num_labels,) * 2, dtype=np.int64)
         self.images: list[ImageFigures] = []
 
     def check_batches(self) -> None:
-        synchronized = any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules())
-        if self.args.per_device_train_batch_size == 1 and not synchronized:
+        normalised = any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules())  # not synchronised
+        if self.args.per_device_train_batch_size == 1 and normalised:
             raise UserError(
                 "per_device_train_batch_size is 1: UperNet normalises a 1 x 1 map over the batch, which takes at least "
                 "2 images; use 2 or more (--gradient_checkpointing or a smaller --crop_size saves memory)"
@@ -70,7 +67,7 @@ class SegmentationTrainer(FinetuningTrainer):
         super().check_batches()
         images, batch = len(self.train_dataset), self.args.train_batch_size
         alone = images % batch == 1 and self.args.world_size == 1  # several processes fill up their last batches
-        if not self.args.dataloader_drop_last and alone:
+        if not self.args.dataloader_drop_last and alone and normalised:
             raise UserError(
                 f"{images} training images in batches of {batch} leave a single image, which UperNet cannot "
                 f"normalise; choose another --per_device_train_batch_size, or leave out --dataloader_drop_last false"
@@ -79,8 +76,8 @@ class SegmentationTrainer(FinetuningTrainer):
     # ---- loss ----
 
     def labelled(self, labels: Tensor) -> Tensor:
-        """The number of labelled pixels."""
-        return labels.ne(self.model.config.loss_ignore_index).sum()
+        """What the loss is a mean over, see `hf_dbp.downstream.segmentation.losses.TrainingLoss`."""
+        return self.loss.labelled(labels)
 
     def compute_loss(
         self,
@@ -89,19 +86,10 @@ class SegmentationTrainer(FinetuningTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """This micro-batch's share of the mean over the step's labelled pixels, scaled for the means of Trainer and
-        DDP."""
-        labels_BSS, share = inputs["labels"], self.step_share(inputs["labels"], num_items_in_batch)
-        all_void = self.labelled(labels_BSS) == 0  # use one pixel with weight 0, so the loss is finite
-        labels_BSS = labels_BSS.clone()
-        labels_BSS[0, 0, 0] = torch.where(all_void, 0, labels_BSS[0, 0, 0])
-        if self.criterion is None or not self.is_in_train:
-            outputs = model(**{**inputs, "labels": labels_BSS})
-            loss = outputs.loss
-        else:
-            outputs = model(pixel_values=inputs["pixel_values"])
-            loss = self.criterion(outputs.logits, labels_BSS)
-        loss = loss * share
+        """This micro-batch's part of the mean over the step, scaled for the means of Trainer and DDP."""
+        share = self.step_share(inputs["labels"], num_items_in_batch)
+        done = self.state.global_step / max(1, self.state.max_steps) if self.budget is None else self.budget.progress()
+        loss, outputs = self.loss(model, inputs, share, done)
         return (loss, outputs) if return_outputs else loss
 
     # ---- evaluation ----
@@ -116,7 +104,7 @@ class SegmentationTrainer(FinetuningTrainer):
             broadcast(list(model.buffers()))
         with self.compute_loss_context_manager():
             counts = count_pixels(
-                model,
+                segmenter(model),
                 self.get_eval_dataloader(eval_dataset),
                 num_labels=model.config.num_labels,
                 ignore_index=model.config.loss_ignore_index,

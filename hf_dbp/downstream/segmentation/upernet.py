@@ -21,6 +21,7 @@ from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentati
 
 from hf_dbp.config_limits import check_fields
 from hf_dbp.downstream.beit import beit_fields, beit_state
+from hf_dbp.downstream.segmentation.classes import check_names, class_fields
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import check_memory, known_fields, load_weights, read_config
 
@@ -67,15 +68,12 @@ def load_upernet(
         UserError: there is no such UperNet, it has other classes, or `hf_dbp.hub.untrusted` refuses it.
     """
     content = read_config(source, **hub_options)
-    backbone, names, name = content.get("backbone_config"), content.get("id2label"), str(Path(source) / "config.json")
+    backbone, name = content.get("backbone_config"), str(Path(source) / "config.json")
     hidden, auxiliary = (_width(content.get(key)) for key in ("hidden_size", "auxiliary_channels"))
     ours = content["model_type"] == "upernet" and hidden and auxiliary
     if not ours or not isinstance(backbone, dict) or backbone.get("model_type") != "beit":
         raise UserError(f"{name} is not that of a UperNet over a ViT, as `hf-dbp finetune` writes it")
-    if names != {str(number): label for number, label in id2label.items()}:
-        raise UserError(
-            f"{name} has the classes {names!r:.200}, but the labels have {dict(id2label)}: give those of its training"
-        )
+    check_names(content, name, id2label)
     check_fields(backbone, name)
     fields = known_fields(backbone, ViTConfig)
     check_memory(fields, name)
@@ -94,18 +92,9 @@ def _width(value: Any) -> int:
 def _upernet_config(
     vit: ViTConfig, id2label: Mapping[int, str], ignore_index: int, hidden_size: int, auxiliary_channels: int
 ) -> UperNetConfig:
-    classes = len(id2label)
-    if classes < 2 or sorted(id2label) != list(range(classes)):
-        raise UserError(f"class ids are {sorted(id2label)}: give 0..K-1 without gaps, at least two")
-    if ignore_index in id2label:
-        raise UserError(
-            f"ignore_index {ignore_index} is the class {id2label[ignore_index]!r}: choose another, e.g. 255"
-        )
     return UperNetConfig(
         backbone_config=_beit_config(vit),
-        id2label=dict(id2label),
-        label2id={name: number for number, name in id2label.items()},
-        loss_ignore_index=ignore_index,
+        **class_fields(id2label, ignore_index),
         hidden_size=hidden_size,
         auxiliary_channels=auxiliary_channels,
     )

@@ -4,26 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, fused
 from transformers import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, ViTConfig, ViTModel
 
-from hf_dbp import DBPViTMAEConfig, DBPViTMAEForPreTraining, extract_vit
 from hf_dbp.downstream.beit import parameter_groups
 from hf_dbp.downstream.detection.model import backbone_of, build_detector, is_detector, load_detector
 from hf_dbp.errors import UserError
-from hf_dbp.stock_vit_mae import initialize_mae_
 
 SMALL: dict[str, Any] = {"query_groups": 2, "decoder_layers": 2, "decoder_width": 32}
-
-
-def fused(**fields: Any) -> ViTModel:
-    """The fused encoder of a decorrelated ViT-MAE in which every tensor differs from its initial value."""
-    mae = DBPViTMAEForPreTraining(DBPViTMAEConfig(**(TINY | fields)))
-    initialize_mae_(mae)
-    with torch.no_grad():
-        for parameter in mae.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return extract_vit(mae.eval().double())
 
 
 @pytest.mark.parametrize(

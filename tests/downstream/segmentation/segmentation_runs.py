@@ -1,4 +1,4 @@
-"""A tiny fine-tuning for the trainer's tests, in this process or as one of two: python segmentation_runs.py FOLDER."""
+"""A tiny fine-tuning for the trainer's tests, in this process or as one of two: segmentation_runs.py FOLDER HEAD."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from transformers import TrainingArguments, ViTConfig, ViTModel
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from hf_dbp.downstream.segmentation.data import LabelledImages, TrainingCrops
+from hf_dbp.downstream.segmentation.eomt import build_eomt
 from hf_dbp.downstream.segmentation.inference import WholeImages
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation
@@ -21,6 +22,7 @@ from hf_dbp.downstream.segmentation.upernet import build_upernet
 from hf_dbp.training.processes import end_processes
 
 CLASSES, CROP = 3, 32
+RAND = torch.rand
 
 
 def labelled(count: int, void: float = 0.0) -> LabelledImages:
@@ -44,7 +46,15 @@ def frozen_batch_norm(model: nn.Module) -> None:
             module.train = lambda mode=True, module=module: module  # type: ignore[method-assign, misc]
 
 
-def trainer(folder: Path, *, count: int = 8, void: float = 0.0, frozen: bool = False, **options: Any):
+def same_points(*size: int, device: Any = None) -> torch.Tensor:
+    """In place of `torch.rand`: EoMT's loss compares every mask at the same points, whatever batch it is in."""
+    one = RAND(size[1:], generator=torch.Generator().manual_seed(0), device=device)
+    return one.expand(size).clone()
+
+
+def trainer(
+    folder: Path, *, count: int = 8, void: float = 0.0, frozen: bool = False, head: str = "upernet", **options: Any
+):
     torch.manual_seed(0)
     vit = ViTModel(
         ViTConfig(
@@ -58,7 +68,11 @@ def trainer(folder: Path, *, count: int = 8, void: float = 0.0, frozen: bool = F
         add_pooling_layer=False,
     )
     names = {k: f"class {k}" for k in range(CLASSES)}
-    model = build_upernet(vit, names, hidden_size=8, auxiliary_channels=8)
+    model: Any = (
+        build_eomt(vit, names, crop_size=CROP, num_queries=5, num_blocks=2)
+        if head == "eomt"
+        else build_upernet(vit, names, hidden_size=8, auxiliary_channels=8)
+    )
     if frozen:
         frozen_batch_norm(model)
     images, statistics = labelled(count, void), {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -94,11 +108,11 @@ def one_step(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    weights = one_step(out / "run", void=0.7, per_device_train_batch_size=2, ddp_find_unused_parameters=False)
-    run = trainer(
-        out / "run", max_steps=6, per_device_train_batch_size=2, learning_rate=2e-2, ddp_find_unused_parameters=False
-    )
+    out, shared = Path(sys.argv[1]), {"head": sys.argv[2], "ddp_find_unused_parameters": False}
+    torch.rand = same_points  # type: ignore[assignment]
+    weights = one_step(out / "run", void=0.7, per_device_train_batch_size=2, **shared)
+    torch.rand = RAND
+    run = trainer(out / "run", max_steps=6, per_device_train_batch_size=2, learning_rate=2e-2, **shared)
     run.train()
     metrics = run.evaluate()
     metrics["pixels"] = int(run.confusion_KK.sum())

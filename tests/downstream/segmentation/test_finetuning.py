@@ -400,7 +400,7 @@ def test_evaluation_alone_leaves_a_trained_segmenter_as_it_is(encoder, tmp_path,
     for flags, message in (
         (["--eval_strategy", "no"], "nothing to do: give --do_train, --do_eval or both"),
         (["--push_to_hub"], "--push_to_hub pushes what --do_train trains"),
-        ([], f"no UperNet to evaluate: {tmp_path / 'none'} holds no model"),
+        ([], f"no segmentation model to evaluate: {tmp_path / 'none'} holds no model"),
         ([*named[:2], "--id2label", str(tmp_path / "names.json")], "give those of its training"),
         (["--output_dir", str(tmp_path / "vit")], "is not that of a UperNet"),
     ):

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from segmentation_runs import labelled, one_step, trainer
-from transformers import UperNetForSemanticSegmentation
+from segmentation_runs import labelled, one_step, same_points, trainer
+from transformers import EomtForUniversalSegmentation, UperNetForSemanticSegmentation
 
 from hf_dbp.downstream.segmentation.data import TrainingCrops
+
+HEADS = {"upernet": UperNetForSemanticSegmentation, "eomt": EomtForUniversalSegmentation}
 
 
 def assert_same_weights(states, expected, **tolerance):
@@ -21,16 +23,20 @@ def assert_same_weights(states, expected, **tolerance):
         torch.testing.assert_close(states[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)  # type: ignore[misc]
 
 
-def test_four_micro_batches_give_the_gradient_of_one_batch(tmp_path):
-    whole = one_step(tmp_path, void=0.7, per_device_train_batch_size=8)
-    parts = one_step(tmp_path, void=0.7, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    start = trainer(tmp_path).model.state_dict()
+@pytest.mark.parametrize("head", HEADS)
+def test_four_micro_batches_give_the_gradient_of_one_batch(tmp_path, head, monkeypatch):
+    monkeypatch.setattr(torch, "rand", same_points)
+    whole = one_step(tmp_path, void=0.7, head=head, per_device_train_batch_size=8)
+    parts = one_step(tmp_path, void=0.7, head=head, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    start = trainer(tmp_path, head=head).model.state_dict()
     assert any((whole[name] - start[name]).abs().max() > 1e-2 for name in whole)
     assert_same_weights(parts, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_an_all_void_batch_changes_nothing_and_is_no_nan(tmp_path):
-    run = trainer(tmp_path, void=1.0, frozen=True, optim="sgd", learning_rate=1.0, max_steps=2, weight_decay=0.0)
+@pytest.mark.parametrize("head", HEADS)
+def test_an_all_void_batch_changes_nothing_and_is_no_nan(tmp_path, head):
+    options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 2, "weight_decay": 0.0}
+    run = trainer(tmp_path, void=1.0, head=head, frozen=True, **options)
     run.train_dataset = TrainingCrops(
         labelled(8, 1.0), run.train_dataset.augmentation, mean=[0.5] * 3, std=[0.2] * 3, seed=0
     )
@@ -45,10 +51,13 @@ def test_an_all_void_batch_changes_nothing_and_is_no_nan(tmp_path):
     assert_same_weights(run.model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_an_all_void_micro_batch_leaves_the_others_their_gradient(tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_an_all_void_micro_batch_leaves_the_others_their_gradient(tmp_path, head, monkeypatch):
     """Two of the four images are void; alone in their micro-batch or among the others, the gradient is the same."""
-    whole = one_step(tmp_path, count=4, void=1.0, per_device_train_batch_size=4)
-    parts = one_step(tmp_path, count=4, void=1.0, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    monkeypatch.setattr(torch, "rand", same_points)
+    options = {"count": 4, "void": 1.0, "head": head}
+    whole = one_step(tmp_path, **options, per_device_train_batch_size=4)
+    parts = one_step(tmp_path, **options, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert_same_weights(parts, whole, rtol=1e-4, atol=1e-6)
     assert all(value.isfinite().all() for value in whole.values())
 
@@ -78,8 +87,15 @@ def test_the_last_images_of_an_epoch_are_dropped_or_not_as_asked(tmp_path, drop_
     assert run.state.global_step == len(sizes)
 
 
-def test_resume_restores_every_tensor_and_continues_the_curve(tmp_path):
-    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1}
+def test_a_head_that_normalises_no_batch_takes_single_images(tmp_path):
+    run = trainer(tmp_path, head="eomt", per_device_train_batch_size=1, max_steps=1)
+    run.train()
+    assert run.state.global_step == 1
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_resume_restores_every_tensor_and_continues_the_curve(tmp_path, head):
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, "head": head}
     undisturbed = trainer(tmp_path / "a", **options)
     undisturbed.train()
     resumed = trainer(tmp_path / "b", **options)
@@ -118,36 +134,40 @@ def test_it_learns_and_ends_with_the_best_checkpoint(tmp_path):
     assert_same_weights(run.model.state_dict(), best.state_dict(), rtol=0, atol=0)
 
 
-def test_evaluation_takes_one_image_at_a_time_and_an_odd_number(tmp_path):
-    one, many = (trainer(tmp_path, per_device_eval_batch_size=size).evaluate() for size in (1, 4))
+@pytest.mark.parametrize("head", HEADS)
+def test_evaluation_takes_one_image_at_a_time_and_an_odd_number(tmp_path, head):
+    one, many = (trainer(tmp_path, head=head, per_device_eval_batch_size=size).evaluate() for size in (1, 4))
     for name in ("eval_mean_iou", "eval_loss", "eval_overall_accuracy"):
         assert one[name] == pytest.approx(many[name], rel=1e-6)
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("head", HEADS)
+def test_two_processes_are_one(tmp_path, head, monkeypatch):
     script = Path(__file__).with_name("segmentation_runs.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
-               "--standalone", str(script), str(tmp_path)]  # fmt: skip
+               "--standalone", str(script), str(tmp_path), head]  # fmt: skip
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert finished.returncode == 0, finished.stderr[-2000:]
     metrics = [json.loads((tmp_path / f"metrics{rank}.json").read_text()) for rank in range(2)]
-    run = trainer(tmp_path / "one")
-    run.model.load_state_dict(UperNetForSemanticSegmentation.from_pretrained(tmp_path / "model").state_dict())
+    run = trainer(tmp_path / "one", head=head)
+    run.model.load_state_dict(HEADS[head].from_pretrained(tmp_path / "model").state_dict())
     for name, value in run.evaluate().items():
         if name != "eval_runtime":
             assert math.isclose(metrics[0][name], value, rel_tol=1e-6) or name == "epoch", name
             assert metrics[0][name] == metrics[1][name]
     assert metrics[0]["pixels"] == run.confusion_KK.sum()
-    whole = one_step(tmp_path / "one", void=0.7, per_device_train_batch_size=4)
+    monkeypatch.setattr(torch, "rand", same_points)
+    whole = one_step(tmp_path / "one", void=0.7, head=head, per_device_train_batch_size=4)
     assert_same_weights(torch.load(tmp_path / "weights.pt"), whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("where", ["image", "gradient"])
-def test_what_is_not_finite_skips_its_step_and_reaches_no_running_statistics(tmp_path, where, monkeypatch):
-    run, seen = trainer(tmp_path, max_steps=4, logging_steps=1), []
+def test_what_is_not_finite_skips_its_step_and_reaches_no_running_statistics(tmp_path, where, head, monkeypatch):
+    run, seen = trainer(tmp_path, head=head, max_steps=4, logging_steps=1), []
     training_step = type(run).training_step
-    name = "decode_head.classifier.weight"
+    name = "decode_head.classifier.weight" if head == "upernet" else "class_predictor.weight"
 
     def step(self, model, inputs, *args, **kwargs):
         optimizer = [v.clone() for state in self.optimizer.state_dict()["state"].values() for v in state.values()]
