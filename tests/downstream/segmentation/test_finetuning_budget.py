@@ -8,9 +8,8 @@ import pytest
 import yaml
 
 from hf_dbp.downstream import finetuning as shared
-from hf_dbp.downstream.encoder import EncoderArguments
 from hf_dbp.downstream.segmentation import budget_choices, finetuning
-from hf_dbp.downstream.segmentation.arguments import GROUPS
+from hf_dbp.downstream.segmentation.arguments import GROUPS, ModelArguments
 from hf_dbp.downstream.segmentation.budget_choices import Timed, choose, timed
 from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.sliding import window_origins
@@ -109,9 +108,27 @@ def test_the_plan_names_the_encoder_and_yields_to_flags(vit, tmp_path, monkeypat
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["budget.yaml"]
 
 
-def test_a_step_is_timed_with_the_head_that_will_be_used(vit, tmp_path):
+def test_an_eomt_has_a_loss_of_its_own_and_no_widths(vit, tmp_path, monkeypatch):
     vit().save_pretrained(tmp_path / "vit")
-    encoder = EncoderArguments(model_name_or_path=str(tmp_path / "vit"))
-    found = timed(encoder, {0: "a", 1: "b"}, 3, 32, {"head_size": 8, "auxiliary_head_size": 8})
+    images = labelled(40, (96, 96), rare=40), labelled(4, (96, 96))
+    monkeypatch.setattr(budget_choices, "load_labelled_images", lambda _: images)
+    monkeypatch.setattr(budget_choices, "timed", lambda *_: Timed(64, 0.01, 0.001))
+    found = {}
+    for head in ("upernet", "eomt"):
+        flags = ["--train_dir", "unused", "--num_labels", "3", "--model_name_or_path", str(tmp_path / "vit")]
+        parsed = parse_arguments(GROUPS, [*flags, "--head", head, "--output_dir", str(tmp_path / "out")])
+        found[head] = {choice.flag: choice.value for choice in budget_choices.chosen(parsed, 60, {"head"})}
+    own = {"loss", "class_weights", "head_size", "auxiliary_head_size"}
+    assert own <= found["upernet"].keys()
+    assert found["eomt"] == {flag: value for flag, value in found["upernet"].items() if flag not in own}
+    assert "rare_crops" in found["eomt"]
+
+
+@pytest.mark.parametrize("head", ["upernet", "eomt"])
+def test_a_step_is_timed_with_the_head_that_will_be_used(vit, tmp_path, head):
+    vit().save_pretrained(tmp_path / "vit")
+    encoder = ModelArguments(model_name_or_path=str(tmp_path / "vit"), head=head)
+    sizes = {"head_size": 8, "auxiliary_head_size": 8} if head == "upernet" else {}
+    found = timed(encoder, {0: "a", 1: "b"}, 3, 32, sizes)
     assert found.side == 32 and 0 < found.forward < found.step < 5
     assert found.scaled(found.step, 64) == 4 * found.step
