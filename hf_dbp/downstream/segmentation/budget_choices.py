@@ -70,7 +70,7 @@ class Timed:
         return seconds * (side / self.side) ** 2
 
 
-def timed(model_args: ModelArguments, names: dict[int, str], channels: int, side: int, head: dict[str, int]) -> Timed:
+def timed(model_args: ModelArguments, names: dict[int, str], channels: int, side: int, head: dict[str, Any]) -> Timed:
     """Time two training steps, on two images each, and two forward passes; the first of each only warms up."""
     device, model_args = "cuda" if torch.cuda.is_available() else "cpu", dataclasses.replace(model_args, **head)
     vit = build_vit(model_args, side, channels)
@@ -82,7 +82,7 @@ def timed(model_args: ModelArguments, names: dict[int, str], channels: int, side
 
     def seconds() -> tuple[float, float]:
         began = time.monotonic()
-        loss(model.train(), {"pixel_values": pixels, "labels": labels}, whole, 0.0)[0].backward()
+        loss(model.train(), {"pixel_values": pixels, "labels": labels}, whole, 0.0)[0].backward()  # type: ignore[no-untyped-call]
         between = time.monotonic()
         with torch.no_grad():
             float(applied.eval()(pixel_values=pixels).logits.sum())  # a GPU has finished when the number is here
