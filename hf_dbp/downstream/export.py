@@ -40,8 +40,9 @@ from hf_dbp.data.values import ValueRange
 from hf_dbp.downstream import onnx_run
 from hf_dbp.downstream.encoder import load_vit
 from hf_dbp.downstream.features import CentralSquares
+from hf_dbp.downstream.segmentation.arguments import HEADS
 from hf_dbp.downstream.segmentation.evaluation_settings import read_evaluated
-from hf_dbp.downstream.segmentation.heads import HEADS, check_crop, load_head, segmenter
+from hf_dbp.downstream.segmentation.heads import check_crop, load_head, segmenter
 from hf_dbp.downstream.segmentation.inference import Preparation, whole_image_logits
 from hf_dbp.errors import UserError, command
 from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range

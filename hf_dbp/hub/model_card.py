@@ -24,7 +24,6 @@ from hf_dbp.downstream.classification import arguments as classification
 from hf_dbp.downstream.detection import arguments as detection
 from hf_dbp.downstream.segmentation import arguments as segmentation
 from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED
-from hf_dbp.downstream.segmentation.heads import HEADS
 from hf_dbp.errors import UserError, command
 from hf_dbp.natures import Nature, natures
 from hf_dbp.training import arguments as pretraining
@@ -281,7 +280,7 @@ def usage(config: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     text += f" for arrays of {encoder['num_channels']} channels. Stock resizing would take one of them for alpha"
     arguments = record.get("arguments", {})
     long_edge = arguments.get("crop_size") if arguments.get("long_edge") is None else arguments["long_edge"]
-    if kind in HEADS:
+    if kind in segmentation.HEADS:
         return (
             f"{text}: scale them before, as in training to a long edge of {long_edge} pixels."
             if long_edge
@@ -392,7 +391,7 @@ def metadata(
 ) -> ModelCardData:
     """The card's YAML block: results as ``model-index``, emissions, tags."""
     kind = config["model_type"]
-    purposes = dict.fromkeys(HEADS, "image-segmentation")
+    purposes = dict.fromkeys(segmentation.HEADS, "image-segmentation")
     purposes |= {"beit": "image-classification", "rf_detr": "object-detection"}
     if finds_masks(config):
         purposes["rf_detr"] = "image-segmentation"
@@ -400,7 +399,7 @@ def metadata(
     fields: dict[str, Any] = {"library_name": "hf_dbp" if kind == "dbp_vit_mae" else "transformers"}
     if kind in ("vit", "dinov2", *purposes) and kind != "eomt" and stock_pipeline(config, processor):
         fields["pipeline_tag"] = purposes.get(kind, "image-feature-extraction")
-    tags = dict.fromkeys(HEADS, "semantic-segmentation") | {"beit": "image-classification"}
+    tags = dict.fromkeys(segmentation.HEADS, "semantic-segmentation") | {"beit": "image-classification"}
     tags["rf_detr"] = "instance-segmentation" if finds_masks(config) else "object-detection"
     fields["tags"] = ["vision", tags.get(kind, "masked-auto-encoding")]
     if record.get("method") == "dbp":

@@ -6,15 +6,16 @@ from typing import Annotated, Any, ClassVar
 from hf_dbp.data.arguments import FolderFlags, fields_of
 from hf_dbp.downstream.class_weights import WEIGHTS
 from hf_dbp.downstream.encoder import EncoderArguments
-from hf_dbp.downstream.segmentation.heads import HEADS
 from hf_dbp.downstream.segmentation.losses import LOSSES
 from hf_dbp.downstream.segmentation.source import LabelFlags, SegmentationSource
 from hf_dbp.errors import UserError
 from hf_dbp.natures import Nature
 from hf_dbp.training.arguments import FINETUNED, RunArguments
 
-__all__ = ["GROUPS", "DataArguments", "FinetuningArguments", "ModelArguments"]
+__all__ = ["GROUPS", "HEADS", "DataArguments", "FinetuningArguments", "ModelArguments"]
 
+#: the heads, by the model_type of the model, in words
+HEADS = {"upernet": "UperNet", "eomt": "EoMT"}
 #: flags of one head alone
 OWN = {"head_size": "upernet", "auxiliary_head_size": "upernet", "num_queries": "eomt", "num_blocks": "eomt"}
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from hf_dbp.data.images import unreadable_images
+from hf_dbp.downstream.segmentation.arguments import HEADS
 from hf_dbp.downstream.segmentation.data import SegmentationSource
 from hf_dbp.downstream.segmentation.detection import detection
-from hf_dbp.downstream.segmentation.heads import HEADS
 from hf_dbp.downstream.segmentation.mean_iou import class_scores
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.records import hardware, source_commit, versions

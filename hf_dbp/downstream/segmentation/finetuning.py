@@ -23,14 +23,14 @@ from hf_dbp.data.values import processor_scaling
 from hf_dbp.downstream.encoder import build_vit, check_channels, pixel_statistics
 from hf_dbp.downstream.finetuning import finish, options_of, trained, trained_model
 from hf_dbp.downstream.networks import channels_of
-from hf_dbp.downstream.segmentation.arguments import GROUPS, DataArguments, FinetuningArguments, ModelArguments
+from hf_dbp.downstream.segmentation.arguments import GROUPS, HEADS, DataArguments, FinetuningArguments, ModelArguments
 from hf_dbp.downstream.segmentation.balance import balanced
 from hf_dbp.downstream.segmentation.budget_choices import chosen
 from hf_dbp.downstream.segmentation.data import TrainingCrops, load_labelled_images
 from hf_dbp.downstream.segmentation.evaluation import evaluation_record, per_class, summary
 from hf_dbp.downstream.segmentation.evaluation_settings import EVALUATED, Evaluated, autocast_of
 from hf_dbp.downstream.segmentation.figures import plot_predictions, plot_worst
-from hf_dbp.downstream.segmentation.heads import HEADS, build_head, load_head, segmenter
+from hf_dbp.downstream.segmentation.heads import build_head, load_head, segmenter
 from hf_dbp.downstream.segmentation.inference import WholeImages
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.downstream.segmentation.transforms import Augmentation

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import EomtForUniversalSegmentation, PreTrainedModel, UperNetForSemanticSegmentation, ViTModel
 
+from hf_dbp.downstream.segmentation.arguments import ModelArguments
 from hf_dbp.downstream.segmentation.eomt import QUERIES, SemanticEomt, build_eomt, load_eomt
 from hf_dbp.downstream.segmentation.losses import PixelLoss, TrainingLoss
 from hf_dbp.downstream.segmentation.mask_loss import MaskLoss
 from hf_dbp.downstream.segmentation.upernet import build_upernet, load_upernet
 from hf_dbp.errors import UserError
 
-if TYPE_CHECKING:
-    from hf_dbp.downstream.segmentation.arguments import ModelArguments
-
-__all__ = ["HEADS", "build_head", "check_crop", "load_head", "segmenter", "training_loss"]
-
-#: the name of each head in words
-HEADS = {"upernet": "UperNet", "eomt": "EoMT"}
+__all__ = ["build_head", "check_crop", "load_head", "segmenter", "training_loss"]
 
 
 def build_head(
@@ -49,7 +44,7 @@ def build_head(
 def load_head(
     kind: str, source: str, id2label: Mapping[int, str], *, ignore_index: int, **hub_options: Any
 ) -> UperNetForSemanticSegmentation | EomtForUniversalSegmentation:
-    """Load a trained model of a kind in `HEADS`; arguments and errors as for `load_upernet` and `load_eomt`."""
+    """Load a trained model of that model_type; arguments and errors as for `load_upernet` and `load_eomt`."""
     load = load_eomt if kind == "eomt" else load_upernet
     return load(source, id2label, ignore_index=ignore_index, **hub_options)
 
