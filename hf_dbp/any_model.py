@@ -25,7 +25,7 @@ from hf_dbp.conversion import decorrelated_layers, replace_submodules
 from hf_dbp.errors import UserError
 from hf_dbp.layers import RowSampling
 from hf_dbp.padding import remove_watches, watch_padding
-from hf_dbp.probing import LayerInput, call, evaluating, linear_table, probe
+from hf_dbp.probing import LayerInput, call, evaluating, kept_random_state, linear_table, probe
 from hf_dbp.sharing import SharingLayer, is_conv1d, sharing_layer
 from hf_dbp.update import configure_sampling, decorrelations, measure_decorrelation
 
@@ -102,13 +102,15 @@ def survey_layers(model: nn.Module, batch: Any) -> list[LayerInput]:
         model: any torch model that is not decorrelated.
         batch: as for `decorrelate`; with several processes each passes its own batch and all get the same list.
     """
+    if any(True for _ in decorrelated_layers(model)):
+        raise UserError(f"{type(model).__name__} is already decorrelated; survey hf_dbp.fuse(model)")
     inputs = probe(model, batch)
     fit = {one.names[0]: one for one in inputs if not one.plain}
     if not fit:
         return inputs
     plain = swap(model, [one.names for one in fit.values()])
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), kept_random_state(model), torch.no_grad():
             configure_sampling(model, PROBED)
             for _, decorrelation in decorrelations(model):
                 decorrelation.train()  # so that it gathers rows; dropout stays off

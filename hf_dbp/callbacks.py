@@ -115,7 +115,9 @@ class ShareCounts:
         self.names: list[str] = []
         self.last = torch.ones(1)  # shares taken in the last update (layers,)
         self.judged = True  # whether `pop_left` has reported them
-        self.counts = torch.empty(0)  # (3, layers): reduced steps, skipped steps, smallest positive share
+        self.counts = torch.empty(
+            3, 0, dtype=torch.float64
+        )  # (3, layers): reduced steps, skipped steps, smallest positive share
         self.before: dict[str, Any] = {}
         self.told = 0
 
@@ -125,10 +127,16 @@ class ShareCounts:
 
     def add(self, shares: dict[str, Tensor]) -> None:
         """Add the shares of one update."""
-        self.last, self.judged = torch.stack(list(shares.values())), False
-        if not self.names:
-            self.names = list(shares)
-            self.counts = torch.stack([torch.zeros_like(self.last)] * 2 + [torch.ones_like(self.last)]).double()
+        new = [name for name in shares if name not in self.names]  # experts see tokens in some steps only
+        if new:
+            self.names = self.names + new
+            counts = next(iter(shares.values())).new_zeros(3, len(new), dtype=torch.float64)
+            counts[2] = 1.0
+            self.counts = torch.cat([self.counts.to(counts.device), counts], dim=1)
+        if not shares:
+            return
+        one = torch.ones_like(next(iter(shares.values())))
+        self.last, self.judged = torch.stack([shares.get(name, one) for name in self.names]), False
         skipped = self.last == 0
         self.counts[0] += (self.last < 1) & ~skipped
         self.counts[1] += skipped

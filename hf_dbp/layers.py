@@ -34,6 +34,7 @@ __all__ = [
     "Decorrelation",
     "Fusable",
     "RowSampling",
+    "is_patch_projection",
 ]
 
 
@@ -135,7 +136,8 @@ class Decorrelation(nn.Module):
             raise UserError(f"blocks is {blocks}; expected a divisor of the number of input features, {num_features}")
         width = num_features // blocks
         shape = (width, width) if blocks == 1 else (blocks, width, width)
-        self.R = nn.Parameter(torch.empty(shape, device=device), requires_grad=False)
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)  # never lower: its updates are small
+        self.R = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=False)
         self.sampling = RowSampling()
         self.gathering = True
         self.rows: Tensor | None = None
@@ -191,7 +193,7 @@ class Decorrelation(nn.Module):
         if not known and self.padding is not None:
             self.padding.warn(self.name)
             return
-        x_ND = x.detach().flatten(0, -2)
+        x_ND = x.detach().reshape(-1, x.shape[-1])
         count = len(x_ND) if tokens is None else len(tokens)
         if not count:
             return
@@ -279,6 +281,13 @@ class DecorrelatedLinear(nn.Linear, DecorrelatedLayer):
         return super().extra_repr() + (", form=naive" if self.naive else "")
 
 
+def is_patch_projection(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is a linear layer on patches that neither overlap nor leave gaps."""
+    dilated = any(gap > 1 and size > 1 for gap, size in zip(conv.dilation, conv.kernel_size, strict=True))
+    unpadded = conv.padding in ((0, 0), "valid")
+    return conv.stride == conv.kernel_size and conv.groups == 1 and unpadded and not dilated
+
+
 class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
     """A patch projection, `nn.Conv2d` with stride = kernel size, on decorrelated patches.
 
@@ -292,8 +301,10 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
     @classmethod
     def from_conv(cls, conv: nn.Conv2d, *, naive: bool = False) -> DecorrelatedPatchProjection:
         """The same layer with R = I; it adopts ``conv``'s Parameters. UserError unless it is a patch projection."""
-        if conv.stride != conv.kernel_size or conv.groups != 1 or conv.padding not in ((0, 0), "valid"):
-            raise UserError(f"only a convolution with stride = kernel size and no padding is a linear layer: {conv}")
+        if not is_patch_projection(conv):
+            raise UserError(
+                f"only a convolution with stride = kernel size and no padding or dilation is a linear layer: {conv}"
+            )
         with torch.device("meta"):
             layer = cls(
                 conv.in_channels,
@@ -319,6 +330,8 @@ class DecorrelatedPatchProjection(nn.Conv2d, DecorrelatedLayer):
 
     def gather_patches(self, pixels_BCHW: Tensor) -> None:
         """Keep a sample of the patches; only sampled patches are copied out of the image."""
+        if pixels_BCHW.ndim == 3:  # one image without a batch
+            pixels_BCHW = pixels_BCHW.unsqueeze(0)
         batch, channels, height, width = pixels_BCHW.shape
         p, q = self.weight.shape[2:]
         h, w = height // p, width // q

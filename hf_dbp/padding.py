@@ -7,10 +7,13 @@ puts a hook on every module whose forward takes a mask. While such a module runs
 1. x is the ``encoder_hidden_states`` that came with an ``encoder_attention_mask``: the mask decides;
 2. a mask (B, T) fits x (B, T, D) or (B * T, D): the mask decides;
 3. x has one row per sequence (B, D), like a pooler's input: every row counts;
-4. the innermost module that takes a mask was given none, like the vision part beside a text part: every row counts;
+4. the innermost module that takes a mask was given none, like the vision part beside a text part, or a decoder
+   without a mask of its own: every row counts, whatever its length;
 5. otherwise tokens cannot be told from padding: no row counts, and one warning names the layer.
 
-Masks of more than two dimensions, which a model derives from its mask, add nothing and are ignored.
+A mask of two dimensions may hold 1 for tokens, or be one that a model adds to attention scores. Masks of more
+dimensions, which a model derives from its mask, add nothing and are ignored; under one that the user passes, no row can
+be told from padding.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import inspect
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = ["Padding", "remove_watches", "watch_padding"]
@@ -26,7 +30,11 @@ __all__ = ["Padding", "remove_watches", "watch_padding"]
 logger = logging.getLogger(__name__)
 
 TOKENS = ("attention_mask", "encoder_attention_mask")  # transformers' convention: 1, or True, is a token
-PADDED = ("src_key_padding_mask", "tgt_key_padding_mask")  # torch's convention: True, or -inf, is padding
+PADDED = (
+    "src_key_padding_mask",
+    "tgt_key_padding_mask",
+    "key_padding_mask",
+)  # torch's convention: True, or -inf, is padding
 
 
 class Mask:
@@ -66,6 +74,8 @@ class Padding:
         for mask in [mask for mask in self.masks if mask.owner is x] + self.masks[::-1]:
             if mask.fits(x):
                 return True, mask.indices
+            if mask.keep_BT is None and mask.owner is None:
+                break
         one_each = x.ndim == 2 and any(mask.keep_BT is not None and len(mask.keep_BT) == len(x) for mask in self.masks)
         return one_each or self.masks[-1].keep_BT is None, None
 
@@ -79,11 +89,21 @@ class Padding:
             )  # fmt: skip
 
 
+def is_token(mask_BT: Tensor) -> Tensor:
+    """Which entries of an ``attention_mask`` are tokens: those that are not 0, or, if it is a mask that some models add
+    to attention scores (0 for a token, below 0 for padding), those that are not below 0."""
+    if not mask_BT.is_floating_point():
+        return mask_BT != 0
+    added = (mask_BT.min() < 0) | (mask_BT.max() <= 0)
+    return torch.where(added, mask_BT >= 0, mask_BT != 0)
+
+
 class Watch:
     """A pair of hooks that register a module's masks with `Padding` while its forward runs."""
 
-    def __init__(self, module: nn.Module, padding: Padding, places: dict[str, int]) -> None:
+    def __init__(self, module: nn.Module, padding: Padding, places: dict[str, int], *, root: bool) -> None:
         self.padding = padding
+        self.root = root  # whether it is the whole model, whose masks come from the user
         self.places = places
         self.lengths: list[int] = []
         heads = [part for part in module.modules() if isinstance(part, nn.MultiheadAttention)]
@@ -94,7 +114,11 @@ class Watch:
         return args[place] if place < len(args) else kwargs.get(name)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.root:
+            self.padding.masks.clear()  # an interrupted forward leaves its own
+            self.lengths.clear()
         self.lengths.append(len(self.padding.masks))
+        given = False  # whether this module was given a mask for its own tokens
         for name in TOKENS + PADDED:
             if name not in self.places:
                 continue
@@ -103,11 +127,17 @@ class Watch:
                 owner = self.given("encoder_hidden_states", args, kwargs)
                 if owner is None:
                     continue
+            given |= mask is not None and owner is None
             if mask is None:
-                self.padding.masks.append(Mask(None, owner))
+                if owner is not None:
+                    self.padding.masks.append(Mask(None, owner))
             elif isinstance(mask, Tensor) and mask.ndim == 2:
-                keep = mask != 0 if name in TOKENS else mask == 0
+                keep = is_token(mask) if name in TOKENS else mask == 0
                 self.padding.masks.append(Mask(keep if name in TOKENS or self.batch_first else keep.T, owner))
+            elif self.root and isinstance(mask, Tensor):
+                self.padding.masks.append(Mask(mask.new_zeros(0, 0), owner))  # fits nothing
+        if not given and self.places.keys() & {*TOKENS[:1], *PADDED}:
+            self.padding.masks.append(Mask(None))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.lengths:  # empty if an earlier hook of the module failed
@@ -122,17 +152,22 @@ def watch_padding(model: nn.Module) -> Padding | None:
         places = {name: place for place, name in enumerate(names)}
         if not places.keys() & {*TOKENS, *PADDED}:
             continue
-        watch, watched = Watch(module, padding, places), True
+        watch, watched = Watch(module, padding, places, root=module is model), True
         module.register_forward_pre_hook(watch.enter, with_kwargs=True)
         module.register_forward_hook(watch.leave, always_call=True)
     return padding if watched else None
 
 
-def remove_watches(model: nn.Module) -> None:
-    """Remove the hooks."""
+def remove_watches(model: nn.Module, padding: Padding | None = None) -> None:
+    """Remove the hooks that serve ``padding``; by default, all."""
+
+    def ours(hook: Any) -> bool:
+        watch = getattr(hook, "__self__", None)
+        return isinstance(watch, Watch) and padding in (None, watch.padding)
+
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Watch)]:
+            for key in [key for key, hook in hooks.items() if ours(hook)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

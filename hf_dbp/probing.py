@@ -35,9 +35,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_dbp.layers import DecorrelatedLayer, RowSampling
+from hf_dbp.conversion import replace_submodules
+from hf_dbp.layers import DecorrelatedLayer, RowSampling, is_patch_projection
 from hf_dbp.padding import Padding, remove_watches, watch_padding
-from hf_dbp.sharing import is_conv1d
+from hf_dbp.sharing import is_conv1d, sharing_layer
 
 __all__ = ["SAVING", "LayerInput", "call", "linear_table", "linears", "probe"]
 
@@ -117,11 +118,9 @@ def reason_to_stay_plain(layer: nn.Module, owners: Mapping[int, list[str]], name
         return f"{kind} is not a plain nn.Linear: it may compute something else, as quantised layers do"
     weight = layer.weight
     if not isinstance(weight, nn.Parameter) or type(weight) is not nn.Parameter or not weight.is_floating_point():
-        return f"its weight is {type(weight).__name__} of {weight.dtype}, as of a quantised layer"
-    if isinstance(layer, nn.Conv2d) and (
-        layer.stride != layer.kernel_size or layer.groups != 1 or layer.padding not in ((0, 0), "valid")
-    ):
-        return "a convolution whose windows overlap, are padded or split by channel"
+        return f"its weight is {type(weight).__name__} of {weight.dtype}, quantised or computed from other parameters"
+    if isinstance(layer, nn.Conv2d) and (not is_patch_projection(layer)):
+        return "a convolution whose windows overlap, have gaps, are padded or split by channel"
     others = [other for other in owners[id(weight)] if other != name]
     if others:
         return f"its weight is that of {others[0]} too, which W R would change"
@@ -136,7 +135,7 @@ def reason_to_stay_plain(layer: nn.Module, owners: Mapping[int, list[str]], name
 def call(model: nn.Module, batch: Any) -> Any:
     """Call any model on a batch of any form: a mapping of keyword arguments, a tuple or list of arguments, or one
     argument."""
-    device = next(iter(model.parameters())).device
+    device = next(iter(model.parameters()), torch.empty(0)).device
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
@@ -172,11 +171,17 @@ class Trace(TorchFunctionMode):
             return
         x = args[0]
         patches = isinstance(layer, nn.Conv2d)  # not shared with other layers
-        if not patches and self.padding is not None and not self.padding.tokens(x)[0]:
-            self.refused[layer] = "its input has another shape than the attention mask: tokens and padding look alike"
+        if not patches and self.padding is not None:
+            known, tokens = self.padding.tokens(x)
+            if not known:
+                self.refused[layer] = (
+                    "its input has another shape than the attention mask: tokens and padding look alike"
+                )
+            elif tokens is not None and not len(tokens) and x.numel():
+                self.refused[layer] = "its mask calls every row of its input padding"
         self.inputs[layer].append(x)
         memory = (x.data_ptr(), x.shape, x.stride(), x.dtype, x._version)
-        self.identities[layer].append(id(layer) if patches else memory)
+        self.identities[layer].append(memory if x.numel() and not patches else id(layer))  # no tokens, no memory
 
     def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self.running.pop()
@@ -190,12 +195,14 @@ class Trace(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(function, "__name__", "")
-        tensors = [one for value in args for one in (value if isinstance(value, list | tuple) else (value,))]
+        given = [*args, *(kwargs or {}).values()]
+        tensors = [one for value in given for one in (value if isinstance(value, list | tuple) else (value,))]
+        result = function(*args, **(kwargs or {}))
         for one in tensors:
             layer = self.weights.get(id(one)) if isinstance(one, nn.Parameter) else None
-            if layer is not None and layer not in self.running and name != "__get__":
+            attribute = name == "__get__" and not isinstance(result, Tensor)  # a shape or dtype, unlike .T or .data
+            if layer is not None and layer not in self.running and not attribute:
                 self.refused[layer] = "other code reads its weight without calling it, and would take W for W R"
-        result = function(*args, **(kwargs or {}))
         if name == "dropout" and (kwargs or {}).get("p", tensors[1:2]) not in (0.0, [0.0]):
             result = result.clone()  # in training it would be another tensor
         if name in NORMS or (name in MOVES and tensors and id(tensors[0]) in self.normalised):
@@ -242,7 +249,7 @@ def probe(model: nn.Module, batch: Any) -> list[LayerInput]:
     fit = {layer: name for layer, name in layers.items() if not reasons[layer]}
     trace = Trace(fit, watch_padding(model))
     with ExitStack() as stack:
-        stack.callback(remove_watches, model)
+        stack.callback(remove_watches, model, trace.padding)
         stack.enter_context(evaluating(model))
         for layer in fit:
             stack.enter_context(removed(layer.register_forward_pre_hook(trace.enter)))
@@ -250,8 +257,14 @@ def probe(model: nn.Module, batch: Any) -> list[LayerInput]:
         for module in model.modules():
             if "Norm" in type(module).__name__:
                 stack.enter_context(removed(module.register_forward_hook(trace.normalise)))
+        stack.enter_context(kept_random_state(model))
         with trace:
             call(model, batch)
+    called = {layer: len(inputs) for layer, inputs in trace.inputs.items() if inputs and layer not in trace.refused}
+    trace.refused |= dict.fromkeys(
+        held_elsewhere(model, batch, called),
+        "code also holds it outside its module's attributes, for example in a list, and would go on calling it",
+    )
     groups: dict[Any, LayerInput] = {}
     for layer, name in layers.items():
         reason = reasons[layer] or trace.refused.get(layer, "")
@@ -271,6 +284,36 @@ def probe(model: nn.Module, batch: Any) -> list[LayerInput]:
         found.names.append(name)
         found.outputs += outputs
     return agreed(list(groups.values()))
+
+
+def held_elsewhere(model: nn.Module, batch: Any, called: Mapping[nn.Module, int]) -> list[nn.Module]:
+    """The layers that ``model`` no longer calls as often once others stand in their places."""
+    stand_ins = {layer: sharing_layer(layer) for layer in called}
+    counts = dict.fromkeys(called, 0)
+
+    def count(layer: nn.Module) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            counts[layer] += 1
+
+        return hook
+
+    for layer, stand_in in stand_ins.items():
+        stand_in.register_forward_pre_hook(count(layer))
+    replace_submodules(model, stand_ins)
+    try:
+        with evaluating(model), kept_random_state(model):
+            call(model, batch)
+    finally:
+        replace_submodules(model, {stand_in: layer for layer, stand_in in stand_ins.items()})
+    return [layer for layer, times in called.items() if counts[layer] != times]
+
+
+@contextmanager
+def kept_random_state(model: nn.Module) -> Iterator[None]:
+    """Let the block draw the random numbers that it would draw anyway, and then restore torch's state."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=sorted(device.index for device in devices)):
+        yield
 
 
 @contextmanager
@@ -303,7 +346,10 @@ def linear_table(inputs: list[LayerInput], chosen: set[str]) -> str:
     rows = [header, ["---"] * len(header)]
     for one in inputs:
         measured = one.correlation is not None
-        verdict = "yes" if one.names[0] in chosen else "no" + (f": {one.plain}" if one.plain else "")
+        some = [name for name in one.names if name in chosen]
+        verdict = "no" + (f": {one.plain}" if one.plain else "")
+        if some:
+            verdict = "yes" if some == one.names else f"only {', '.join(some)}"
         rows.append([
             ", ".join(one.names), str(one.features or ""), str(one.outputs or ""), str(one.tokens or ""),
             f"{one.correlation:.4f}" if measured else "", f"{one.gain:.2f}" if measured else "",

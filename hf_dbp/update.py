@@ -11,6 +11,9 @@ all of eta. If a row, R or a sum is not finite it is zero, and R does not change
 Few tokens. A layer that saw no row since the last update, such as an expert that received no token, keeps its R bit for
 bit. With few rows C is only a rough estimate; the share of eta still keeps the step stable.
 
+Frozen weights. The R of a layer whose weight was frozen after the swap does not change either, even if other layers
+share it: a weight that does not learn cannot make up for the change.
+
 Blocks. Each block of a block-diagonal R is a matrix of its own: it has its own share of eta, and correlations are
 measured within it. A layer reports the smallest share of its blocks and the mean of their measurements.
 
@@ -33,7 +36,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -135,7 +138,7 @@ def update_decorrelation(
         UserError: no rows were gathered (no forward pass in train mode, or gathering is off).
     """
     shares: dict[int, list[Tensor]] = defaultdict(list)
-    for group in gathered_groups(module):
+    for group in gathered_groups(module, keep=frozen(module)):
         R_LDD = stacked([R_DD for _, R_DD, _ in group])
         zzR_LDD, zz_LD, largest_L, count_L = reduced_sums(group, covariance_sums)
         seen_L, count_L = count_L > 0, count_L.clamp_min(1)
@@ -175,13 +178,25 @@ def measure_decorrelation(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]
     return {name: (means[id(d)][0], means[id(d)][1]) for name, d in decorrelations(module) if id(d) in means}
 
 
-def gathered_groups(module: nn.Module) -> Iterator[Group]:
+def frozen(module: nn.Module) -> set[Decorrelation]:
+    """Every `Decorrelation` that serves a weight without gradients, which cannot make up for a change of R."""
+    return {
+        layer.decorrelation
+        for _, layer in decorrelated_layers(module)
+        if isinstance(weight := getattr(layer, "weight", None), Tensor) and not weight.requires_grad
+    }
+
+
+def gathered_groups(module: nn.Module, keep: Container[Decorrelation] = ()) -> Iterator[Group]:
     """Matrices with gathered rows, in groups of one width: the same groups in the same order on every process. With
-    several processes every layer is included, even without rows, because other processes may have some.
+    several processes every layer is included, even without rows, because other processes may have some. Those in
+    ``keep`` are left out.
     """
     by_width: dict[object, Group] = defaultdict(list)
     found = [decorrelation for _, decorrelation in decorrelations(module)]
     for decorrelation in found:
+        if decorrelation in keep:
+            continue
         rows = decorrelation.rows
         if rows is None and is_distributed():
             rows = decorrelation.R.new_empty(0, decorrelation.num_features)

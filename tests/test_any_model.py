@@ -3,11 +3,13 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
 import zoo
-from torch import nn
+from torch import Tensor, nn
 
 from hf_dbp.any_model import decorrelate, survey_layers
 from hf_dbp.conversion import decorrelated_layers, fuse
@@ -420,3 +422,192 @@ def test_refusals():
         decorrelate(model, "all", batch=batch)
     with pytest.raises(ValueError, match="itself a layer"):
         decorrelate(nn.Linear(2, 2), "all", batch=torch.randn(3, 2))
+
+
+# ---- traps ----
+
+
+class Reads(nn.Module):
+    """Code that reads a layer's weight in one of many ways, beside calling the layer."""
+
+    WAYS: ClassVar[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+        "linear": nn.functional.linear, "keyword": lambda x, w: nn.functional.linear(x, weight=w),
+        "T": lambda x, w: x @ w.T, "mT": lambda x, w: x @ w.mT, "H": lambda x, w: x @ w.H,
+        "data": lambda x, w: x @ w.data, "t": lambda x, w: x @ w.t(), "detach": lambda x, w: x @ w.detach(),
+        "norm": lambda x, w: x * w.norm(), "dtype": lambda x, w: x.to(w.dtype), "shape": lambda x, w: x * w.shape[0],
+    }  # fmt: skip
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.layer = way, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x) + self.WAYS[self.way](x, self.layer.weight)
+
+
+@pytest.mark.parametrize("way", Reads.WAYS)
+def test_a_weight_that_other_code_reads_stays_plain_however_it_is_read(way):
+    (found,) = probe(Reads(way), torch.randn(3, 4))
+    assert ("other code reads its weight" in found.plain) == (way not in ("dtype", "shape"))
+
+
+class Listed(nn.Module):
+    """It calls layers through a list of its own, as MaskFormer does; a swap does not reach them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.calls = [self.second]
+
+    def forward(self, x):
+        return self.calls[0](self.first(x))
+
+
+class SentTo(nn.Module):
+    """Experts that are called even without tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, expert):
+        return sum(layer(x[expert == i]).sum() for i, layer in enumerate(self.experts))
+
+
+def test_layers_held_in_a_list_stay_plain_and_experts_without_tokens_share_nothing():
+    found = {one.names[0]: one.plain for one in probe(Listed(), torch.randn(3, 4))}
+    assert not found["first"] and "in a list" in found["second"]
+    groups = [one.names for one in probe(SentTo(), (torch.randn(5, 4), torch.zeros(5)))]
+    assert groups == [["experts.0"], ["experts.1"], ["experts.2"]]
+
+
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"padding": 1}, {"stride": 1}, {"kernel_size": 1, "stride": 1}])
+def test_a_convolution_that_is_no_patch_projection_stays_plain(options):
+    conv = nn.Conv2d(3, 4, **({"kernel_size": 2, "stride": 2} | options))
+    (found,) = probe(nn.Sequential(conv), torch.randn(2, 3, 8, 8))
+    assert bool(found.plain) == ("kernel_size" not in options)
+
+
+def test_inputs_without_a_batch_count_as_one():
+    for layer, x in ((nn.Linear(4, 4), torch.randn(4)), (nn.Conv2d(3, 4, 2, stride=2), torch.randn(3, 8, 8))):
+        model = nn.Sequential(layer)
+        expected = model(x)
+        decorrelate(model, "all", batch=x)
+        configure_sampling(model, ALL_ROWS)
+        assert torch.equal(model.train()(x), expected)
+        assert len(model[0].decorrelation.rows) == (1 if x.ndim == 1 else 16)
+    with pytest.raises(ValueError, match="none of the linear layers"):
+        decorrelate(nn.Sequential(nn.ReLU()), "all", batch=torch.randn(2, 2))
+
+
+def test_a_layer_frozen_after_the_swap_keeps_its_r():
+    model, x = Shared(), torch.randn(6, 4)
+    decorrelate(model, "all", batch=x)
+    configure_sampling(model, ALL_ROWS)
+    model.b.weight.requires_grad_(False)  # shares its R with a
+    model.train()(x)
+    shares = update_decorrelation(model, eta=0.1)
+    assert shares.keys() == {"c", "d", "e", "f", "again"}
+    assert torch.equal(model.a.decorrelation.R, torch.eye(4))
+    assert not torch.equal(model.c.decorrelation.R, torch.eye(4))
+
+
+def test_r_is_never_in_low_precision():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = decorrelate(nn.Sequential(nn.Linear(4, 4)), "all", batch=torch.randn(3, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model[0].decorrelation.R.dtype == torch.float32
+
+
+class Masked(nn.Module):
+    """A part with a mask of its own, which may be None, inside a model with a mask."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask=None):
+            return self.linear(x)
+
+    def __init__(self):
+        super().__init__()
+        self.part = self.Part()
+
+    def forward(self, x, attention_mask=None, key_padding_mask=None, inner=None):
+        return self.part(x, attention_mask if inner is None else inner(attention_mask))
+
+
+def rows_of(model, **inputs):
+    model.part.linear.decorrelation.rows = None
+    model.train()(**inputs)
+    rows = model.part.linear.decorrelation.rows
+    return rows if rows is None else len(rows)
+
+
+def test_every_kind_of_mask_tells_tokens_from_padding():
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    model = decorrelate(Masked(), "all", batch={"x": x})
+    configure_sampling(model, ALL_ROWS)
+    added = (1.0 - mask) * -1e4
+    for given in (mask, mask.bool(), mask.float(), added):
+        assert rows_of(model, x=x, attention_mask=given) == 4
+        assert rows_of(model, x=x, attention_mask=mask, inner=lambda _, given=given: given) == 4  # type: ignore[misc]
+    assert rows_of(model, x=x, attention_mask=torch.zeros(2, 3)) == 6  # added to scores, no padding
+    assert rows_of(model, x=x, attention_mask=mask, inner=lambda _: None) == 6  # another sequence as long
+    assert rows_of(model, x=x, attention_mask=mask, inner=lambda _: added[:, None, None]) == 4
+    assert rows_of(model, x=x, attention_mask=added[:, None, None]) is None  # the user's own: not told from padding
+    block = nn.ModuleDict({"linear": nn.Linear(4, 4)})
+    block.forward = lambda x, key_padding_mask=None: block["linear"](x)  # type: ignore[method-assign]
+    decorrelate(block, "all", batch=(x,))
+    configure_sampling(block, ALL_ROWS)
+    block(x, key_padding_mask=mask == 0)
+    assert len(block["linear"].decorrelation.rows) == 4
+    found = probe(Masked(), {"x": x, "attention_mask": torch.zeros_like(mask)})
+    assert found[0].plain == "its mask calls every row of its input padding"
+
+
+def test_masks_survive_an_interrupted_forward_and_a_survey():
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    model = decorrelate(Masked(), "all", batch={"x": x})
+    configure_sampling(model, ALL_ROWS)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model(x=x, attention_mask=mask, inner=interrupt)
+    assert model.part.linear.decorrelation.padding.masks and rows_of(model, x=x) == 6
+    with pytest.raises(ValueError, match="Masked is already decorrelated"):
+        survey_layers(model, {"x": x})
+    probe(model, {"x": x})
+    assert rows_of(model, x=x, attention_mask=mask) == 4
+
+
+@pytest.mark.parametrize("title", ["T5ForConditionalGeneration"])
+def test_the_encoders_mask_says_nothing_about_a_decoder_of_the_same_length(title):
+    model, batch = decorrelated(title)
+    batch["labels"] = torch.randint(2, 50, batch["input_ids"].shape)
+    model.train()(**batch)
+    rows = {name: len(d.rows) for name, d in decorrelations(model) if name.startswith("decoder")}
+    cross = {name for name in rows if name.endswith("EncDecAttention.k")}
+    assert cross and {rows[name] for name in cross} == {sum(zoo.LENGTHS)}
+    assert {rows[name] for name in rows.keys() - cross} == {batch["labels"].numel()}
+
+
+class Drawing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 64)
+
+    def forward(self, x):
+        return self.linear(x + torch.randn_like(x))
+
+
+def test_the_probe_leaves_the_random_numbers_as_they_were():
+    model, x = Drawing(), torch.randn(4000, 8) @ torch.randn(8, 8)
+    before = torch.get_rng_state()
+    decorrelate(model, "auto", batch=x)
+    assert torch.equal(torch.get_rng_state(), before)

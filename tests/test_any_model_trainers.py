@@ -108,6 +108,32 @@ def test_a_stock_trainer_is_refused_where_it_would_lose_tensors(how, tmp_path):
         trainer_of(vit, tmp_path).train(resume_from_checkpoint=True)
 
 
+class Routed(torch.nn.Module):
+    """Two experts, of which a batch may call only one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(2))
+
+    def forward(self, x, expert, labels):
+        parts = [e(x[expert == i])[:, 0] - labels[expert == i] for i, e in enumerate(self.experts) if i in expert]
+        return {"loss": torch.cat(parts).square().mean()}
+
+
+def test_a_trainer_counts_the_steps_of_experts_that_come_and_go(tmp_path):
+    rows = [{"x": torch.randn(4) * 100, "expert": int(i >= 8), "labels": 0.0} for i in range(12)]
+    model = Routed()
+    decorrelate(model, "all", batch=torch.utils.data.default_collate(rows))
+    options = {"max_steps": 3, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+    args = TrainingArguments(
+        tmp_path, per_device_train_batch_size=4, train_sampling_strategy="sequential", logging_steps=1, **options
+    )
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.5, sample_fraction=1.0))
+    Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
+    reduced = callback.shares.results()["reduced_eta"]
+    assert {name: found["steps"] for name, found in reduced.items()} == {"experts.0": 2, "experts.1": 1}
+
+
 def loop(steps, folder=None, accelerated=False):
     """A user's loop; saved to, and gone on from, ``folder`` in the middle."""
     torch.manual_seed(0)
