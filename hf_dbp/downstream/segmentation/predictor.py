@@ -127,8 +127,6 @@ def load(
     changes: dict[str, Any] = {"crop_size": crop_size, "batch_size": batch_size}
     how = dataclasses.replace(how, **{name: value for name, value in changes.items() if value is not None})
     how = how if long_edge is None else dataclasses.replace(how, long_edge=long_edge or None)
-    if isinstance(network, SemanticEomt):
-        check_crop(network.model, how.crop_size)
     network.eval().to(chosen_device(device))
     channels = channels_of(content)
     statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
@@ -322,6 +320,8 @@ class Segmenter:
         self, model: PreTrainedModel | SemanticEomt | RetrievalSegmenter, how: Evaluated, preparation: Preparation,
         channels: int, settings: Mapping[str, Any], truth: Truth | None = None, *, floats: bool = False,
     ) -> None:  # fmt: skip
+        if isinstance(model, SemanticEomt):
+            check_crop(model.model, how.crop_size)
         self.floats = floats
         self.model, self.how, self.preparation, self.channels = model, how, preparation, channels
         self.settings, self.truth = settings, truth
