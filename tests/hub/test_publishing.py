@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "downstream" / "classificatio
 
 from class_images import FLAGS as CLASSIFY
 from class_images import class_folders
+from object_images import FLAGS as DETECT
+from object_images import object_folder
 
 pytestmark = pytest.mark.slow  # its fixture trains, fuses and pushes
 
@@ -31,6 +33,7 @@ FUSED = CARD_FILES | {"model.safetensors", "reconstruction.png", "run.json"}
 UNFUSED = CARD_FILES | {"model.unfused.safetensors", "reconstruction.png", "run.json"}
 SEGMENTER = CARD_FILES | {"model.safetensors", "predictions.png", "worst.png", "eval.json"}
 CLASSIFIER = CARD_FILES | {"model.safetensors", "confusion.png", "calibration.png", "mistakes.png", "eval.json"}
+DETECTOR = CARD_FILES | {"model.safetensors", "predictions.png", "eval.json"}
 SEGMENTATION = {
     "dataset_name": "wire_bonding", "built_in_size": 48, "max_train_samples": 8, "max_eval_samples": 2,
     "crop_size": 32, "head_size": 8, "auxiliary_head_size": 8, "num_train_epochs": 1,
@@ -64,6 +67,11 @@ def pushed(tmp_path_factory):
     classify = [images, f"--model_name_or_path={fused}", *CLASSIFY[6:], f"--output_dir={folder / 'classifier'}"]
     classify += ["--push_to_hub", "--hub_model_id=me/classifier", f"--hub_token={TOKEN}", f"--token={TOKEN}"]
 
+    found = object_folder(folder / "objects", channels=2)
+    detect = [found / "images", found / "labels.json", f"--model_name_or_path={fused}", *DETECT[4:]]
+    detect += [f"--hub_token={TOKEN}", f"--token={TOKEN}", "--push_to_hub"]
+    boxes, masks = (["--hub_model_id", f"me/{name}", "--output_dir", folder / name] for name in ("boxes", "instances"))
+
     def fuse(name, *more):
         return [run, "--output_dir", folder / name, "--num_images", "2", "--push_to_hub", "--hub_model_id", name, *more]
 
@@ -72,6 +80,8 @@ def pushed(tmp_path_factory):
         "unfused": ("hub.unfused_user", ["me/vit-unfused", folder / "unfused.pt"], ""),
         "segment": ("hf_dbp.downstream.segmentation.finetuning", segment, ""),
         "classify": ("hf_dbp.downstream.classification.finetuning", classify, ""),
+        "boxes": ("hf_dbp.downstream.detection.finetuning", [*detect, *boxes], ""),
+        "instances": ("hf_dbp.downstream.detection.finetuning", [*detect, *masks, "--instances"], ""),
         "private": ("hf_dbp.fusing", fuse("vit-2", "--private"), TOKEN),
         "same again": ("hf_dbp.fusing", fuse("vit-2"), TOKEN),
         "no token": ("hf_dbp.fusing", fuse("me/never"), ""),
@@ -149,15 +159,26 @@ def test_classification_pushes_its_model(pushed):
     assert held(pushed, "me/classifier").keys() == CLASSIFIER
 
 
+@pytest.mark.parametrize("name", ["boxes", "instances"])
+def test_detection_pushes_its_model(pushed, name):
+    assert pushed.ended[name].status == 0, pushed.ended[name].output
+    assert held(pushed, f"me/{name}").keys() == DETECTOR
+
+
 @pytest.mark.parametrize(
-    ("repo_id", "record"), [("me/vit", "run.json"), ("me/segmenter", "eval.json"), ("me/classifier", "eval.json")]
+    ("repo_id", "record"),
+    [
+        ("me/vit", "run.json"),
+        *((f"me/{name}", "eval.json") for name in ("segmenter", "classifier", "boxes", "instances")),
+    ],
 )
 def test_cards_pass_validation_and_read_back(pushed, repo_id, record):
     assert pushed.hub.requests.count(("POST", "/api/validate-yaml")) >= len(pushed.hub.repositories)
     card = ModelCard(held(pushed, repo_id)["README.md"].decode())
     measured = json.loads(held(pushed, repo_id)[record])
     values = [result.metric_value for result in card.data.eval_results]  # type: ignore[attr-defined]
-    names = ("mean_iou", "mean_accuracy", "overall_accuracy") if "mean_iou" in measured else ("accuracy",)
+    task = next(name for name in ("mean_iou", "map", "accuracy", "best") if name in measured)
+    names = ("mean_iou", "mean_accuracy", "overall_accuracy") if task == "mean_iou" else (task,)
     expected = [measured["best"]["eval_loss"]] if "best" in measured else [measured[name] for name in names]
     assert values == expected
     assert card.data.model_name == repo_id.partition("/")[2]  # type: ignore[attr-defined]

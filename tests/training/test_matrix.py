@@ -1,16 +1,16 @@
 """Random runs: for any settings, the files on disk match what the run reports.
 
 Settings of evaluation, saving, best checkpoint, stop and resume, accumulation, optimizer and schedule are drawn for
-five Trainers: the command of pre-training, README's `ResumingTrainer`, a stock Trainer with our callback, and the
-commands of fine-tuning on made-up masks and on made-up classes. Each case is a tiny run, and another one that nothing
-happens to where the first is stopped. Then
+seven Trainers: the command of pre-training, README's `ResumingTrainer`, a stock Trainer with our callback, and the
+commands of fine-tuning on made-up masks, classes, boxes and outlines. Each case is a tiny run, and another one that
+nothing happens to where the first is stopped. Then
 
 - the figure of the folder is that of its weights, evaluated by a Trainer or a command of its own, and so is that of
   each checkpoint in it;
 - the learning rates are those of the schedule's formula; with a plateau schedule, those that follow from the
   evaluations;
 - the images counted are those of the source, the images trained are steps x images of a step, and the loss of a step is
-  the mean over its images or labelled pixels, in however many parts they came;
+  the mean over its images, labelled pixels or objects, in however many parts they came;
 - a run that was stopped and resumed is the undisturbed one, to the bit; with a schedule-free optimizer, which rounds
   whenever it changes between the weights that it trains and those that are saved, to a thousandth of the loss;
 - the summary calls the model the best only where a best checkpoint was restored;
@@ -39,6 +39,7 @@ import torch
 from class_images import NAMES, class_folders
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
+from object_images import object_folder
 from PIL import Image
 from safetensors.torch import load_file
 from test_pretraining import flags
@@ -48,6 +49,8 @@ from tiny import TINY
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import (
     BeitForImageClassification,
+    RfDetrForInstanceSegmentation,
+    RfDetrForObjectDetection,
     Trainer,
     UperNetForSemanticSegmentation,
     ViTConfig,
@@ -58,6 +61,7 @@ from transformers import (
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.downstream.classification import finetuning as classifying
 from hf_dbp.downstream.classification.augmentation import Mixing
+from hf_dbp.downstream.detection import finetuning as detecting
 from hf_dbp.downstream.segmentation import finetuning
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
@@ -105,6 +109,10 @@ def cases(draw, trainer):
         given |= {"mixup": chance.choice([0.0, 0.8]), "cutmix": chance.choice([0.0, 1.0])}
         given |= {"label_smoothing_factor": chance.choice([0.0, 0.1]), "drop_path": chance.choice([0.0, 0.3])}
         given |= chance.choice([{}, {"balanced_sampling": True}, {"class_weights": "sqrt"}])
+    if trainer in ("detect", "instances"):
+        prefix = "mask_" if trainer == "instances" else ""
+        given |= {"metric_for_best_model": chance.choice([f"{prefix}map", f"{prefix}map_50", "loss"])}
+        given |= {"flip": chance.choice([0.0, 0.5])}
     stoppable = trainer != "stock" and (trainer != "readme" or save is not None)
     return given, chance.choice([None, chance.randint(0, steps - 2)]) if stoppable else None
 
@@ -174,6 +182,9 @@ def trained_parts():
         elif isinstance(module, BeitForImageClassification) and torch.is_grad_enabled():
             loss = -(targets[-1] * output.logits.log_softmax(dim=1)).sum(dim=1).mean()
             parts.append(Part(len(output.logits), loss.item(), len(output.logits)))
+        elif isinstance(module, RfDetrForObjectDetection | RfDetrForInstanceSegmentation) and torch.is_grad_enabled():
+            objects = sum(len(one["class_labels"]) for one in kwargs["labels"])
+            parts.append(Part(len(kwargs["pixel_values"]), output.loss.item(), objects))
 
     handle = register_module_forward_hook(see, with_kwargs=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -372,8 +383,8 @@ def check_stock(folder, given, stop, parts, made):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny ViT; images whose channels show the ids of their masks, each in stripes of its own width; and images of
-    three classes, one of them striped."""
+    """A tiny ViT; images whose channels show the ids of their masks, each in stripes of its own width; images of three
+    classes, one of them striped; and images of blocks and stripes with their outlines."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
@@ -393,6 +404,7 @@ def made(tmp_path_factory):
         for name, count in zip(NAMES, kept, strict=True):
             for file in sorted((folder / "classes" / split / name).iterdir())[count:]:
                 file.unlink()
+    object_folder(folder / "objects", count=IMAGES)
     return folder
 
 
@@ -412,6 +424,16 @@ def classify_flags(output, made, **given):
     return as_flags(output_dir=output, train_dir=made / "classes", **given)
 
 
+def detect_flags(output, made, **given):
+    data = {"train_dir": made / "objects" / "images", "train_mask_dir": made / "objects" / "labels.json"}
+    sizes = {"image_size": 32, "num_queries": 8, "query_groups": 2, "decoder_layers": 1, "decoder_width": 32}
+    return as_flags(output_dir=output, crop_scale=1.0, **data, **sizes, **given)
+
+
+def instances_flags(output, made, **given):
+    return detect_flags(output, made, instances=True, **given)
+
+
 class Task(NamedTuple):
     """A command of fine-tuning: its main, its flags, the figure that it publishes first, where polynomials end."""
 
@@ -424,6 +446,8 @@ class Task(NamedTuple):
 TASKS = {
     "finetuning": Task(finetuning.main, finetuning_flags, "mean_iou", 0.0),
     "classify": Task(classifying.main, classify_flags, "accuracy", 1e-7),
+    "detect": Task(detecting.main, detect_flags, "map", 1e-7),
+    "instances": Task(detecting.main, instances_flags, "mask_map", 1e-7),
 }
 
 
@@ -487,7 +511,10 @@ if "TRUTH_RUNS" in os.environ:
 
 
 @pytest.mark.parametrize("runs", RUNS)
-@pytest.mark.parametrize("trainer", CHECKS)
+@pytest.mark.parametrize(
+    "trainer",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("detect", "instances") else name for name in CHECKS],
+)
 def test_what_lies_on_disk_is_what_a_run_says(trainer, runs, made, monkeypatch):
     monkeypatch.setattr("hf_dbp.training.clocked.EnergyMeter", lambda *_: NoMeter())
 
