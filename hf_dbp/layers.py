@@ -157,6 +157,10 @@ class Decorrelation(nn.Module):
         with torch.no_grad():
             self.R.copy_(torch.eye(self.R.shape[-1], device=self.R.device).expand_as(self.R))
 
+    def is_identity(self) -> bool:
+        """Whether R is the identity, as it is before the first update."""
+        return torch.equal(self.R, torch.eye(self.R.shape[-1], device=self.R.device).to(self.R).expand_as(self.R))
+
     def squares(self, x_MD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of columns of the rows and the square matrix that decorrelates them: one, J for a block-diagonal R."""
         R_JEE = self.R.view(-1, *self.R.shape[-2:])

@@ -4,7 +4,8 @@
   `Decorrelation`. The first to be called owns it, gathers rows and saves R; the others refer to it.
 - **State.** The plain layer's own key holds W R, so a checkpoint of a decorrelated model, whatever writes it, is
   correct in the stock class. Beside it, ``decorrelation.weight`` holds W and ``decorrelation.R`` holds R, from which
-  the decorrelated model resumes bit for bit. A plain checkpoint starts at R = I.
+  the decorrelated model resumes bit for bit. A plain checkpoint starts at R = I, and so does a layer whose R is not in
+  the checkpoint because other layers were decorrelated; a choice of layers that cannot be resumed is an error.
 - **Kinds.** `nn.Linear`, patch projections (`nn.Conv2d` with stride = kernel size), and transformers' `Conv1D`, a
   linear layer whose weight is stored transposed: y = x W^T + b with ``weight`` = W^T (D, O).
 
@@ -61,10 +62,21 @@ class SharingLayer(nn.Module, DecorrelatedLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         raw = state_dict.pop(prefix + RAW, None)
-        if raw is not None:
-            state_dict[prefix + "weight"] = raw
-        elif prefix + "weight" in state_dict:
-            self.decorrelation.reset_parameters()
+        has_R = prefix + "decorrelation.R" in state_dict
+        if self.owns:
+            if raw is not None and has_R:
+                state_dict[prefix + "weight"] = raw
+            elif prefix + "weight" in state_dict:
+                self.decorrelation.reset_parameters()
+        elif prefix + "weight" in state_dict and not self.decorrelation.is_identity():  # its owner was loaded before
+            if raw is None or has_R:
+                errors: list[str] = args[-1]
+                errors.append(
+                    f"{prefix[:-1]} shares its R with other layers here, but not in the checkpoint: "
+                    "decorrelate the layers that it was trained with"
+                )
+            else:
+                state_dict[prefix + "weight"] = raw
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

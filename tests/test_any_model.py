@@ -512,6 +512,33 @@ def test_a_layer_frozen_after_the_swap_keeps_its_r():
     assert not torch.equal(model.c.decorrelation.R, torch.eye(4))
 
 
+@pytest.mark.parametrize("saved", ["all", "query", "key", "value", "key value", "none"])
+@pytest.mark.parametrize("chosen", ["query", "key", "value", "key value", "query key value"])
+def test_a_checkpoint_of_another_choice_of_layers_gives_the_same_outputs_or_an_error(saved, chosen):
+    def choice(words):
+        return lambda _, name: name.split(".")[-1] in words.split()
+
+    def model_of(words):
+        model, batch = made("BertForMaskedLM")
+        return decorrelate(model, choice(words) if words != "all" else "all", batch=batch)
+
+    source, batch = (model_of(saved) if saved != "none" else made("BertForMaskedLM")[0]), zoo.text()
+    if saved != "none":
+        disturb(source)
+    model = model_of(chosen)
+    disturb(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    try:
+        model.load_state_dict(source.state_dict(), strict=False)
+    except RuntimeError as error:
+        assert "shares its R with other layers here, but not in the checkpoint" in str(error)
+        assert saved in ("query", "key") and len(chosen) > len(saved)
+    else:
+        torch.testing.assert_close(zoo.output(model.eval(), batch), zoo.output(source.eval(), batch))
+
+
 def test_r_is_never_in_low_precision():
     torch.set_default_dtype(torch.bfloat16)
     try:
