@@ -13,6 +13,7 @@ The Trainer adds:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from hf_dbp.hub.publishing import Destination
 from hf_dbp.hub.untrusted import read_config
 from hf_dbp.natures import Nature, natures
 from hf_dbp.records import read_arguments, write_json
-from hf_dbp.training.accounting import asked_used
+from hf_dbp.training.accounting import asked_lines, asked_used
 from hf_dbp.training.budget import BudgetCallback
 from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import ClockCallback, training_meter
@@ -44,7 +45,7 @@ from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.training.saving import checkpoint_step
 from hf_dbp.training.stopping import shield_workers
 
-__all__ = ["FinetuningTrainer", "class_ids", "finish", "options_of", "trained", "trained_model"]
+__all__ = ["FinetuningTrainer", "class_ids", "closing_lines", "finish", "options_of", "trained", "trained_model"]
 
 ARGUMENTS, RECORD = "arguments.json", "eval.json"
 Encoder = TypeVar("Encoder", bound=EncoderArguments)
@@ -238,7 +239,9 @@ def options_of(args: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "arguments": arguments,
         "meter": meter,
         "energy": None if meter is None else meter.description,
-        "budget": None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began()),
+        "budget": None
+        if args.budget is None
+        else BudgetCallback(parse_duration(args.budget), command_began(), passes=3),  # pictures of examples and errors
         "max_skipped_steps": args.max_skipped_steps,
     }
 
@@ -251,6 +254,29 @@ def trained(trainer: FinetuningTrainer) -> tuple[dict[str, float], list[dict[str
     metrics = trainer.evaluate()  # the model is now the best checkpoint
     trainer.save_model()
     return metrics, history
+
+
+def closing_lines(record: Mapping[str, Any], folder: Path, pictures: str) -> list[str]:
+    """The lines that end every task's summary: on what it was scored, cost, what was used, files, and what to do next.
+
+    Args:
+        record: the content of `eval.json`.
+        folder: the run's folder.
+        pictures: the names of the task's pictures.
+    """
+    rows = [
+        f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
+    ]
+    if (most := record["arguments"].get("max_eval_samples")) is not None:
+        rows.insert(0, f"  scored on {record['data']['validation_images']} images alone (--max_eval_samples {most})")
+    curves = "curves.png, " if record["evaluations"] else ""
+    model = "model" if record["best_checkpoint"] is None else "model (best)"
+    return [
+        *rows,
+        *asked_lines(record["asked_used"]),
+        f"  {model}, image processor, card, eval.json, {curves}{pictures} are in that folder",
+        f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT",
+    ]
 
 
 def class_ids(model: PreTrainedModel, source: str, present: Iterable[str]) -> dict[str, int]:

@@ -51,7 +51,7 @@ RESULTS = {  # name in the record -> name in the card, and metric on the Hub
     "eval_loss": ("mean squared error on the masked patches of the validation images", "mse"),
     "lowest_loss": ("the lowest seen in training, for weights that were not kept", None),
     "interpolation_loss": ("the same for interpolated means of the visible patches, the simplest baseline", None),
-    "mean_iou": ("mean IoU over the whole validation set", "mean_iou"),
+    "mean_iou": ("mean IoU over all pixels of the validation images", "mean_iou"),
     "mean_accuracy": ("mean accuracy of the classes", "mean_accuracy"),
     "overall_accuracy": ("accuracy of all pixels", "accuracy"),
     "accuracy": ("accuracy on the validation images (top-1)", "accuracy"),
@@ -343,25 +343,27 @@ def limits(config: Mapping[str, Any], record: Mapping[str, Any], processor: Mapp
     """The card's sentences on what the model is not good for, or what was not measured."""
     kind = config["model_type"]
     channels = (config.get("backbone_config") or config)["num_channels"]
+    chose = ", which also chose the checkpoint" if record.get("best_checkpoint") else ""
+    scores = f"Scores are those of the validation images named above{chose}."
     headless = ["It has no head: fine-tune it, or train a classifier on its features. Neither was measured here."]
     found = {
         "vit": headless,
         "dinov2": [*headless, "It was not trained by DINOv2: it only has the same class, for heads that take one."],
         "upernet": [
-            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            scores,
             "It is a stock UperNet over a plain ViT, without the relative position bias and LayerScale behind the "
             "published segmentation results of masked autoencoders.",
         ],
         "eomt": [
-            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            scores,
             "Transformers' pipelines do not work with it: they do not cut images into crops of its size.",
         ],
         "beit": [
-            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            scores,
             "It knows only the classes above: an image of anything else gets one of them, perhaps confidently.",
         ],
         "rf_detr": [
-            "Scores are those of the validation images named above, which also chose the checkpoint.",
+            scores,
             "Decoder and heads were trained on these images alone, without the detection pre-training of the published "
             "RF-DETR.",
         ],

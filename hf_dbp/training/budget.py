@@ -52,15 +52,17 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Args:
         seconds: the budget in seconds.
         began: when the command began, from `time.monotonic`.
+        passes: what follows training costs as much as so many evaluations: the last one, interpolation or pictures.
 
     Attributes:
         spent: seconds of the budget used by earlier runs up to the checkpoint.
         first_step: seconds of the budget used at the first step.
         ending: seconds reserved for what comes after training.
+        evaluation, saving: seconds of the last evaluation and the last checkpoint; 0 before the first.
     """
 
-    def __init__(self, seconds: float, began: float) -> None:
-        self.seconds, self.began = seconds, began
+    def __init__(self, seconds: float, began: float, passes: int = 2) -> None:
+        self.seconds, self.began, self.passes = seconds, began, passes
         self.spent, self.ending, self.done = 0.0, GUESSED_ENDING * seconds, 0
         self.first_step: float | None = None
         self.evaluation, self.saving, self._marked, self._now = 0.0, 0.0, 0.0, 0.0
@@ -76,8 +78,9 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def state(self) -> dict[str, Any]:
         """The state of the budget that a checkpoint keeps."""
-        kept = {"spent": self.elapsed(), "first_step": self.first_step, "ending": self.ending, "done": self.done}
-        return {"args": {"seconds": self.seconds, "began": 0.0}, "attributes": kept}
+        kept = {name: getattr(self, name) for name in ("first_step", "ending", "done", "evaluation", "saving")}
+        args = {"seconds": self.seconds, "began": 0.0, "passes": self.passes}
+        return {"args": args, "attributes": kept | {"spent": self.elapsed()}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scheduler = kwargs["lr_scheduler"]
@@ -89,6 +92,7 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             before = kept["attributes"]
             self.spent, self.ending, self.done = before["spent"], before["ending"], before["done"]
             self.first_step = before["first_step"]
+            self.evaluation, self.saving = before.get("evaluation", 0.0), before.get("saving", 0.0)
             logger.warning("%.0f s of the budget of %.0f s are left", self.seconds - self.elapsed(), self.seconds)
         self._now = self.elapsed()
         if self.first_step is None:
@@ -133,9 +137,9 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "%d steps so far; about %.0f will fit the budget", state.global_step, state.global_step * (1 + left)
             )
         self.saving = time.monotonic() - self._marked
-        # an evaluation, the interpolation, which costs about the same, the final model, pictures and exit, and a margin
+        # evaluation and the like, the final model, pictures and exit, and a margin
         pictures = min(DRAWN * (self.first_step or 0.0), MOST_DRAWN * self.seconds)
-        self.ending = 2 * self.evaluation + 2 * self.saving + pictures + 0.01 * self.seconds
+        self.ending = self.passes * self.evaluation + 2 * self.saving + pictures + 0.01 * self.seconds
         self._marked = time.monotonic()
         self._now = self.elapsed()  # evaluating and saving are not part of a step
 

@@ -209,8 +209,9 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
                 self.args, self.state, self.control
             )  # so that reporters close their files
             if self.is_world_process_zero():
+                of = f" of {self.state.max_steps}" if getattr(self.args, "budget", None) is None else ""
                 print(
-                    f"stopped by {stopped} after step {self.state.global_step} of {self.state.max_steps}; "
+                    f"stopped by {stopped} after step {self.state.global_step}{of}; "
                     f"the same command resumes from {self.checkpoint}",
                     file=sys.stderr,
                 )

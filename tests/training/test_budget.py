@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -223,6 +224,20 @@ def test_a_resumed_run_keeps_the_rest_of_its_budget(tmp_path, clock, monkeypatch
     rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
     peak = int(np.argmax(rates))
     assert rates[peak:] == sorted(rates[peak:], reverse=True) and peak < 0.2 * len(rates)
+
+
+def test_a_resumed_run_remembers_how_long_an_evaluation_takes():
+    """Else it would keep too little time for the last one, which a run may reach without another."""
+    first, weight = BudgetCallback(1000, time.monotonic(), passes=3), torch.nn.Parameter(torch.zeros(1))
+    first.first_step, first.evaluation, first.saving = 5.0, 40.0, 1.0
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    state = SimpleNamespace(global_step=3, stateful_callbacks={"BudgetCallback": json.loads(json.dumps(first.state()))})
+    second = BudgetCallback(1000, time.monotonic(), passes=3)
+    second.on_train_begin(SimpleNamespace(), state, None, lr_scheduler=scheduler, optimizer=optimizer)
+    second._marked = time.monotonic()
+    second.on_save(SimpleNamespace(), state, None)
+    assert 3 * 40 < second.ending < 3 * 40 + 20
 
 
 def test_eta_follows_the_decay_of_the_clock_but_not_its_warm_up(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from hf_dbp.data.images import unreadable_images
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.classification.metrics import class_figures
 from hf_dbp.downstream.classification.trainer import ClassificationTrainer
+from hf_dbp.downstream.finetuning import closing_lines
 from hf_dbp.records import hardware, source_commit, versions
-from hf_dbp.training.accounting import asked_lines
 
 __all__ = ["evaluation_record", "summary"]
 
@@ -131,12 +130,4 @@ def summary(record: Mapping[str, Any], folder: Path) -> str:
         figures = (scores[key] for key in ("recall", "precision"))
         rows.append(f"    {name:<24} " + "".join("     -  " if f is None else f"{f:8.4f}" for f in figures)
                     + f"{scores['images']:8d}")  # fmt: skip
-    rows.append(
-        f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
-    )
-    rows += asked_lines(record["asked_used"])
-    pictures = f"{'curves.png, ' if record['evaluations'] else ''}confusion.png, calibration.png, mistakes.png"
-    model = "model" if record["best_checkpoint"] is None else "model (best)"
-    rows.append(f"  {model}, image processor, card, eval.json, {pictures} are in that folder")
-    rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")
-    return "\n".join(rows)
+    return "\n".join([*rows, *closing_lines(record, folder, "confusion.png, calibration.png, mistakes.png")])

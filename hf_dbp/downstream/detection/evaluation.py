@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from hf_dbp.data.feeding import feeding
 from hf_dbp.data.images import unreadable_images
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.detection.trainer import DetectionTrainer
+from hf_dbp.downstream.finetuning import closing_lines
 from hf_dbp.records import hardware, source_commit, versions
-from hf_dbp.training.accounting import asked_lines
 
 __all__ = ["class_rows", "evaluation_record", "summary"]
 
@@ -104,15 +103,7 @@ def summary(record: Mapping[str, Any], folder: Path) -> str:
     for name, scores in classes[:PRINTED]:
         figures = "".join(f"{shown(scores[key]):>8}" for key in ("ap", "ap_50", "recall"))
         rows.append(f"    {name:<24} {figures}{scores['objects']:>9}")
-    rows.append(
-        f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
-    )
-    rows += asked_lines(record["asked_used"])
-    pictures = f"{'curves.png, ' if record['evaluations'] else ''}predictions.png"
-    model = "model" if record["best_checkpoint"] is None else "model (best)"
-    rows.append(f"  {model}, image processor, card, eval.json, {pictures} are in that folder")
-    rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")
-    return "\n".join(rows)
+    return "\n".join([*rows, *closing_lines(record, folder, "predictions.png")])
 
 
 def shown(value: float | None) -> str:

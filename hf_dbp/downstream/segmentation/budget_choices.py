@@ -139,13 +139,16 @@ def choose(
     pixels = Counter({names[k]: n for k, n in masks.pixels.items() if k in names})
     found.lines.clear()
     choose_balance(list(names.values()), pixels, held_by_crops(masks, names, found), found)
-    rare = " ".join(" ".join(found.lines).split()).removeprefix("balance ").partition(" a third of")[0]
     balance = {
-        "rare_crops": rare,
+        "rare_crops": " ".join("".join(found.lines[:1]).split()).removeprefix("balance "),
         "loss": "Dice counts small classes as much as large ones",
         "class_weights": "with the two above better than each alone: docs/results/rare_classes",
     }
-    forecast = f"the largest of {', '.join(map(str, sides))} for which about {STEPS} steps fit: {steps[crop]:.0f}"
+    forecast = (
+        f"the largest of {', '.join(map(str, sides))} for which {STEPS} steps fit: about {steps[crop]:.0f} do"
+        if steps[crop] >= STEPS
+        else f"the smallest of {', '.join(map(str, sides))}: about {steps[crop]:.0f} steps fit, {STEPS} are wanted"
+    )
     recipe = read_yaml(recipe_path("industrial_upernet.yaml"))
     return [
         Choice("crop_size", crop, forecast),
@@ -158,6 +161,7 @@ def choose(
         Choice("layer_decay", float(recipe["layer_decay"]), "industrial_upernet.yaml"),
         Choice("weight_decay", float(recipe["weight_decay"]), "industrial_upernet.yaml"),
         Choice("dataloader_num_workers", 1 if (os.cpu_count() or 1) > 1 else 0, f"{os.cpu_count()} cores"),
+        Choice("save_total_limit", 1, "a resume needs only the last checkpoint, which the run ends with"),
         Choice("logging_steps", 20, "an occasional line"),
         Choice("disable_tqdm", True, "the number of steps is not known in advance"),
         Choice("report_to", "none", "eval.json records everything"),

@@ -320,7 +320,7 @@ def check_classes(train: LabelledImages, validation: LabelledImages, names: dict
         if absent:
             effect = "it cannot be learned" if images is train else "its IoU is left out of the mean, or 0"
             logger.warning(
-                "%s: %s in none of the %d masks, so %s; choose another --subset_seed or give --validation_dir",
+                "%s: %s in none of the %d masks, so %s; take more images, another --subset_seed or a --validation_dir",
                 images.name, ", ".join(absent), len(images), effect,
             )  # fmt: skip
 

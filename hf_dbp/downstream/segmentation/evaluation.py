@@ -1,7 +1,6 @@
 """The results of an evaluation: the scores of each class, the content of `eval.json`, and lines to print."""
 
 import dataclasses
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from hf_dbp.data.images import unreadable_images
+from hf_dbp.downstream.finetuning import closing_lines
 from hf_dbp.downstream.segmentation.arguments import HEADS
 from hf_dbp.downstream.segmentation.data import SegmentationSource
 from hf_dbp.downstream.segmentation.detection import detection
 from hf_dbp.downstream.segmentation.mean_iou import class_scores
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer
 from hf_dbp.records import hardware, source_commit, versions
-from hf_dbp.training.accounting import asked_lines
 
 __all__ = ["evaluation_record", "per_class", "summary"]
 
@@ -96,12 +95,4 @@ def summary(record: dict[str, Any], folder: Path) -> str:
             f"  is there any? ROC AUC {found['roc_auc']:.4f}; a score of at least {found['threshold']:.4f} finds "
             f"{found['recall']:.1%} of the images with any, with {found['false_alarms']:.1%} false alarms"
         )
-    rows.append(
-        f"  training time {record['train_seconds']:.1f} s, {record['kwh']:.6f} kWh, {record['co2e_kg']:.6f} kg CO2e"
-    )
-    rows += asked_lines(record["asked_used"])
-    pictures = f"{'curves.png, ' if record['evaluations'] else ''}predictions.png, worst.png"
-    model = "model" if record["best_checkpoint"] is None else "model (best)"
-    rows.append(f"  {model}, image processor, card, eval.json, {pictures} are in that folder")
-    rows.append(f"next       hf-dbp predict {shlex.quote(str(folder))} IMAGES --output_dir OUT")
-    return "\n".join(rows)
+    return "\n".join([*rows, *closing_lines(record, folder, "predictions.png, worst.png")])

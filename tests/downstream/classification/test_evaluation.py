@@ -22,7 +22,8 @@ def test_of_many_classes_the_worst_are_printed():
     record = {
         "accuracy": 0.5, "accuracy_interval_95": [0.4, 0.6], "majority_class_accuracy": 0.01, "balanced_accuracy": 0.5,
         "expected_calibration_error": 0.1, "loss": 1.0, "per_class": none | dict(reversed(scores.items())),
-        "train_seconds": 1.0, "kwh": 0.0, "co2e_kg": 0.0, "asked_used": {}, "evaluations": [], "data": {"source": "x"},
+        "train_seconds": 1.0, "kwh": 0.0, "co2e_kg": 0.0, "asked_used": {}, "arguments": {}, "evaluations": [],
+        "data": {"source": "x"},
         "best_checkpoint": None,
     }  # fmt: skip
     lines = summary(record, Path("run")).splitlines()

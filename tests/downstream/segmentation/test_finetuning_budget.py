@@ -23,6 +23,7 @@ FLAGS = [
     *("--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2", "--learning_rate", "1e-3"),
     *("--use_cpu", "--report_to", "none", "--disable_tqdm", "1", "--logging_steps", "1"),
 ]
+NAMES = {0: "background", 1: "square", 2: "speck"}
 
 
 @pytest.mark.slow
@@ -59,10 +60,14 @@ def labelled(count, size, rare=0):
     return LabelledImages(samples, ("image", "mask"), num_labels=3, ignore_index=255)
 
 
+def reasons(train, seconds):
+    made = choose(train, labelled(4, (96, 96)), NAMES, seconds, Timed(64, 0.01, 0.002), patch=8)
+    return {choice.flag: choice.reason for choice in made}
+
+
 def choices(train, seconds, *, step=0.01, forward=0.002, side=64, validation=None):
     validation = labelled(4, (96, 96)) if validation is None else validation
-    names = {0: "background", 1: "square", 2: "speck"}
-    made = choose(train, validation, names, seconds, Timed(side, step, forward), patch=8)
+    made = choose(train, validation, NAMES, seconds, Timed(side, step, forward), patch=8)
     assert all(choice.reason and "\n" not in choice.reason for choice in made)
     return {choice.flag: choice.value for choice in made}
 
@@ -72,11 +77,14 @@ def test_more_time_buys_larger_crops_up_to_the_images():
     assert sides == sorted(sides) and (sides[0], sides[-1]) == (64, 256) and len(set(sides)) > 2
     assert choices(labelled(40, (100, 300)), 10**6)["crop_size"] == 96
     assert choices(labelled(40, (40, 50)), 10**6)["crop_size"] == 64  # smaller images are padded
+    said = {seconds: reasons(labelled(40, (256, 300)), seconds)["crop_size"] for seconds in (1, 600)}
+    assert said[1].startswith("the smallest of 64") and said[600].startswith("the largest of 64")
 
 
 def test_rare_classes_get_crops_dice_and_weights():
     with_specks, without = choices(labelled(40, (128, 128), rare=40), 60), choices(labelled(40, (128, 128)), 60)
     assert with_specks["rare_crops"] == 0.33 and with_specks["loss"] == "ce+dice"
+    assert reasons(labelled(40, (128, 128), rare=40), 60)["rare_crops"].endswith("a quarter of an even share")
     assert not {"rare_crops", "loss", "class_weights"} & without.keys()
 
 
