@@ -34,6 +34,14 @@ def test_four_micro_batches_give_the_gradient_of_one_batch(tmp_path, head, monke
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_a_batch_that_is_the_whole_step_has_all_of_its_loss(tmp_path, head):
+    run = trainer(tmp_path, void=0.7, head=head)
+    batch = next(iter(run.get_train_dataloader()))
+    _, items = run.get_batch_samples(iter([batch]), 1, run.args.device)
+    assert (run.step_share(batch["labels"], items) == 1).all()
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_an_all_void_batch_changes_nothing_and_is_no_nan(tmp_path, head):
     options = {"optim": "sgd", "learning_rate": 1.0, "max_steps": 2, "weight_decay": 0.0}
     run = trainer(tmp_path, void=1.0, head=head, frozen=True, **options)
