@@ -14,8 +14,8 @@ one to the end of the next, fetching included; the first two of a turn do not co
 of (median step of ours / median step of stock), by processor time and by the wall's clock; a busy machine distorts
 the latter.
 
-Peak memory is the peak resident set of one child process for each side, which trains for as many steps, less what that
-process had before its model was made.
+Peak memory is the peak resident set of one child process for each side, which trains for as many steps; the libraries
+are part of it, as for a user.
 """
 
 import argparse
@@ -174,11 +174,10 @@ def times_of(task: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def own_memory(task: str, side: str, args: argparse.Namespace) -> int:
-    """Bytes by which training raises the peak of this process, which is to do nothing else."""
-    before = peak()
+    """The peak of this process in bytes, which is to do nothing but train."""
     with tempfile.TemporaryDirectory() as folder:
         trainer_of(task, side, args, folder)[0].train()
-    return peak() - before
+    return peak()
 
 
 def peak() -> int:
