@@ -298,6 +298,9 @@ def report(found: Predictions) -> str:
         lines.append(f"left out   {record['unreadable']['count']} that cannot be read, e.g. {first}")
     if "mean_iou" in record:
         lines.append(f"mean IoU   {record['mean_iou']:.4f} over the given masks")
+    if "map" in record:
+        mean, half = (f"{record[key]:.4f}" if record[key] is not None else "-" for key in ("map", "map_50"))
+        lines.append(f"mAP        {mean}, AP50 {half} over {record['scored_images']} labelled images")
     for name, count in record.get("counts", {}).items():
         lines.append(f"           {count:6d}  {name}")
     lines.append(f"written    {', '.join([str(found.table), RECORD, *record['files']])} in {where}")
@@ -331,7 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--export", nargs="+", default=[], choices=["coco", "labelme"], help="Also write labels to correct by hand."
     )
-    parser.add_argument("--threshold", type=float, help="Lowest score of an object that is kept (default: 0.3).")
+    parser.add_argument(
+        "--threshold", type=float, help="Lowest score of an object that is kept (default: 0.3; 0 with --masks)."
+    )
     parser.add_argument("--no_overlays", action="store_true", help="Write no overlays.")
     args = vars(parser.parse_args(arguments))
     how = {name: args.pop(name) for name in ("model", "images", "output_dir", "channel_files", "table")}

@@ -10,26 +10,36 @@ Shapes: B images of a batch; M objects found.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_dbp.data.decoding import stored
+from hf_dbp.data.folders import open_pictures
+from hf_dbp.data.labels.formats import read_labels
+from hf_dbp.data.labels.masks import is_labels, named
+from hf_dbp.data.labels.shapes import Labelled
 from hf_dbp.data.values import UNIT, displayed
 from hf_dbp.data.whole_files import whole_file
 from hf_dbp.downstream.classification.predictor import View
-from hf_dbp.downstream.detection.coco import Found
+from hf_dbp.downstream.detection.coco import Found, coco_scores
 from hf_dbp.downstream.detection.figures import draw_objects
 from hf_dbp.downstream.detection.model import load_detector
+from hf_dbp.downstream.detection.objects import Objects, Oddities, labelled_objects
 from hf_dbp.downstream.detection.postprocessing import found_in
+from hf_dbp.downstream.detection.runs import Runs
 from hf_dbp.downstream.detection.views import seen
 from hf_dbp.downstream.networks import channels_of, processor_size, weights_digest
 from hf_dbp.downstream.segmentation.figures import class_colours
@@ -39,6 +49,8 @@ from hf_dbp.hub.untrusted import read_statistics, read_value_range
 from hf_dbp.records import write_json
 
 __all__ = ["Detected", "Detector", "load"]
+
+logger = logging.getLogger(__name__)
 
 BATCH = 8
 THRESHOLD = 0.3
@@ -55,6 +67,7 @@ def load(
     no_overlays: bool = False,
     export: Sequence[str] = (),
     images: str | None = None,
+    masks: str | None = None,
     **others: Any,
 ) -> Detector:
     """The predictor for a detector.
@@ -63,10 +76,11 @@ def load(
         model: folder or Hub id.
         batch_size: images of a forward pass.
         device: default: a GPU where there is one.
-        threshold: lowest score of an object, in [0, 1]; default: 0.3.
+        threshold: lowest score of an object, in [0, 1]; default: 0.3, or 0 if the predictions are scored.
         no_overlays: write no overlays.
         export: only ``coco``, which is always written.
-        images: folder of the images; not used.
+        images: folder of the images, needed if ``masks`` are given.
+        masks: true labels of the images, for scoring the predictions.
         others: settings of segmentation, none of which may be set.
 
     Raises:
@@ -77,7 +91,7 @@ def load(
         raise UserError(f"--{given[0]} is for segmentation; {model} is a detector")
     if unknown := sorted(set(export) - set(EXPORTS)):
         raise UserError(f"export {unknown[0]!r}: the objects of a detector are exported as coco")
-    lowest = THRESHOLD if threshold is None else threshold
+    lowest = (THRESHOLD if masks is None else 0.0) if threshold is None else threshold
     if not 0.0 <= lowest <= 1.0:
         raise UserError(f"--threshold is a score between 0 and 1, got {lowest}")
     network, content = load_detector(model)
@@ -89,8 +103,56 @@ def load(
         "task": "detection", "model": model, "weights": weights_digest(network), "size": list(size),
         "threshold": lowest, "overlays": not no_overlays,
     }  # fmt: skip
+    truth = None
+    if masks is not None:
+        names = [str(name) for name in network.config.id2label.values()]
+        truth = true_objects(masks, str(images), names, instances=hasattr(network, "segmentation_head"))
+        settings["masks"] = masks
     view = View(size, channels, mean, std, kept or UNIT, floats=kept is not None)
-    return Detector(network, view, settings, batch_size or BATCH)
+    return Detector(network, view, settings, batch_size or BATCH, truth)
+
+
+def true_objects(masks: str, images: str, names: Sequence[str], *, instances: bool) -> dict[str, Objects]:
+    """The labelled objects of images, by their names; labels of images that are not there are not used.
+
+    Raises:
+        UserError: these are no labels of the images, or they hold a class that the model lacks.
+    """
+    if not is_labels(masks):
+        raise UserError(f"--masks {masks}: a detector's predictions are scored by labels (COCO, YOLO, LabelMe, CVAT)")
+    folder = open_pictures(images)
+    files = {name: paths[0] for name, paths in folder.named(Path(images), folder.files, None).items()}
+    found: dict[str, Objects] = {}
+
+    def size_of(name: str) -> tuple[int, int]:
+        shape = np.asarray(stored({"bytes": None, "path": files[named(name, files, masks)]})).shape
+        return shape[0], shape[1]
+
+    labelled, known = read_labels(masks, size_of)
+    if unknown := [name for name in known if name not in names]:
+        raise UserError(f"{masks} holds the class {unknown[0]!r}, which the model lacks; it has {', '.join(names)}")
+    candidates: dict[str, list[Labelled]] = {}
+    for one in labelled:
+        with contextlib.suppress(UserError):  # of an image elsewhere
+            candidates.setdefault(named(one.file, files, masks), []).append(one)
+    ids, odd = {name: k for k, name in enumerate(names)}, Oddities()
+    for name, several in candidates.items():
+        if len(several) > 1:  # train/0.png and validation/0.png: that of this folder
+            own = PurePath(Path(images).resolve().name, name)
+            mine = [one for one in several if PurePath(one.file).with_suffix("") == own]
+        else:
+            mine = several
+        if len(mine) != 1:
+            raise UserError(f"{masks} labels several images called {name!r}; give labels of those in {images} alone")
+        found[name] = labelled_objects(mine[0], ids, odd, instances=instances)
+    elsewhere = len(labelled) - len(found)
+    if not found:
+        raise UserError(f"{masks} labels none of the images in {images}")
+    for line in odd.lines():
+        logger.warning("%s: %s", masks, line)
+    if elsewhere:
+        logger.warning("%s labels %d images that are not in %s; they are not scored", masks, elsewhere, images)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +182,18 @@ class Detector:
         view: prepares images for it.
         settings: for the journal; ``threshold`` and ``overlays`` say what is written.
         batch_size: images of a forward pass.
+        truth: the true objects by the names of their images, to score the predictions.
     """
 
     def __init__(
-        self, model: PreTrainedModel, view: View, settings: Mapping[str, Any], batch_size: int = BATCH
+        self,
+        model: PreTrainedModel,
+        view: View,
+        settings: Mapping[str, Any],
+        batch_size: int = BATCH,
+        truth: Mapping[str, Objects] | None = None,
     ) -> None:
+        self.truth = truth
         self.model, self.how, self.settings, self.batch_size = model, view, settings, batch_size
         self.masks = hasattr(model, "segmentation_head")
         self.names: dict[int, str] = {int(k): str(name) for k, name in model.config.id2label.items()}
@@ -179,13 +248,41 @@ class Detector:
         write_json(folder / "coco.json", self.coco(rows), indent=None)
         counts = Counter(row["class"] for row in rows)
         look = f"look at {folder / 'overlays'}, " if self.settings["overlays"] else ""
-        return {
+        return self.scored(rows) | {
             "files": ["coco.json", *(["overlays"] if self.settings["overlays"] else [])],
             "classes": self.names,
             "counts": {name: counts[name] for name in self.names.values()},
             "empty": counts[None],
             "next": f"{look}correct coco.json, add it to the labels and run `hf-dbp detect` again",
         }
+
+    def scored(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """COCO's figures of the labelled images, as `hf_dbp.downstream.detection.trainer` computes them; {} without
+        truth. UserError if an image is not of the size of its labels."""
+        if self.truth is None:
+            return {}
+        mine: dict[str, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            mine.setdefault(row["image"], []).append(row)
+        images = [name for name in mine if name in self.truth]
+        truth = {number: self.truth[name] for number, name in enumerate(images)}
+        found = {}
+        for number, name in enumerate(images):
+            size = (mine[name][0]["height"], mine[name][0]["width"])
+            if truth[number].size != size:
+                raise UserError(
+                    f"{name}: its labels are for {truth[number].size} pixels (height, width), it has {size}"
+                )
+            kept = [row for row in mine[name] if row["class"] is not None]
+            corners = np.array([[row[side] for side in ("left", "top", "right", "bottom")] for row in kept])
+            classes, scores = (np.array([row[key] for row in kept]) for key in ("class_id", "score"))
+            runs = [Runs(size, row["runs"].encode()) for row in kept] if self.masks else []
+            found[number] = Found(corners.reshape(-1, 4), classes.astype(np.int64), scores.astype(np.float64), runs)
+        figures = dict(coco_scores(truth, found, len(self.names)).figures)
+        if self.masks:
+            masks = coco_scores(truth, found, len(self.names), masks=True).figures
+            figures |= {f"mask_{name}": value for name, value in masks.items()}
+        return {"scored_images": len(images), **figures}
 
     def coco(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The objects of all images as a COCO file, with their scores."""

@@ -14,7 +14,7 @@ from object_images import FLAGS, NAMES, object_folder
 from PIL import Image
 from pycocotools.coco import COCO
 
-from hf_dbp.downstream.detection.coco import Found, coco_scores
+from hf_dbp.downstream.detection.coco import FIGURES, Found, coco_scores
 from hf_dbp.downstream.detection.data import ObjectSource, load_objects
 from hf_dbp.downstream.detection.figures import draw_objects
 from hf_dbp.downstream.detection.finetuning import main
@@ -87,9 +87,49 @@ def test_an_image_without_objects_has_a_row_and_a_killed_run_resumes(
     assert "next" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["boxes", "masks"])
+def test_given_labels_score_predictions_as_evaluation_does(
+    kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """To all digits; labels of other images are not used, and said so."""
+    model, images = str(folder / "model" / kind), folder / "images" / "validation"
+    labels = labels_near(predict(model, images, tmp_path / "found", threshold=0.0).folder, folder)
+    evaluated = ["--do_eval", "--use_cpu", "--report_to", "none", "--output_dir", str(tmp_path / "evaluated")]
+    evaluated += ["--model_name_or_path", model, "--per_device_eval_batch_size", "4"]
+    record = main([str(folder / "images"), str(labels), *evaluated])
+    given = [model, str(images), "--output_dir", str(tmp_path / "scored"), "--no_overlays"]
+    scored = predict_main([*given, "--masks", str(labels)])
+    names = [*FIGURES, *(f"mask_{name}" for name in FIGURES if kind == "masks")]
+    assert {name: scored[name] for name in names} == {name: record.get(f"eval_{name}") for name in names}
+    assert 0 < scored["map"] < 1 and scored["scored_images"] == 3 and scored["threshold"] == 0.0
+    assert "labels 4 images that are not in" in caplog.text
+    assert f"mAP        {record['eval_map']:.4f}" in capsys.readouterr().out
+
+
+def labels_near(found: Path, folder: Path) -> Path:
+    """Labels whose validation objects are every fifth prediction, moved by a fiftieth of its width."""
+    content = json.loads((folder / "labels.json").read_text())
+    predicted = json.loads((found / "coco.json").read_text())
+    own = {one["file_name"]: one["id"] for one in content["images"]}
+    files = {one["id"]: f"validation/{one['file_name']}" for one in predicted["images"]}
+    trained = {number for file, number in own.items() if file.startswith("train")}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in trained]
+    for one in predicted["annotations"][::5]:
+        left, top, width, height = one["bbox"]
+        moved = {
+            "id": 1000 + one["id"],
+            "image_id": own[files[one["image_id"]]],
+            "bbox": [left + 1, top, width, height],
+        }
+        content["annotations"].append(one | moved | {"category_id": 10 * one["category_id"]})
+    (found / "labels.json").write_text(json.dumps(content))
+    return found / "labels.json"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"masks": "MASKS"}, "a detector's predictions are scored by labels"),
         ({"threshold": 2.0}, "--threshold is a score between 0 and 1, got 2.0"),
         ({"crop_size": 32}, "--crop_size is for segmentation"),
         ({"export": ["labelme"]}, "export 'labelme': the objects of a detector are exported as coco"),
@@ -98,6 +138,7 @@ def test_an_image_without_objects_has_a_row_and_a_killed_run_resumes(
 def test_settings_that_mean_nothing_are_refused(
     folder: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
+    settings = {name: str(folder / "masks") if value == "MASKS" else value for name, value in settings.items()}
     with pytest.raises(UserError, match=message):
         predict(str(folder / "model" / "boxes"), folder / "images" / "validation", tmp_path, **settings)
 
