@@ -119,7 +119,7 @@ def labels_near(found: Path, folder: Path) -> Path:
         moved = {
             "id": 1000 + one["id"],
             "image_id": own[files[one["image_id"]]],
-            "bbox": [left + 1, top, width, height],
+            "bbox": [left + width / 50, top, width, height],
         }
         content["annotations"].append(one | moved | {"category_id": 10 * one["category_id"]})
     (found / "labels.json").write_text(json.dumps(content))
