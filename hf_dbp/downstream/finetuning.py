@@ -239,9 +239,7 @@ def options_of(args: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
         "arguments": arguments,
         "meter": meter,
         "energy": None if meter is None else meter.description,
-        "budget": None
-        if args.budget is None
-        else BudgetCallback(parse_duration(args.budget), command_began(), passes=3),  # pictures of examples and errors
+        "budget": None if args.budget is None else BudgetCallback(parse_duration(args.budget), command_began()),
         "max_skipped_steps": args.max_skipped_steps,
     }
 

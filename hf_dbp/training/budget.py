@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 WARM_UP = 0.05
 SAVES, EVALUATED = 10, (3, 6)  # tenths of the training time
 GUESSED_ENDING = 0.05  # share of the budget, until the ending is measured
-DRAWN, MOST_DRAWN = 0.3, 0.04  # for pictures and exit: a share of the start, which also imports much; of the budget
+DRAWN, MOST_DRAWN = 0.3, 0.06  # for pictures and exit: a share of the start, which also imports much; of the budget
 FIRST = 60.0  # seconds, or a tenth of the budget: then measure the ending and predict the number of steps
 
 
@@ -52,7 +52,6 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Args:
         seconds: the budget in seconds.
         began: when the command began, from `time.monotonic`.
-        passes: what follows training costs as much as so many evaluations: the last one, interpolation or pictures.
 
     Attributes:
         spent: seconds of the budget used by earlier runs up to the checkpoint.
@@ -61,8 +60,8 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         evaluation, saving: seconds of the last evaluation and the last checkpoint; 0 before the first.
     """
 
-    def __init__(self, seconds: float, began: float, passes: int = 2) -> None:
-        self.seconds, self.began, self.passes = seconds, began, passes
+    def __init__(self, seconds: float, began: float) -> None:
+        self.seconds, self.began = seconds, began
         self.spent, self.ending, self.done = 0.0, GUESSED_ENDING * seconds, 0
         self.first_step: float | None = None
         self.evaluation, self.saving, self._marked, self._now = 0.0, 0.0, 0.0, 0.0
@@ -79,8 +78,8 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """The state of the budget that a checkpoint keeps."""
         kept = {name: getattr(self, name) for name in ("first_step", "ending", "done", "evaluation", "saving")}
-        args = {"seconds": self.seconds, "began": 0.0, "passes": self.passes}
-        return {"args": args, "attributes": kept | {"spent": self.elapsed()}}
+        attributes = kept | {"spent": self.elapsed()}
+        return {"args": {"seconds": self.seconds, "began": 0.0}, "attributes": attributes}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         scheduler = kwargs["lr_scheduler"]
@@ -137,9 +136,9 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 "%d steps so far; about %.0f will fit the budget", state.global_step, state.global_step * (1 + left)
             )
         self.saving = time.monotonic() - self._marked
-        # evaluation and the like, the final model, pictures and exit, and a margin
+        # an evaluation, interpolation or pictures, which cost about the same, the final model, exit, and a margin
         pictures = min(DRAWN * (self.first_step or 0.0), MOST_DRAWN * self.seconds)
-        self.ending = self.passes * self.evaluation + 2 * self.saving + pictures + 0.01 * self.seconds
+        self.ending = 2 * self.evaluation + 2 * self.saving + pictures + 0.01 * self.seconds
         self._marked = time.monotonic()
         self._now = self.elapsed()  # evaluating and saving are not part of a step
 
