@@ -318,7 +318,7 @@ class DecorrelationCallback(ReportingCallback):
             return 1.0
         group = optimizer.param_groups[0]
         peak = group.get("initial_lr", args.learning_rate)  # not every schedule records it
-        return float(group["lr"] / peak) if peak else 1.0
+        return float(group["lr"] / peak) if peak else 0.0  # weights that stay cannot make up for a change of R
 
     @property
     def per_layer(self) -> dict[str, dict[str, float]]:

@@ -68,6 +68,13 @@ def test_eta_follows_the_decay_of_the_learning_rate_but_not_its_warm_up(tmp_path
     assert etas == pytest.approx([0.01] * 3 + [0.01 * d for d in decay])
 
 
+def test_without_a_learning_rate_r_stays(tmp_path, etas):
+    """Weights that stay cannot make up for a change of R."""
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.01))
+    trained(tmp_path, callback, lr_scheduler_type="linear", warmup_steps=0, learning_rate=0.0)
+    assert etas == [0.0] * 8
+
+
 @pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "constant_with_warmup", "inverse_sqrt"])
 def test_eta_follows_schedules_that_do_not_note_their_peak_too(tmp_path, etas, monkeypatch, schedule):
     """The plateau's learning rate falls to a tenth after the first evaluation that is no better, here the second."""
