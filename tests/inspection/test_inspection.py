@@ -209,7 +209,7 @@ def test_a_class_missing_in_validation(capsys, caplog):
     found = {seed: missing(caplog, subset_seed=seed, seed=seed) for seed in range(30)}
     lost = [message for messages in found.values() for message in messages]
     assert any("images (validation): class 2 in none of the 1 masks" in message for message in lost)
-    assert all("--subset_seed or give --validation_dir" in message for message in lost)
+    assert all("another --subset_seed or a --validation_dir" in message for message in lost)
     assert "PROBLEM" not in report(capsys, "--masks", "masks")
     seed = int(read_yaml(Path("outputs/inspection/finetune.yaml"))["subset_seed"])
     assert not missing(caplog, subset_seed=seed, seed=seed)
