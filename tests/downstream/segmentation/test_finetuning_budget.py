@@ -88,6 +88,14 @@ def test_rare_classes_get_crops_dice_and_weights():
     assert not {"rare_crops", "loss", "class_weights"} & without.keys()
 
 
+def test_the_reason_of_the_scale_is_whole():
+    thin = labelled(8, (256, 300))
+    for sample in thin.samples:
+        sample["mask"][:, 200] = sample["mask"][:, 250] = 2  # lines of one pixel
+    said = reasons(thin, 60)["long_edge"]
+    assert said.startswith("native resolution (long_edge: 0)") and said.endswith("a cell of the feature maps, 2 pixels")
+
+
 def test_evaluations_take_a_share_of_the_budget():
     """Of images larger than the crop, windows count."""
     large = labelled(100, (256, 256))
