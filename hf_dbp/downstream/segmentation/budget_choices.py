@@ -52,7 +52,7 @@ __all__ = ["Timed", "choose", "chosen", "timed"]
 
 STEPS = 400  # wanted, as in docs/results/rare_classes
 SURVEYED = 64  # labelled images
-SIDES = (64, 96, 128, 192, 256, 384, 512)  # of crops, in pixels
+SIDES = (64, 96, 128, 192, 256, 384, 512)  # of crops, in pixels, rounded down to whole patches
 TRAINED = 0.75  # share of the budget, for the forecast; the rest is start-up, evaluation and ending
 EVALUATED = 0.06  # share of the budget that one evaluation may take; there are four
 
@@ -112,8 +112,19 @@ def survey(images: LabelledImages, crop: int) -> tuple[list[ImageKind], MaskSurv
     return kinds, found
 
 
+def sides_of(patch: int) -> list[int]:
+    """The sides of crops to choose from, whole numbers of patches."""
+    return sorted({max(1, side // patch) * patch for side in SIDES})
+
+
 def choose(
-    train: LabelledImages, validation: LabelledImages, names: dict[int, str], seconds: float, at: Timed, patch: int
+    train: LabelledImages,
+    validation: LabelledImages,
+    names: dict[int, str],
+    seconds: float,
+    at: Timed,
+    patch: int,
+    given: int | None = None,
 ) -> list[Choice]:
     """Every flag that the budget decides, with its reason.
 
@@ -123,10 +134,11 @@ def choose(
         seconds: the budget in seconds.
         at: the speed of this machine with the head that will be used.
         patch: side of the encoder's patches in pixels.
+        given: side of the crops, if the user gave it.
     """
     short = min(*train.readable(0)[0].shape[:2], VIEW if torch.cuda.is_available() else SMALL_VIEW)
     batch = choose_batch(len(train))
-    sides = [side for side in SIDES if side % patch == 0 and side <= max(short, at.side)] or [at.side]
+    sides = [given] if given is not None else [side for side in sides_of(patch) if side <= max(short, at.side)]
     steps = {side: TRAINED * seconds / (batch * at.scaled(at.step, side)) for side in sides}
     crop = max([side for side in sides if steps[side] >= STEPS] or sides[:1])
     found = Findings(pretraining={"image_size": crop, "patch_size": patch, "native_tiles": False})
@@ -182,7 +194,7 @@ def evaluated(validation: LabelledImages, seconds: float, at: Timed, crop: int, 
 
 
 def chosen(parsed: Sequence[Any], seconds: float, flags: Collection[str]) -> list[Choice]:
-    """What --budget chooses for these arguments; a head that the user gave is the one that is timed."""
+    """What --budget chooses for these arguments; the head and the crop that the user gave are those it reckons with."""
     model_args, data_args, *_ = parsed
     source = data_args.source(model_args.cache_dir, model_args.token)
     train, validation = load_labelled_images(source)
@@ -192,10 +204,10 @@ def chosen(parsed: Sequence[Any], seconds: float, flags: Collection[str]) -> lis
     head |= {name: getattr(model_args, name) for name in head if name in flags}
     channels = train.readable(0)[0].shape[2]
     patch = build_vit(model_args, data_args.crop_size, channels).config.patch_size
-    side = next(side for side in SIDES if side % patch == 0)
+    given = data_args.crop_size if "crop_size" in flags else None
     reason = "that of industrial_upernet.yaml" if gpu else "a step of a wide head takes too long without a GPU"
-    at = timed(model_args, source.class_names(), channels, side, head)
-    choices = choose(train, validation, source.class_names(), seconds, at, patch)
+    at = timed(model_args, source.class_names(), channels, sides_of(patch)[0], head)
+    choices = choose(train, validation, source.class_names(), seconds, at, patch, given)
     if eomt:  # its loss is its own
         choices = [choice for choice in choices if choice.flag not in ("loss", "class_weights")]
     return [*choices, *(Choice(name, size, reason) for name, size in head.items())]

@@ -88,6 +88,19 @@ def test_rare_classes_get_crops_dice_and_weights():
     assert not {"rare_crops", "loss", "class_weights"} & without.keys()
 
 
+def test_crops_are_whole_patches_and_one_that_is_given_is_reckoned_with():
+    """Patches of 14, as DINOv2's, divide none of the round numbers."""
+    for patch in (8, 14, 16, 96):
+        sides = budget_choices.sides_of(patch)
+        assert sides == sorted(set(sides)) and not [side for side in sides if side % patch]
+    validation = labelled(100, (256, 256))
+    most = []
+    for crop in (64, 256):
+        made = choose(validation, validation, NAMES, 100, Timed(64, 0.01, 0.01), 8, given=crop)
+        most.append({choice.flag: choice.value for choice in made}["max_eval_samples"])
+    assert most[0] != most[1]
+
+
 def test_the_reason_of_the_scale_is_whole():
     thin = labelled(8, (256, 300))
     for sample in thin.samples:
@@ -146,5 +159,5 @@ def test_a_step_is_timed_with_the_head_that_will_be_used(vit, tmp_path, head):
     encoder = ModelArguments(model_name_or_path=str(tmp_path / "vit"), head=head)
     sizes = {"head_size": 8, "auxiliary_head_size": 8} if head == "upernet" else {}
     found = timed(encoder, {0: "a", 1: "b"}, 3, 32, sizes)
-    assert found.side == 32 and 0 < found.forward < found.step < 5
+    assert found.side == 32 and found.forward > 0 and found.step > 0
     assert found.scaled(found.step, 64) == 4 * found.step
