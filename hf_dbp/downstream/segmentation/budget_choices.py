@@ -147,7 +147,7 @@ def choose(
     found.pretraining["native_tiles"] = statistics.median(sides_HW) >= 2 * crop
     found.finetuning = {"crop_size": crop}
     edge = found.finetuning["long_edge"] = choose_scale(kinds, masks, found)
-    scale = " ".join(" ".join(found.lines).split()).removeprefix("scale ")
+    scale = "; ".join(line.strip() for line in found.lines).removeprefix("scale").strip()
     pixels = Counter({names[k]: n for k, n in masks.pixels.items() if k in names})
     found.lines.clear()
     choose_balance(list(names.values()), pixels, held_by_crops(masks, names, found), found)

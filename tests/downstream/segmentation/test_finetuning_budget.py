@@ -107,6 +107,7 @@ def test_the_reason_of_the_scale_is_whole():
         sample["mask"][:, 200] = sample["mask"][:, 250] = 2  # lines of one pixel
     said = reasons(thin, 60)["long_edge"]
     assert said.startswith("native resolution (long_edge: 0)") and said.endswith("a cell of the feature maps, 2 pixels")
+    assert "; the smallest objects" in said
 
 
 def test_evaluations_take_a_share_of_the_budget():
