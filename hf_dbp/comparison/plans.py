@@ -17,7 +17,8 @@ A plan is a YAML file, from the package or your own:
     against: {adamw: [dbp+adamw]}           # baseline -> variants compared with it (default: the first, all others)
     segmentation: {recipe: demo_upernet.yaml, flags: {}, random: true}  # optional: mean IoU of each seed's encoder
     classification: {flags: {train_dir: tiles}, random: true}           # optional: accuracy of each seed's encoder
-    detection: {flags: {train_dir: photos, train_mask_dir: boxes.json}} # optional: mean average precision of it
+    detection: {flags: {train_dir: photos, train_mask_dir: boxes.json}} # optional: mean average precision of it; with
+                                                                        # instances: true, that of masks too
     probe: {flags: {train_dir: tiles}}      # optional: k nearest neighbours and a linear probe on each encoder
     lengths: {adamw: [900, 1200]}           # optional: complete schedules of other lengths (max_steps) of a baseline,
                                             # at its best setting: where does it reach another variant's result?
@@ -150,7 +151,7 @@ class Head:
         module: module of its ``main``.
         groups: its classes of flags.
         model: what is trained, in words.
-        metrics: figures of its `eval.json`, in words; the first is also plotted.
+        metrics: figures of its `eval.json`, in words; the first is also plotted. One that the file lacks is left out.
         guess: figure with the first metric's value for always predicting the most common class; None if that means
             nothing.
         check: refuses invalid data flags.
@@ -186,7 +187,12 @@ HEADS = {
         "hf_dbp.downstream.detection.finetuning",
         detection.GROUPS,
         "a detector",
-        {"map": "mean average precision", "map_50": "AP50"},
+        {
+            "map": "mean average precision",
+            "map_50": "AP50",
+            "mask_map": "mean average precision of masks",
+            "mask_map_50": "AP50 of masks",
+        },
         None,
         lambda data_args: data_args.source(None, None),
     ),

@@ -55,6 +55,7 @@ __all__ = [
     "find_column",
     "load_images",
     "read_splits",
+    "rendered",
     "share_value_range",
     "to_array",
     "unreadable_images",

@@ -181,19 +181,23 @@ def test_accuracies_of_a_classifier_stand_beside_one_another(tmp_path, sketched)
     assert (tmp_path / "accuracy.svg").is_file() and not (tmp_path / "miou.svg").exists()
 
 
-def detected(seed, precision):
+def detected(seed, precision, masks):
     rows = [{"epoch": float(k), "eval_map": precision * k / 3} for k in range(1, 4)]
     data = {"source": "photos", "train_images": 8, "validation_images": 4}
-    return {"map": precision, "map_50": precision + 0.2, "seed": seed, "evaluations": rows, "data": data}
+    of_masks = {"mask_map": precision - 0.1, "mask_map_50": precision + 0.1} if masks else {}
+    return {"map": precision, "map_50": precision + 0.2, **of_masks, "seed": seed, "evaluations": rows, "data": data}
 
 
-def test_precisions_of_a_detector_stand_beside_one_another(tmp_path, sketched):
+@pytest.mark.parametrize("masks", [False, True])
+def test_precisions_of_a_detector_stand_beside_one_another(tmp_path, sketched, masks):
     runs = paired_runs()
     for run in runs:
         better = run.planned.variant != "adamw"
-        run.heads["detection"] = detected(run.planned.seed, 0.3 + 0.1 * better + 0.01 * run.planned.seed**2)
+        run.heads["detection"] = detected(run.planned.seed, 0.3 + 0.1 * better + 0.01 * run.planned.seed**2, masks)
     figures = analyse(made_plan(), runs)["detection"]
-    for one in (figures, figures["map_50"]):
+    of_masks = [figures[name] for name in ("mask_map", "mask_map_50") if name in figures]
+    assert len(of_masks) == 2 * masks
+    for one in (figures, figures["map_50"], *of_masks):
         (test,) = (t["test"] for t in one["tests"] if (t["baseline"], t["other"]) == ("adamw", "dbp+adamw"))
         assert test["difference"]["mean"] == pytest.approx(0.1)
     write_report(tmp_path, made_plan(), runs, command="c")
@@ -201,6 +205,8 @@ def test_precisions_of_a_detector_stand_beside_one_another(tmp_path, sketched):
     for part in ("Mean average precision of a detector on photos (8 training and 4 validation images).",
                  "AP50 of a detector.", "AP50, paired by seed."):  # fmt: skip
         assert part in page
+    for part in ("Mean average precision of masks of a detector.", "AP50 of masks, paired by seed."):
+        assert (part in page) == masks
     assert "most common class" not in page and (tmp_path / "map.svg").is_file()
 
 

@@ -215,7 +215,7 @@ def head_figures(
     evaluations = [run.heads[name] for by_seed in chosen.values() for run in by_seed.values() if name in run.heads]
     if not evaluations:
         return None
-    first, *others = HEADS[name].metrics
+    first, *others = (metric for metric in HEADS[name].metrics if metric in evaluations[0])
 
     def figures(metric: str) -> dict[str, Any]:
         return metric_figures(name, metric, chosen, pairs, random)

@@ -236,7 +236,9 @@ def tests_table(analysis: Figures) -> Table:
 def head_tables(name: str, figures: Figures) -> list[Block]:
     """Means and paired tests of every metric of a head."""
     head, data, blocks = HEADS[name], figures["data"], list[Block]()
-    for metric, label in head.metrics.items():
+    for index, (metric, label) in enumerate(head.metrics.items()):
+        if index > 0 and metric not in figures:
+            continue
         title, own = f"{label[0].upper()}{label[1:]}", figures.get(metric, figures)
         caption = f"{title} of {head.model}"
         if own is figures:

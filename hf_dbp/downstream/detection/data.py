@@ -148,13 +148,14 @@ class ObjectImages(ObjectList):
 
     def of(self, index: int, size: tuple[int, int]) -> Objects:
         """The objects of an image that has this height and width. UnreadableImageError if they are not for it."""
-        objects, name = self.objects[index], self.name_of(index)
+        objects = self.objects[index]
         if objects is None:
-            raise UnreadableImageError(f"{name}: its mask cannot be read")
+            raise UnreadableImageError(f"{self.name_of(index)}: its mask cannot be read")
         if objects.size != size:
+            labelled, found = (f"{height} x {width}" for height, width in (objects.size, size))
             raise UnreadableImageError(
-                f"{name}: its labels are for {objects.size[0]} x {objects.size[1]} pixels (height x width), but it has "
-                f"{size[0]} x {size[1]}; label it again at its size"
+                f"{self.name_of(index)}: its labels are for {labelled} pixels (height x width), but it has {found}; "
+                "label it again at its size"
             )
         return objects
 

@@ -33,7 +33,7 @@ from hf_dbp.data.decoding import (
     stored,
     unturned_masks,
 )
-from hf_dbp.data.images import BUILT_IN, ImageList, find_column, read_splits, shared_keys
+from hf_dbp.data.images import BUILT_IN, ImageList, find_column, read_splits, rendered, shared_keys
 from hf_dbp.data.left_out import LeftOut
 from hf_dbp.data.masks import MaskKind, Palette, check_kinds, index_mask, mask_kind
 from hf_dbp.data.pairing import pair_folders, pair_tables
@@ -43,7 +43,6 @@ from hf_dbp.data.tables import encoded_column
 from hf_dbp.data.tars import OTHER_PICTURES
 from hf_dbp.data.threads import in_threads
 from hf_dbp.data.values import UNIT
-from hf_dbp.data.wire_bonding import WireBonding
 from hf_dbp.downstream.segmentation.background import Blank, with_background
 from hf_dbp.downstream.segmentation.rare import RareCrops, a_pixel
 from hf_dbp.downstream.segmentation.source import SegmentationSource
@@ -334,11 +333,12 @@ def _ids_in(images: LabelledImages, ids: int, index: int) -> npt.NDArray[np.bool
     return np.bincount(mask_HW[mask_HW >= 0], minlength=ids)[:ids] > 0  # ignore_index may be negative
 
 
-def built_in_pairs(source: SegmentationSource) -> dict[str, WireBonding]:
+def built_in_pairs(source: SegmentationSource) -> dict[str, Any]:
     """The built-in images with their masks: training and validation render different scenes."""
     counts = {"train": (source.max_train_samples or 200, 0), "validation": (source.max_eval_samples or 50, 10_000_000)}
-    how = {"size": source.built_in_size, "seed": source.seed}
-    return {split: WireBonding(count, first=first, **how) for split, (count, first) in counts.items()}
+    return {
+        split: rendered(count, source.built_in_size, source.seed, first) for split, (count, first) in counts.items()
+    }
 
 
 def _encoded(data: datasets.Dataset, columns: tuple[str, str]) -> datasets.Dataset:
