@@ -96,6 +96,29 @@ def test_from_a_vit_to_a_stock_model_that_predicts_what_was_scored(encoder, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("channels", "depth"), [(4, np.uint16), (1, np.float32), (3, np.uint8)])
+def test_other_channels_and_depths(vit, tmp_path, channels, depth):
+    vit(num_channels=channels).save_pretrained(tmp_path / "vit")
+    rng, most = np.random.default_rng(0), 1 if depth == np.float32 else np.iinfo(depth).max
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for index in range(8):
+        image_HWC = (rng.random((48, 56, channels)) * most).astype(depth)
+        np.save(tmp_path / "images" / f"{index}.npy", image_HWC)
+        mask_HW = rng.integers(0, 5, (6, 7), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+        Image.fromarray(mask_HW).save(tmp_path / "masks" / f"{index}.png")
+    folders = ["--train_dir", str(tmp_path / "images"), "--train_mask_dir", str(tmp_path / "masks")]
+    start = ["--model_name_or_path", str(tmp_path / "vit"), "--max_steps", "2"]
+    data = FLAGS.index("--dataset_name")
+    folders += ["--validation_dir", folders[1], "--validation_mask_dir", folders[3], "--max_eval_samples", "8"]
+    flags = [*FLAGS[:data], *FLAGS[data + 2 :], *folders, "--num_labels", "5", "--crop_size", "48", "--long_edge", "0"]
+    record = main([*flags, *start, "--output_dir", str(tmp_path / "out")])
+    found = hf_dbp.predict(str(tmp_path / "out"), folders[1], tmp_path / "predicted", masks=folders[3])
+    assert found.record["mean_iou"] == record["mean_iou"] > 0
+
+
+@pytest.mark.slow
 def test_stopped_and_started_again_it_continues(encoder, tmp_path):
     flags = [*FLAGS, *encoder, "--lr_scheduler_type", "constant", "--max_steps", "4", "--output_dir"]
     whole = main([*flags, str(tmp_path / "whole")])
