@@ -243,7 +243,7 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
         default=None,
         metadata={
             "help": "Time that the whole command may take, e.g. 2h or 30m, instead of epochs: the schedule follows "
-            "the clock. pretrain and finetune choose everything else and write it to budget.yaml."
+            "the clock. pretrain, finetune and detect choose everything else and write it to budget.yaml."
         },
     )
     country: Annotated[str | None, Nature("nothing")] = field(

@@ -31,7 +31,17 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.recipes import parse_arguments, read_yaml
 from hf_dbp.training.duration import parse_duration
 
-__all__ = ["Choice", "choose", "images_first", "measured_rate", "with_plan", "write_plan"]
+__all__ = [
+    "Choice",
+    "Timed",
+    "choose",
+    "images_first",
+    "measured_rate",
+    "seconds_of",
+    "unattended",
+    "with_plan",
+    "write_plan",
+]
 
 VIEWS, PASSES = 60_000, 10
 SURVEYED = 32  # images, at even steps
@@ -57,6 +67,41 @@ class Choice:
     flag: str
     value: Any
     reason: str
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds that a training step takes per image, and a forward pass, on squares of ``side`` pixels."""
+
+    side: int
+    step: float
+    forward: float
+
+    def scaled(self, seconds: float, side: int) -> float:
+        """Seconds on squares of another side."""
+        return seconds * (side / self.side) ** 2
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Seconds that it takes the second time, on a GPU until it has finished; the first only warms up."""
+    began = 0.0
+    for _ in range(2):
+        began = time.monotonic()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return time.monotonic() - began
+
+
+def unattended() -> list[Choice]:
+    """What every budget of fine-tuning chooses."""
+    return [
+        Choice("dataloader_num_workers", 1 if (os.cpu_count() or 1) > 1 else 0, f"{os.cpu_count()} cores"),
+        Choice("save_total_limit", 1, "a resume needs only the last checkpoint, which the run ends with"),
+        Choice("logging_steps", 20, "an occasional line"),
+        Choice("disable_tqdm", True, "the number of steps is not known in advance"),
+        Choice("report_to", "none", "eval.json records everything"),
+    ]
 
 
 def images_first(arguments: Sequence[str], second: str | None = None) -> list[str]:

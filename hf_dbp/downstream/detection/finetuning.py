@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, set_seed
 
 from hf_dbp.downstream.beit import sides
 from hf_dbp.downstream.detection.arguments import GROUPS, DataArguments, DetectionArguments, ModelArguments
+from hf_dbp.downstream.detection.budget_choices import chosen
 from hf_dbp.downstream.detection.data import ObjectImages, load_objects
 from hf_dbp.downstream.detection.evaluation import class_rows, evaluation_record, shown, summary
 from hf_dbp.downstream.detection.figures import plot_detections
@@ -36,7 +37,7 @@ from hf_dbp.errors import UserError, command
 from hf_dbp.hub.publishing import claim_push
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
-from hf_dbp.training.budget_plan import images_first
+from hf_dbp.training.budget_plan import images_first, with_plan
 from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.processes import ending_processes
 
@@ -146,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
     given = images_first(sys.argv[1:] if arguments is None else arguments, "--train_mask_dir")
+    given = with_plan(given, GROUPS, chosen)
     parsed = parse_arguments(GROUPS, given, "Fine-tune an object detector from a ViT on labelled images.")
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)

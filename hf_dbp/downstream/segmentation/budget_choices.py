@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import statistics
-import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -46,9 +44,9 @@ from hf_dbp.inspection.choices import (
 from hf_dbp.inspection.mask_survey import MaskSurvey, crop_chances, thickness
 from hf_dbp.inspection.survey import ImageKind
 from hf_dbp.recipes import read_yaml, recipe_path
-from hf_dbp.training.budget_plan import Choice
+from hf_dbp.training.budget_plan import Choice, Timed, seconds_of, unattended
 
-__all__ = ["Timed", "choose", "chosen", "timed"]
+__all__ = ["choose", "chosen", "timed"]
 
 STEPS = 400  # wanted, as in docs/results/rare_classes
 SURVEYED = 64  # labelled images
@@ -57,21 +55,8 @@ TRAINED = 0.75  # share of the budget, for the forecast; the rest is start-up, e
 EVALUATED = 0.06  # share of the budget that one evaluation may take; there are four
 
 
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """Seconds that a training step takes per image, and a forward pass, at crops of ``side`` pixels."""
-
-    side: int
-    step: float
-    forward: float
-
-    def scaled(self, seconds: float, side: int) -> float:
-        """Seconds at crops of another side."""
-        return seconds * (side / self.side) ** 2
-
-
 def timed(model_args: ModelArguments, names: dict[int, str], channels: int, side: int, head: dict[str, Any]) -> Timed:
-    """Time two training steps, on two images each, and two forward passes; the first of each only warms up."""
+    """Time a training step and a forward pass on two images."""
     device, model_args = "cuda" if torch.cuda.is_available() else "cpu", dataclasses.replace(model_args, **head)
     vit = build_vit(model_args, side, channels)
     model = build_head(vit, names, model_args, crop_size=side, ignore_index=max(255, len(names))).to(device)
@@ -80,17 +65,14 @@ def timed(model_args: ModelArguments, names: dict[int, str], channels: int, side
     labels = torch.zeros(2, side, side, dtype=torch.int64, device=device)
     whole = torch.ones_like(loss.labelled(labels), dtype=torch.float32)
 
-    def seconds() -> tuple[float, float]:
-        began = time.monotonic()
+    def step() -> None:
         loss(model.train(), {"pixel_values": pixels, "labels": labels}, whole, 0.0)[0].backward()  # type: ignore[no-untyped-call]
-        between = time.monotonic()
-        with torch.no_grad():
-            float(applied.eval()(pixel_values=pixels).logits.sum())  # a GPU has finished when the number is here
-        return between - began, time.monotonic() - between
 
-    seconds()
-    step, forward = seconds()
-    return Timed(side, step / len(pixels), forward / len(pixels))
+    @torch.no_grad()
+    def forward() -> None:
+        applied.eval()(pixel_values=pixels)
+
+    return Timed(side, seconds_of(step) / len(pixels), seconds_of(forward) / len(pixels))
 
 
 def survey(images: LabelledImages, crop: int) -> tuple[list[ImageKind], MaskSurvey]:
@@ -172,11 +154,7 @@ def choose(
         Choice("learning_rate", float(FAST), "hf-dbp inspect's for a head with few steps"),
         Choice("layer_decay", float(recipe["layer_decay"]), "industrial_upernet.yaml"),
         Choice("weight_decay", float(recipe["weight_decay"]), "industrial_upernet.yaml"),
-        Choice("dataloader_num_workers", 1 if (os.cpu_count() or 1) > 1 else 0, f"{os.cpu_count()} cores"),
-        Choice("save_total_limit", 1, "a resume needs only the last checkpoint, which the run ends with"),
-        Choice("logging_steps", 20, "an occasional line"),
-        Choice("disable_tqdm", True, "the number of steps is not known in advance"),
-        Choice("report_to", "none", "eval.json records everything"),
+        *unattended(),
     ]  # fmt: skip
 
 

@@ -10,12 +10,12 @@ import yaml
 from hf_dbp.downstream import finetuning as shared
 from hf_dbp.downstream.segmentation import budget_choices, finetuning
 from hf_dbp.downstream.segmentation.arguments import GROUPS, ModelArguments
-from hf_dbp.downstream.segmentation.budget_choices import Timed, choose, timed
+from hf_dbp.downstream.segmentation.budget_choices import choose, timed
 from hf_dbp.downstream.segmentation.data import LabelledImages
 from hf_dbp.downstream.segmentation.sliding import window_origins
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.training import budget
-from hf_dbp.training.budget_plan import with_plan
+from hf_dbp.training.budget_plan import Timed, with_plan
 
 FLAGS = [
     *("wire_bonding", "--built_in_size", "48", "--max_train_samples", "8", "--max_eval_samples", "3"),
