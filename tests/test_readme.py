@@ -104,6 +104,7 @@ def parsing_alone(monkeypatch):
     for module, name in (
         (pretraining, "run"), (pretraining, "load_images"), (finetuning, "run"), (retrieval, "run"), (probe, "run"),
         (classification, "run"), (detection, "run"), (comparison, "run_plan"), (budget_choices, "load_labelled_images"),
+        (detection, "chosen"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, stop)
 
