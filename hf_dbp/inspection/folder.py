@@ -443,6 +443,8 @@ def inspect_folder(args: argparse.Namespace) -> Findings:
         objects = inspect_objects(flags, kinds, found, output / "detect.yaml")
         if found.detection:
             commands.append(f"hf-dbp detect --config {shlex.quote(str(output / 'detect.yaml'))}")
+        else:
+            found.problems.append("no detect.yaml was written, for training would end with the problems above")
     if labels is None and (classify := describe_class_folders(content.images, args.folder, found)):
         commands.append(classify)
     found.problems += rehearse(data, found)

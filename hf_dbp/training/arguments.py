@@ -261,7 +261,7 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
             if self.max_steps <= 0:  # type: ignore[has-type]
                 self.max_steps = 10**9
             self.warmup_steps = 0
-            self.do_train = self.do_eval = True
+            self.do_train = self.do_eval = self.disable_tqdm = True  # the number of steps is not known
             self.eval_strategy = self.save_strategy = "no"
         self.remove_unused_columns = False
         feed_fast(self)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -43,10 +44,17 @@ __all__ = [
     "write_plan",
 ]
 
+logger = logging.getLogger(__name__)
+
 VIEWS, PASSES = 60_000, 10
 SURVEYED = 32  # images, at even steps
 BATCH = 32
 TRAINED = 0.85  # share of the budget, for the forecast; the rest is start-up, evaluation and ending
+
+
+#: flags that a budget takes the place of
+DECIDED = {"eval_strategy", "eval_steps", "save_strategy", "save_steps", "warmup_steps", "num_train_epochs",
+           "load_best_model_at_end"}  # fmt: skip
 
 
 class Rung(NamedTuple):
@@ -115,6 +123,8 @@ def images_first(arguments: Sequence[str], second: str | None = None) -> list[st
     if not given or given[0].startswith("-"):
         return given
     first = given.pop(0)
+    if Path(first).suffix.lower() in (".json", ".xml") and Path(first).is_file():
+        raise UserError(f"{first} is a file of labels; the folder of images comes first, then the labels")
     named = first == BUILT_IN or (not Path(first).exists() and first.count("/") == 1 and first[0] not in "./~")
     if second is not None and given and not given[0].startswith("-"):
         given = [second, *given]
@@ -259,7 +269,11 @@ def with_plan(
         UserError: as from ``choose``, or the folder holds the plan of another run.
     """
     flags = {part.removeprefix("--").partition("=")[0] for part in given if part.startswith("--")}
-    if "budget" not in flags or "config" in flags:
+    if "budget" not in flags:
+        return list(given)
+    if unused := sorted(flags & DECIDED):
+        logger.warning("the budget decides when to evaluate, save and end; not used: --%s", ", --".join(unused))
+    if "config" in flags:
         return list(given)
     parsed = parse_arguments(groups, given)
     *inputs, args = parsed

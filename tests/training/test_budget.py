@@ -18,10 +18,11 @@ from hf_dbp import DecorrelationArguments, DecorrelationCallback, cli, pretraini
 from hf_dbp.cli import main
 from hf_dbp.configuration_dbp_vit_mae import SIZES
 from hf_dbp.data.images import ImageList
+from hf_dbp.errors import UserError
 from hf_dbp.training import budget, budget_plan, duration
-from hf_dbp.training.arguments import PretrainingArguments
+from hf_dbp.training.arguments import GROUPS, PretrainingArguments
 from hf_dbp.training.budget import BudgetCallback, schedule
-from hf_dbp.training.budget_plan import LADDER, choose, cost, images_first, write_plan
+from hf_dbp.training.budget_plan import LADDER, choose, cost, images_first, with_plan, write_plan
 from hf_dbp.training.duration import command_began, noted_beginning, parse_duration
 
 
@@ -148,6 +149,23 @@ def test_masks_may_come_second():
     flags = ["--train_dir", "./images", "--train_mask_dir", "masks", "--x"]
     assert images_first(["./images", "masks", "--x"], "--train_mask_dir") == flags
     assert images_first(["wire_bonding", "--x"], "--train_mask_dir") == ["--dataset_name", "wire_bonding", "--x"]
+
+
+def test_labels_in_the_place_of_images_are_refused(tmp_path):
+    (tmp_path / "labels.json").write_text("{}")
+    with pytest.raises(UserError, match=r"labels\.json is a file of labels; the folder of images comes first"):
+        images_first([str(tmp_path / "labels.json"), str(tmp_path)], "--train_mask_dir")
+
+
+@pytest.mark.parametrize("more", [[], ["--config", "demo.yaml"]])
+def test_flags_that_a_budget_takes_the_place_of_are_named(more, tmp_path, caplog):
+    given = ["--budget", "1m", "--eval_strategy=epoch", "--save_steps", "3", "--output_dir", str(tmp_path), *more]
+    with_plan(given, GROUPS, lambda *_: [])
+    (line,) = caplog.messages
+    assert line.endswith("when to evaluate, save and end; not used: --eval_strategy, --save_steps")
+    caplog.clear()
+    with_plan(["--eval_strategy", "no", "--output_dir", str(tmp_path), *more], GROUPS, lambda *_: [])
+    assert not caplog.messages
 
 
 class Clock:

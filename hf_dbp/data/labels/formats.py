@@ -17,11 +17,12 @@ Shapes: H, W height and width; V vertices, (x, y) each.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 from xml.etree import ElementTree
@@ -72,12 +73,27 @@ def read_labels(source: str, image_size: Callable[[str], tuple[int, int]]) -> Fo
     kind = label_format(Path(source))
     if kind is None:
         raise UserError(f"{source} holds no labels: give a COCO or CVAT file, or a folder of LabelMe or YOLO files")
-    try:
+    with reading(source, f" as {kind} labels"):
         return READERS[kind](Path(source), image_size)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ElementTree.ParseError) as error:
-        if isinstance(error, UserError):
+
+
+@contextlib.contextmanager
+def reading(file: Path | str, where: str) -> Iterator[None]:
+    """Raise what goes wrong within as a UserError that names the file and the place in it."""
+    try:
+        yield
+    except UserError as error:
+        if str(file) in str(error):
             raise
-        raise UserError(f"{source} is not a file of {kind} labels: {type(error).__name__}: {error}") from error
+        raise UserError(f"{file}{where}: {error}") from error
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ElementTree.ParseError) as error:
+        if isinstance(error, json.JSONDecodeError | ElementTree.ParseError | UnicodeDecodeError):
+            reason = f"the file is damaged or of another kind ({error}); export it again"
+        elif isinstance(error, KeyError):
+            reason = f"{error} is missing; add it, or export the labels again"
+        else:
+            reason = f"{error}; correct it, or export the labels again"
+        raise UserError(f"{file}{where}: {reason}") from error
 
 
 def points(values: Sequence[float]) -> NDArray[np.float64]:
@@ -92,43 +108,57 @@ def points(values: Sequence[float]) -> NDArray[np.float64]:
 
 def read_coco(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
     content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}; a COCO file has images, annotations and categories")
     names = {entry["id"]: str(entry["name"]) for entry in sorted(content["categories"], key=lambda entry: entry["id"])}
     twice = next((name for name, count in Counter(names.values()).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"{file} has several categories called {twice!r}: give each its own name, or merge them")
-    shapes: dict[Any, list[Shape]] = {entry["id"]: [] for entry in content["images"]}
-    sizes = {entry["id"]: (int(entry["height"]), int(entry["width"])) for entry in content["images"]}
+    sizes: dict[Any, tuple[int, int]] = {}
+    for entry in content["images"]:
+        with reading(file, f": image {entry.get('id')}"):
+            if entry["id"] in sizes:
+                raise UserError("several images have this id; give each its own")
+            sizes[entry["id"]] = int(entry["height"]), int(entry["width"])
+    shapes: dict[Any, list[Shape]] = {image: [] for image in sizes}
     for entry in content.get("annotations", ()):
-        drawn, image = entry.get("segmentation"), entry["image_id"]
-        stated: dict[str, Any] = {"area": entry.get("area"), "crowd": bool(entry.get("iscrowd", 0))}
-        stated["name"] = f"annotation {entry.get('id')}"
-        for key, known in (("category_id", names), ("image_id", shapes)):
-            if entry[key] not in known:
-                listed = "categories" if key == "category_id" else "images"
-                raise UserError(
-                    f"{file}: {stated['name']} has {key} {entry[key]!r}, which is not among the {listed}; "
-                    "add it there, or remove the annotation"
-                )
-        label, box = names[entry["category_id"]], entry.get("bbox")
-        if box is not None:
-            x, y, width, height = map(float, box)
-            stated["box"] = (x, y, x + width, y + height)
-        if isinstance(drawn, dict):
-            counts = drawn["counts"]
-            runs = unpacked(counts) if isinstance(counts, str) else counts
-            if tuple(drawn["size"]) != sizes[image]:
-                raise UserError(
-                    f"{file}: {stated['name']} has runs for {drawn['size']} pixels (height, width), its image "
-                    f"{list(sizes[image])}; export it again at the image's size"
-                )
-            shape = Shape(label, pixels=from_runs(runs, (drawn["size"][0], drawn["size"][1])), **stated)
-        elif drawn or "box" in stated:
-            shape = Shape(label, [points(ring) for ring in drawn or ()], **stated)
-        else:
-            raise UserError(f"{file}: annotation {entry.get('id')} has neither a bbox nor a segmentation; draw one")
-        shapes[image].append(shape)
+        with reading(file, f": annotation {entry.get('id')}"):
+            shapes[known(entry, "image_id", sizes)].append(coco_shape(entry, names, sizes))
     images = [Labelled(str(entry["file_name"]), sizes[entry["id"]], shapes[entry["id"]]) for entry in content["images"]]
     return images, [name for name in names.values() if name not in BACKGROUND]
+
+
+def known(entry: Mapping[str, Any], key: str, among: Mapping[Any, Any]) -> Any:
+    """The id of an annotation's category or image. UserError if there is none."""
+    if entry[key] not in among:
+        listed = "categories" if key == "category_id" else "images"
+        raise UserError(f"its {key} {entry[key]!r} is not among the {listed}; add it there, or remove the annotation")
+    return entry[key]
+
+
+def coco_shape(entry: Mapping[str, Any], names: Mapping[Any, str], sizes: Mapping[Any, tuple[int, int]]) -> Shape:
+    """The shape of an annotation."""
+    label, size = names[known(entry, "category_id", names)], sizes[entry["image_id"]]
+    drawn, box = entry.get("segmentation"), entry.get("bbox")
+    stated: dict[str, Any] = {"area": entry.get("area"), "crowd": bool(entry.get("iscrowd", 0))}
+    stated["name"] = f"annotation {entry.get('id')}"
+    if box is not None:
+        if len(box) != 4:
+            raise UserError(f"its bbox has {len(box)} numbers; give left, top, width and height")
+        x, y, width, height = map(float, box)
+        stated["box"] = (x, y, x + width, y + height)
+    if isinstance(drawn, dict):
+        counts = drawn["counts"]
+        runs = unpacked(counts) if isinstance(counts, str) else counts
+        if tuple(drawn["size"]) != size:
+            raise UserError(
+                f"its runs are for {drawn['size']} pixels (height, width), its image has {list(size)}; export it again "
+                "at the image's size"
+            )
+        return Shape(label, pixels=from_runs(runs, (drawn["size"][0], drawn["size"][1])), **stated)
+    if not drawn and box is None:
+        raise UserError("it has neither a bbox nor a segmentation; draw one")
+    return Shape(label, [points(ring) for ring in drawn or ()], **stated)
 
 
 def unpacked(text: str) -> list[int]:
@@ -183,16 +213,17 @@ def coco_content(masks: Iterable[tuple[str, NDArray[Any]]], names: Mapping[int, 
 def read_labelme(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Found:
     images, names = [], set()
     for file in sorted(folder.rglob("*.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        size = int(content["imageHeight"]), int(content["imageWidth"])
-        shapes = [labelme_shape(entry, str(file)) for entry in content["shapes"]]
+        with reading(file, ""):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            size = int(content["imageHeight"]), int(content["imageWidth"])
+            shapes = [labelme_shape(entry) for entry in content["shapes"]]
+            suffix = PureWindowsPath(content["imagePath"]).suffix
         names |= {shape.label for shape in shapes}
-        suffix = PureWindowsPath(content["imagePath"]).suffix
         images.append(Labelled(file.relative_to(folder).with_suffix(suffix).as_posix(), size, shapes))
     return images, sorted(names - {*BACKGROUND})
 
 
-def labelme_shape(entry: Mapping[str, Any], file: str) -> Shape:
+def labelme_shape(entry: Mapping[str, Any]) -> Shape:
     kind, label, drawn = entry.get("shape_type", "polygon"), str(entry["label"]), points(entry["points"])
     if kind == "polygon":
         return Shape(label, [drawn])
@@ -205,7 +236,7 @@ def labelme_shape(entry: Mapping[str, Any], file: str) -> Shape:
         with Image.open(io.BytesIO(base64.b64decode(entry["mask"]))) as picture:
             pixels = np.asarray(picture.convert("L")) > 0
         return Shape(label, pixels=pixels, corner=(int(drawn[0][0]), int(drawn[0][1])))
-    raise UserError(f"{file}: a shape of type {kind!r} has no area; draw {label!r} as a polygon")
+    raise UserError(f"a shape of type {kind!r} has no area; draw {label!r} as a polygon")
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float) -> NDArray[np.float64]:
@@ -239,29 +270,31 @@ def read_yolo(folder: Path, image_size: Callable[[str], tuple[int, int]]) -> Fou
         height, width = image_size(name)
         shapes = []
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            values = line.split()
-            if not values:
-                continue
-            if int(values[0]) not in names:
-                raise UserError(
-                    f"{file}, line {number}: class {values[0]} has no name; name it in data.yaml or classes.txt"
-                )
-            label, numbers = names[int(values[0])], [float(value) for value in values[1:]]
-            if max(map(abs, numbers), default=0) > OUTSIDE:
-                raise UserError(
-                    f"{file}, line {number}: {max(numbers, key=abs):g} is no share of the image's side; divide x by "
-                    "the width and y by the height"
-                )
-            if len(numbers) == 4:
-                x, y, w, h = numbers  # centre and sides
-                box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
-                shapes.append(Shape(label, box=box, name=f"line {number}"))
-                continue
-            if len(numbers) < 6 or len(numbers) % 2:
-                raise UserError(f"{file}, line {number}: an outline needs a class and at least three points")
-            shapes.append(Shape(label, [points(numbers) * (width, height)], name=f"line {number}"))
+            if line.strip():
+                with reading(file, f", line {number}"):
+                    shapes.append(yolo_shape(line, number, names, (height, width)))
         images.append(Labelled(name, (height, width), shapes))
     return images, [name for name in names.values() if name not in BACKGROUND]
+
+
+def yolo_shape(line: str, number: int, names: Mapping[int, str], size: tuple[int, int]) -> Shape:
+    """The box or outline of a line."""
+    first, *rest = line.split()
+    if int(first) not in names:
+        raise UserError(f"class {first} has no name; name it in data.yaml or classes.txt")
+    label, numbers, (height, width) = names[int(first)], [float(value) for value in rest], size
+    if max(map(abs, numbers), default=0) > OUTSIDE:
+        raise UserError(
+            f"{max(numbers, key=abs):g} is no share of the image's side; divide x by the width and y by the height"
+        )
+    name = f"line {number}"
+    if len(numbers) == 4:
+        x, y, w, h = numbers  # centre and sides
+        box = ((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height)
+        return Shape(label, box=box, name=name)
+    if len(numbers) < 6 or len(numbers) % 2:
+        raise UserError("an outline needs a class and at least three points")
+    return Shape(label, [points(numbers) * (width, height)], name=name)
 
 
 def yolo_names(folder: Path) -> dict[int, str]:
@@ -287,16 +320,17 @@ def read_cvat(file: Path, image_size: Callable[[str], tuple[int, int]]) -> Found
     if root.find("track") is not None:
         raise UserError(f"{file} holds tracks of a video; export the task as 'CVAT for images'")
     for image in root.iter("image"):
-        drawn = sorted(image, key=lambda shape: int(shape.get("z_order", 0)))
-        size = int(image.attrib["height"]), int(image.attrib["width"])
-        shapes = [cvat_shape(shape, str(file)) for shape in drawn if shape.tag != "tag"]
+        with reading(file, f": image {image.get('name')}"):
+            drawn = sorted(image, key=lambda shape: int(shape.get("z_order", 0)))
+            size = int(image.attrib["height"]), int(image.attrib["width"])
+            shapes = [cvat_shape(shape) for shape in drawn if shape.tag != "tag"]
         images.append(Labelled(image.attrib["name"], size, shapes))
     listed = [str(label.findtext("name")) for label in root.iter("label")]
     names = listed or sorted({shape.label for image in images for shape in image.shapes})
     return images, [name for name in names if name not in BACKGROUND]
 
 
-def cvat_shape(shape: ElementTree.Element, file: str) -> Shape:
+def cvat_shape(shape: ElementTree.Element) -> Shape:
     label, given = shape.attrib["label"], shape.attrib
     if shape.tag == "polygon":
         return Shape(label, [points([float(v) for pair in given["points"].split(";") for v in pair.split(",")])])
@@ -307,7 +341,7 @@ def cvat_shape(shape: ElementTree.Element, file: str) -> Shape:
         runs = [int(run) for run in given["rle"].split(",")]
         values = np.repeat(np.arange(len(runs)) % 2 == 1, runs)  # row by row within its box
         return Shape(label, pixels=values.reshape(height, width), corner=(int(given["left"]), int(given["top"])))
-    raise UserError(f"{file}: a shape of type {shape.tag!r} has no area; draw {label!r} as a polygon or mask")
+    raise UserError(f"a shape of type {shape.tag!r} has no area; draw {label!r} as a polygon or mask")
 
 
 READERS: dict[str, Callable[[Path, Callable[[str], tuple[int, int]]], Found]] = {

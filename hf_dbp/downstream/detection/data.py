@@ -38,6 +38,7 @@ __all__ = ["BARE", "ObjectImages", "ObjectList", "ObjectSource", "load_objects"]
 logger = logging.getLogger(__name__)
 
 BARE = "images hold no object"
+LOOKED_AT = 5  # images, to see whether labels are of their sizes
 
 
 @dataclasses.dataclass
@@ -208,7 +209,27 @@ def load_objects(source: ObjectSource) -> tuple[ObjectImages, ObjectImages]:
                 "--num_channels"
             )
         data.images.num_channels, data.images.kind = channels, first.dtype.kind
+        check_sizes(data)
     return train, validation
+
+
+def check_sizes(data: ObjectImages) -> None:
+    """UserError if the first `LOOKED_AT` readable images all have another size than their labels."""
+    wrong = ""
+    for index in range(min(LOOKED_AT, len(data))):
+        if data.objects[index] is None:
+            continue
+        try:
+            image_HWC = data.images[index]
+        except UnreadableImageError:
+            continue
+        try:
+            data.of(index, (image_HWC.shape[0], image_HWC.shape[1]))
+            return
+        except UnreadableImageError as error:
+            wrong = wrong or str(error)
+    if wrong:
+        raise UserError(wrong)
 
 
 def chosen_names(known: Sequence[str], wanted: Sequence[str] | None) -> list[str]:

@@ -16,6 +16,7 @@ from hf_dbp.records import hardware, source_commit, versions
 __all__ = ["class_rows", "evaluation_record", "summary"]
 
 PRINTED = 30  # classes that are printed
+USELESS = 0.05  # AP50
 
 
 def class_rows(trainer: DetectionTrainer) -> dict[str, dict[str, float | int | None]]:
@@ -103,6 +104,11 @@ def summary(record: Mapping[str, Any], folder: Path) -> str:
     for name, scores in classes[:PRINTED]:
         figures = "".join(f"{shown(scores[key]):>8}" for key in ("ap", "ap_50", "recall"))
         rows.append(f"    {name:<24} {figures}{scores['objects']:>9}")
+    if (record["map_50"] or 0.0) < USELESS:
+        rows.append(
+            f"  after {record['step']} steps it finds next to nothing: train for longer (--budget, "
+            "--num_train_epochs) or, if the objects are small, raise --image_size"
+        )
     return "\n".join([*rows, *closing_lines(record, folder, "predictions.png")])
 
 

@@ -193,7 +193,7 @@ class Detector:
         batch_size: int = BATCH,
         truth: Mapping[str, Objects] | None = None,
     ) -> None:
-        self.truth = truth
+        self.truth, self.highest = truth, 0.0  # the highest score that this process has seen
         self.model, self.how, self.settings, self.batch_size = model, view, settings, batch_size
         self.masks = hasattr(model, "segmentation_head")
         self.names: dict[int, str] = {int(k): str(name) for k, name in model.config.id2label.items()}
@@ -212,8 +212,10 @@ class Detector:
         waiting = iter(images)
         while batch := list(islice(waiting, self.batch_size)):
             pixels = torch.stack([image.pixels for image in batch]).to(self.model.device)
+            output = self.model(pixel_values=pixels)
+            self.highest = max(self.highest, float(output.logits.float().sigmoid().max()))
             found = found_in(
-                self.model(pixel_values=pixels),
+                output,
                 [image.size for image in batch],
                 threshold=float(self.settings["threshold"]),
             )
@@ -248,12 +250,19 @@ class Detector:
         write_json(folder / "coco.json", self.coco(rows), indent=None)
         counts = Counter(row["class"] for row in rows)
         look = f"look at {folder / 'overlays'}, " if self.settings["overlays"] else ""
+        advice = f"{look}correct coco.json, add it to the labels and run `hf-dbp detect` again"
+        if not counts.keys() - {None}:
+            best = f" (the highest is {self.highest:.2g})" if self.highest else ""
+            advice = (
+                f"no object has a score of {self.settings['threshold']:g} or more{best}: train the detector for "
+                "longer, or give a lower --threshold and another --output_dir"
+            )
         return self.scored(rows) | {
             "files": ["coco.json", *(["overlays"] if self.settings["overlays"] else [])],
             "classes": self.names,
             "counts": {name: counts[name] for name in self.names.values()},
             "empty": counts[None],
-            "next": f"{look}correct coco.json, add it to the labels and run `hf-dbp detect` again",
+            "next": advice,
         }
 
     def scored(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Labels to masks and back: against pycocotools, and every format's round trip."""
 
 import base64
+import functools
 import io
 import json
 
@@ -208,16 +209,22 @@ def coco(file="a.png", **annotation):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("{", "is not a file of coco labels: JSONDecodeError"),
-    ('{"images": [], "annotations": []}', "is not a file of coco labels: KeyError: 'categories'"),
+    ("{", r"labels.json as coco labels: the file is damaged or of another kind .*; export it again"),
+    ("[]", "labels.json holds a list; a COCO file has images, annotations and categories"),
+    ('{"images": [], "annotations": []}', "labels.json as coco labels: 'categories' is missing; add it, or export"),
+    (coco(bbox=["abc", 0, 1, 1]), "annotation 7: could not convert string to float: 'abc'; correct it, or export"),
+    (coco(bbox=[0, 0, 1]), "annotation 7: its bbox has 3 numbers; give left, top, width and height"),
+    (coco(segmentation={"size": [3, 3]}), "annotation 7: 'counts' is missing"),
+    (coco().replace('[{"id": 1, "file', '[{"id": 1, "file_name": "a.png", "height": 3, "width": 3}, {"id": 1, "file'),
+     "image 1: several images have this id; give each its own"),
     (coco(bbox=[0, 0, 1, 1]), "annotation 7 is a box"),
     (coco("b.png"), "labels 'b.png', but no image has that name"),
-    (coco(segmentation={"counts": [1, 2], "size": [3, 3]}), "run lengths add up to 3"),
-    (coco(segmentation={"counts": [1, 3], "size": [2, 2]}), r"annotation 7 has runs for \[2, 2\] pixels"),
+    (coco(segmentation={"counts": [1, 2], "size": [3, 3]}), "json: annotation 7: run lengths add up to 3"),
+    (coco(segmentation={"counts": [1, 3], "size": [2, 2]}), r"annotation 7: its runs are for \[2, 2\] pixels"),
     (coco(segmentation=[[0, 0, 2, 0, 2]]), "an outline has 5 coordinates: give an x and a y"),
     (coco(segmentation=[[0, 0, 2, 2]]), "annotation 7 of 'pit' has an outline of 2 points; draw at least three"),
-    (coco(segmentation=[[0, 0, 2, 0, 2, 2]], category_id=9), "annotation 7 has category_id 9, which is not among"),
-    (coco(segmentation=[[0, 0, 2, 0, 2, 2]], image_id=8), "annotation 7 has image_id 8, which is not among the images"),
+    (coco(segmentation=[[0, 0, 2, 0, 2, 2]], category_id=9), "annotation 7: its category_id 9 is not among"),
+    (coco(segmentation=[[0, 0, 2, 0, 2, 2]], image_id=8), "annotation 7: its image_id 8 is not among the images"),
     (coco().replace('"name": "pit"}', '"name": "pit"}, {"id": 2, "name": "pit"}'), "several categories called 'pit'"),
 ])  # fmt: skip
 def test_mistakes_name_the_file_and_the_remedy(content, message, tmp_path):
@@ -231,6 +238,10 @@ def test_mistakes_name_the_file_and_the_remedy(content, message, tmp_path):
 @pytest.mark.parametrize(("kind", "content", "message"), [
     ("yolo", "3 0.1 0.1 0.5 0.1 0.5 0.5", r"a\.txt, line 1: class 3 has no name; name it in data.yaml or classes.txt"),
     ("yolo", "0 12 12 40 12 40 30", r"a\.txt, line 1: 40 is no share of the image's side; divide x by the width"),
+    ("yolo", "0 0.1 0.1 0.5\n0 0.1 x 0.5 0.5", r"a\.txt, line 1: an outline needs a class and at least three points"),
+    ("yolo", "0 0.1 x 0.5 0.5", r"a\.txt, line 1: could not convert string to float: 'x'; correct it"),
+    ("labelme", [["x", 1], [2, 2]], r"a\.json: could not convert string to float: 'x'; correct it"),
+    ("cvat", "<annotations><image name='a.png' width='3'/></annotations>", r"image a\.png: 'height' is missing"),
     ("labelme", [[1, 1], [2, 2]], "a shape of 'pit' has an outline of 2 points; draw at least three"),
     ("cvat", "<annotations><track id='0' label='pit'/></annotations>", "tracks of a video; export the task as"),
 ])  # fmt: skip
@@ -252,3 +263,34 @@ def test_mistakes_in_other_formats_too(kind, content, message, tmp_path):
         labels.write_text(content)
     with pytest.raises(UserError, match=message):
         mask_folder(str(labels), str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+
+
+VALID = {
+    "images": [{"id": 1, "file_name": "a.png", "height": 3, "width": 3}],
+    "categories": [{"id": 1, "name": "pit"}],
+    "annotations": [
+        {"id": 7, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0,
+         "segmentation": [[0, 0, 2, 0, 2, 2]]},
+        {"id": 8, "image_id": 1, "category_id": 1, "segmentation": {"counts": [1, 8], "size": [3, 3]}},
+    ],
+}  # fmt: skip
+
+
+def places(value, path=()):
+    """The path of every value within a JSON content."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, one in inner for found in places(one, (*path, key)))]
+
+
+@pytest.mark.parametrize("wrong", [None, "abc", [], {}, -1, 1e300, [[1]], True], ids=repr)
+def test_whatever_is_wrong_in_a_file_one_line_names_the_file(wrong, tmp_path):
+    file = tmp_path / "labels.json"
+    for path in places(VALID)[1:]:
+        content = json.loads(json.dumps(VALID))
+        inner = functools.reduce(lambda value, key: value[key], path[:-1], content)
+        inner[path[-1]] = wrong
+        file.write_text(json.dumps(content))
+        try:
+            read_labels(str(file), lambda _: (3, 3))
+        except UserError as error:
+            assert str(file) in str(error) and "\n" not in str(error), (path, error)

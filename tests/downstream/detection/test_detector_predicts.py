@@ -76,6 +76,9 @@ def test_an_image_without_objects_has_a_row_and_a_killed_run_resumes(
     model, images = str(folder / "model" / "masks"), str(folder / "images" / "validation")
     record = predict_main([model, images, "--output_dir", str(tmp_path), "--threshold", "1", "--no_overlays"])
     assert record["empty"] == 3 and record["counts"] == {"block": 0, "stripe": 0}
+    best = max(row["score"] for row in predict(model, images, tmp_path / "all", threshold=0.0, no_overlays=True).rows)
+    advice = f"no object has a score of 1 or more (the highest is {best:.2g}): train the detector for longer"
+    assert record["next"].startswith(advice)
     assert json.loads((tmp_path / "coco.json").read_text())["annotations"] == []
     assert not (tmp_path / "overlays").exists()
     lines = (tmp_path / "done.jsonl").read_text().splitlines(keepends=True)

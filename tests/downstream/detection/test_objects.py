@@ -223,6 +223,17 @@ def test_views_hold_the_pixels_of_their_objects(folder: Path, tmp_path: Path) ->
     torch.testing.assert_close(prepared, item.pixels, atol=0.02, rtol=0)  # two resizings of eight bits
 
 
+def test_labels_of_another_size_than_every_image_end_the_command(tmp_path: Path) -> None:
+    folder = object_folder(tmp_path / "data", count=4)
+    content = json.loads((folder / "labels.json").read_text())
+    for image in content["images"]:
+        image["width"] = 60
+    (folder / "labels.json").write_text(json.dumps(content))
+    (folder / "images" / "train" / "0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1\.png: its labels are for 36 x 60 pixels .* but it has 36 x 48; label it"):
+        loaded(folder, "labels.json", tmp_path / "cache")
+
+
 def test_images_that_labels_do_not_fit_are_skipped_and_named(tmp_path: Path, caplog: Any) -> None:
     folder = object_folder(tmp_path / "data", count=4)
     content = json.loads((folder / "labels.json").read_text())
@@ -259,7 +270,9 @@ def changed(folder: Path, **fields: Any) -> None:
         (lambda f: None, {"background_dir": "good"}, "--background_dir is for masks; with labels, list such images"),
         (
             lambda f: changed(
-                f, images=[{"id": 1, "file_name": "train/0.png", "height": 36, "width": 48}] * 2, annotations=[]
+                f,
+                images=[{"id": k, "file_name": "train/0.png", "height": 36, "width": 48} for k in (1, 2)],
+                annotations=[],
             ),
             {},
             "lists the image 'train/0.png' more than once",
@@ -268,23 +281,23 @@ def changed(folder: Path, **fields: Any) -> None:
         (
             lambda f: changed(f, annotations=[{"id": 5, "image_id": 1, "category_id": 10}]),
             {},
-            "annotation 5 has neither a bbox nor a segmentation",
+            "annotation 5: it has neither a bbox nor a segmentation",
         ),
         (
             lambda f: changed(f, annotations=[{"id": 5, "image_id": 1, "category_id": 11, "bbox": [1, 1, 2, 2]}]),
             {},
-            "annotation 5 has category_id 11, which is not among the categories",
+            "annotation 5: its category_id 11 is not among the categories",
         ),
         (
             lambda f: changed(f, annotations=[{"id": 5, "image_id": 1, "category_id": 10, "bbox": [1, 1, 2]}]),
             {},
-            "is not a file of coco labels: ValueError",
+            "annotation 5: its bbox has 3 numbers; give left, top, width and height",
         ),
-        (lambda f: (f / "labels.json").write_text("{"), {}, "is not a file of coco labels: JSONDecodeError"),
+        (lambda f: (f / "labels.json").write_text("{"), {}, "as coco labels: the file is damaged or of another kind"),
         (
             lambda f: changed(f, images=[{"id": 1, "file_name": "train/77.png", "height": 36, "width": 48}]),
             {},
-            "annotation 2 has image_id 2, which is not among the images",
+            "annotation 2: its image_id 2 is not among the images",
         ),
         (
             lambda f: changed(
