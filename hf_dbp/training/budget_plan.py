@@ -38,7 +38,6 @@ __all__ = [
     "choose",
     "images_first",
     "measured_rate",
-    "seconds_of",
     "unattended",
     "with_plan",
     "write_plan",
@@ -84,6 +83,13 @@ class Timed:
     side: int
     step: float
     forward: float
+
+    @classmethod
+    def of(cls, side: int, images: int, step: Callable[[], Any], forward: Callable[[], Any]) -> Timed:
+        """Time a training step and a forward pass on so many images."""
+        trained = seconds_of(step)
+        with torch.no_grad():
+            return cls(side, trained / images, seconds_of(forward) / images)
 
     def scaled(self, seconds: float, side: int) -> float:
         """Seconds on squares of another side."""

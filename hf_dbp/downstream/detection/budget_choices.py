@@ -24,7 +24,7 @@ from hf_dbp.downstream.detection.model import build_detector
 from hf_dbp.downstream.encoder import build_vit
 from hf_dbp.inspection.choices import Findings
 from hf_dbp.inspection.object_survey import SMALL_DETECTOR, choose_detector
-from hf_dbp.training.budget_plan import Choice, Timed, seconds_of, unattended
+from hf_dbp.training.budget_plan import Choice, Timed, unattended
 
 __all__ = ["choose", "chosen", "timed"]
 
@@ -51,11 +51,7 @@ def timed(vit: Any, names: Sequence[str], side: int, head: dict[str, Any]) -> Ti
     def step() -> None:
         model.train()(pixel_values=pixels, labels=labels).loss.backward()
 
-    @torch.no_grad()
-    def forward() -> None:
-        model.eval()(pixel_values=pixels)
-
-    return Timed(side, seconds_of(step) / len(pixels), seconds_of(forward) / len(pixels))
+    return Timed.of(side, len(pixels), step, lambda: model.eval()(pixel_values=pixels))
 
 
 def choose(

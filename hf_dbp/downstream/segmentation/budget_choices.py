@@ -44,7 +44,7 @@ from hf_dbp.inspection.choices import (
 from hf_dbp.inspection.mask_survey import MaskSurvey, crop_chances, thickness
 from hf_dbp.inspection.survey import ImageKind
 from hf_dbp.recipes import read_yaml, recipe_path
-from hf_dbp.training.budget_plan import Choice, Timed, seconds_of, unattended
+from hf_dbp.training.budget_plan import Choice, Timed, unattended
 
 __all__ = ["choose", "chosen", "timed"]
 
@@ -68,11 +68,7 @@ def timed(model_args: ModelArguments, names: dict[int, str], channels: int, side
     def step() -> None:
         loss(model.train(), {"pixel_values": pixels, "labels": labels}, whole, 0.0)[0].backward()  # type: ignore[no-untyped-call]
 
-    @torch.no_grad()
-    def forward() -> None:
-        applied.eval()(pixel_values=pixels)
-
-    return Timed(side, seconds_of(step) / len(pixels), seconds_of(forward) / len(pixels))
+    return Timed.of(side, len(pixels), step, lambda: applied.eval()(pixel_values=pixels))
 
 
 def survey(images: LabelledImages, crop: int) -> tuple[list[ImageKind], MaskSurvey]:
