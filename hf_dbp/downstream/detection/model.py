@@ -10,7 +10,7 @@ The position table is resampled once, bicubic, to a square of the longer side of
 square the backbone interpolates it in every forward.
 
 The model stays stock: a saved folder loads without hf_dbp. It lacks what the published RF-DETR has from its
-pre-training on Objects365: here decoder and heads start from random weights.
+pre-training on Objects365: here decoder and heads start from random weights (`spread`).
 
 Shapes: D width; T patches; L layers.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import (
     PreTrainedModel,
     RfDetrConfig,
@@ -103,12 +104,25 @@ def build_detector(
         decoder_ffn_dim=8 * decoder_width,
     )
     model: PreTrainedModel = (RfDetrForInstanceSegmentation if instances else RfDetrForObjectDetection)(config)
+    spread(model)
     model.to(vit.dtype)
     state, table = vit.state_dict(), "embeddings.position_embeddings"
     rows, columns = (size // patch for size in sides(vit.config.image_size))
     state[table] = resampled_positions(state[table], (side, side), (rows, columns))
     fill_dinov2(backbone_of(model), state)
     return model
+
+
+def spread(model: PreTrainedModel) -> None:
+    """Draw the matrices outside the encoder anew by Xavier's rule, as DETR does (Carion et al. 2020).
+
+    transformers draws them with a standard deviation of 0.02, which suits weights that are loaded afterwards: from it
+    a detector learns several times more slowly (docs/detect.md). Those that start at zero stay so.
+    """
+    encoder = set(backbone_of(model).modules())
+    for module in model.modules():
+        if module not in encoder and isinstance(module, nn.Linear | nn.Conv2d) and bool(module.weight.any()):
+            nn.init.xavier_uniform_(module.weight)
 
 
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:

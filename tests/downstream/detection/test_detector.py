@@ -49,6 +49,25 @@ def test_at_another_size_the_positions_are_those_that_the_vit_resamples() -> Non
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("instances", [False, True])
+def test_what_starts_anew_starts_wide_enough_to_learn(instances: bool) -> None:
+    """Xavier's uniform rule; transformers' own standard deviation is 0.02 for every shape."""
+    model = build_detector(fused(), ["a", "b"], image_size=(32, 32), instances=instances, **SMALL)
+    encoder, seen = set(backbone_of(model).modules()), 0
+    for name, module in model.named_modules():
+        if module in encoder or not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            continue
+        weight = module.weight.detach()
+        if "sampling_offsets" in name or "attention_weights" in name or ("bbox_embed" in name and "layers.2" in name):
+            assert not weight.any(), name
+        elif weight.numel() >= 500:
+            inputs, outputs = weight[0].numel(), weight.shape[0] * weight[0, 0].numel()
+            expected = (2 / (inputs // getattr(module, "groups", 1) + outputs)) ** 0.5
+            assert float(weight.std()) == pytest.approx(expected, rel=0.1), name
+            seen += 1
+    assert seen > 10
+
+
 def test_windows_of_the_paper_are_another_network() -> None:
     vit = fused(num_hidden_layers=4)
     one, two = (
