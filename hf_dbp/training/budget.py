@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 WARM_UP = 0.05
 SAVES, EVALUATED = 10, (3, 6)  # tenths of the training time
 GUESSED_ENDING = 0.05  # share of the budget, until the ending is measured
-DRAWN, MOST_DRAWN = 0.3, 0.06  # for pictures and exit: a share of the start, which also imports much; of the budget
+# for pictures and exit: a share of the start, which also imports much, at most a share of the budget, and seconds
+DRAWN, MOST_DRAWN, LONGEST = 0.3, 0.06, 15.0
 FIRST = 60.0  # seconds, or a tenth of the budget: then measure the ending and predict the number of steps
 
 
@@ -137,7 +138,7 @@ class BudgetCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
         self.saving = time.monotonic() - self._marked
         # an evaluation, interpolation or pictures, which cost about the same, the final model, exit, and a margin
-        pictures = min(DRAWN * (self.first_step or 0.0), MOST_DRAWN * self.seconds)
+        pictures = min(DRAWN * (self.first_step or 0.0), MOST_DRAWN * self.seconds, LONGEST)
         self.ending = 2 * self.evaluation + 2 * self.saving + pictures + 0.01 * self.seconds
         self._marked = time.monotonic()
         self._now = self.elapsed()  # evaluating and saving are not part of a step

@@ -258,6 +258,16 @@ def test_a_resumed_run_remembers_how_long_an_evaluation_takes():
     assert 2 * 40 < second.ending < 2 * 40 + 20
 
 
+@pytest.mark.parametrize(("start", "seconds", "kept"), [(10, 600, 3), (400, 100, 6), (90, 600, 15), (90, 36000, 15)])
+def test_pictures_and_exit_are_kept_for_but_never_long(start, seconds, kept):
+    """A slow start, such as that of a busy machine that renders images, says little about how long pictures take."""
+    callback = BudgetCallback(seconds, time.monotonic())
+    callback.first_step, callback.evaluation, callback.saving = float(start), 0.0, 1.0
+    callback._marked = time.monotonic()
+    callback.on_save(SimpleNamespace(), SimpleNamespace(global_step=3), None)
+    assert callback.ending - 0.01 * seconds == pytest.approx(kept, abs=0.2)
+
+
 def test_eta_follows_the_decay_of_the_clock_but_not_its_warm_up(tmp_path):
     args = PretrainingArguments(output_dir=str(tmp_path), budget="100s", use_cpu=True)
     kept, state = BudgetCallback(100, 0.0), SimpleNamespace(global_step=0, max_steps=10**9)
