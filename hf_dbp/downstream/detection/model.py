@@ -117,18 +117,27 @@ def spread(model: PreTrainedModel) -> None:
     """Draw the matrices outside the encoder anew by Xavier's rule, as DETR does (Carion et al. 2020).
 
     transformers draws them with a standard deviation of 0.02, which suits weights that are loaded afterwards: from it
-    a detector learns several times more slowly (docs/detect.md). Those that start at zero stay so.
+    a detector learns several times more slowly (docs/detect.md). Those that start at zero stay so. The heads over the
+    encoder start as those over the decoder do, with rare objects and unmoved boxes, which transformers 5.17 omits.
     """
+    detector = stock_detector(model)
+    for classes, boxes in zip(detector.model.enc_out_class_embed, detector.model.enc_out_bbox_embed, strict=True):
+        nn.init.zeros_(boxes.layers[-1].weight)
+        classes.bias.data.copy_(detector.class_embed.bias.data)
     encoder = set(backbone_of(model).modules())
     for module in model.modules():
         if module not in encoder and isinstance(module, nn.Linear | nn.Conv2d) and bool(module.weight.any()):
             nn.init.xavier_uniform_(module.weight)
 
 
+def stock_detector(model: PreTrainedModel) -> Any:
+    """What finds the boxes: the model itself, or what it holds if it finds masks too."""
+    return model.model if isinstance(model, RfDetrForInstanceSegmentation) else model
+
+
 def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
     """The encoder within an RF-DETR."""
-    detector = model.model if isinstance(model, RfDetrForInstanceSegmentation) else model
-    backbone: PreTrainedModel = detector.model.backbone.backbone
+    backbone: PreTrainedModel = stock_detector(model).model.backbone.backbone
     return backbone
 
 

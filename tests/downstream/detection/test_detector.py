@@ -1,5 +1,6 @@
 """A stock RF-DETR whose feature maps are the encoder's hidden states."""
 
+import math
 from typing import Any
 
 import pytest
@@ -65,6 +66,8 @@ def test_what_starts_anew_starts_wide_enough_to_learn(instances: bool) -> None:
             expected = (2 / (inputs // getattr(module, "groups", 1) + outputs)) ** 0.5
             assert float(weight.std()) == pytest.approx(expected, rel=0.1), name
             seen += 1
+        if "class_embed" in name:
+            assert module.bias.tolist() == pytest.approx([-math.log(99)] * 2), name  # objects are rare
     assert seen > 10
 
 
