@@ -67,7 +67,8 @@ def read(results: Path) -> Runs:
     """The finished runs."""
     found = {}
     for file in sorted(results.glob("*-*.json")):
-        head, rate, seed = file.stem.split("-", 1)[0], *file.stem.split("-", 1)[1].rsplit("-", 1)
+        head, rest = file.stem.split("-", 1)
+        rate, seed = rest.rsplit("-", 1)
         found[head, rate, int(seed)] = json.loads(file.read_text(encoding="utf-8"))
     return found
 

@@ -97,7 +97,7 @@ class Timed:
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Seconds that it takes the second time, on a GPU until it has finished; the first only warms up."""
+    """Seconds that some work takes the second time, on a GPU until it has finished; the first time only warms up."""
     began = 0.0
     for _ in range(2):
         began = time.monotonic()
