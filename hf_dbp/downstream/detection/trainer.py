@@ -54,7 +54,8 @@ class DetectionTrainer(FinetuningTrainer):
     groups = GROUPS
 
     def __init__(self, **kwargs: Any) -> None:
-        kwargs["model"].loss_function = finite_boxes(kwargs["model"].loss_function)
+        model = kwargs["model"]
+        model.loss_function = guarded(model.loss_function, model.config.class_loss_coefficient)
         super().__init__(data_collator=collate, **kwargs)
         self.scores: Scores | None = None
         self.mask_scores: Scores | None = None
@@ -149,14 +150,23 @@ class DetectionTrainer(FinetuningTrainer):
         return {**self.scores.figures, **{f"mask_{name}": value for name, value in masks.items()}}
 
 
-def finite_boxes(loss_function: Callable[..., Any]) -> Callable[..., Any]:
-    """RF-DETR's loss, and NaN for boxes that are not finite, so that the guards skip the step: it would raise."""
+def guarded(loss_function: Callable[..., Any], class_weight: float) -> Callable[..., Any]:
+    """RF-DETR's loss where the stock one fails.
+
+    - Boxes that are not finite, for which it raises: NaN, so that the guards skip the step.
+    - Masks in a batch without objects, for which it is an empty tensor: the loss of the classes, all that there is.
+      The masks take part with a factor of 0, as DDP waits for the gradient of every tensor.
+    """
 
     def loss(*outputs: Any, **more: Any) -> Any:
         tensors = [part for part in tensors_in(outputs) if part.requires_grad or part.shape[-1:] == (4,)]
-        if all(bool(part.isfinite().all()) for part in tensors if part.shape[-1:] == (4,)):
-            return loss_function(*outputs, **more)
-        return torch.stack([part.sum() for part in tensors]).sum() * float("nan"), {}, None
+        if not all(bool(part.isfinite().all()) for part in tensors if part.shape[-1:] == (4,)):
+            return torch.stack([part.sum() for part in tensors]).sum() * float("nan"), {}, None
+        value, parts, auxiliary = loss_function(*outputs, **more)
+        if value.numel() == 0:
+            classes = [part for name, part in parts.items() if name.startswith("loss_ce")]
+            value = class_weight * torch.stack(classes).sum() + 0 * sum(part.sum() for part in tensors)
+        return value, parts, auxiliary
 
     return loss
 

@@ -195,6 +195,14 @@ def test_other_channels_and_depths(channels: int, depth: type, tmp_path: Path) -
     assert ("pipeline_tag" in card) is False
 
 
+@pytest.mark.parametrize("masks", [(), ("--instances",)])
+def test_batches_of_images_without_objects(folder: Path, tmp_path: Path, masks: tuple[str, ...]) -> None:
+    """Of eight images, half show a stripe: with batches of one, steps and evaluations without an object occur."""
+    flags = ("--classes", "stripe", "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1")
+    record = main(given(folder, tmp_path, *flags, *masks, "--max_steps", "8"))
+    assert record["guards"]["skipped_steps"] == 0 and np.isfinite(record["loss"]) and len(record["evaluations"]) == 4
+
+
 def test_masks_yolo_and_the_built_in_images(folder: Path, tmp_path: Path) -> None:
     names = ("--id2label", str(folder / "names.json"), "--instances", "--classes", "stripe", "--max_steps", "2")
     record = main(given(folder, tmp_path / "masks", *names, labels="masks"))

@@ -9,7 +9,8 @@ from tiny import TINY, fused
 from transformers import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, ViTConfig, ViTModel
 
 from hf_dbp.downstream.beit import parameter_groups
-from hf_dbp.downstream.detection.model import backbone_of, build_detector, is_detector, load_detector
+from hf_dbp.downstream.detection.model import backbone_of, build_detector, is_detector, load_detector, stock_detector
+from hf_dbp.downstream.detection.trainer import guarded
 from hf_dbp.errors import UserError
 
 SMALL: dict[str, Any] = {"query_groups": 2, "decoder_layers": 2, "decoder_width": 32}
@@ -96,6 +97,24 @@ def test_an_oblong_input_trains_every_tensor() -> None:
     model(pixel_values=torch.randn(2, 3, 32, 48), labels=labels).loss.backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize("instances", [False, True])
+def test_a_batch_without_objects_has_the_loss_of_the_classes(instances: bool) -> None:
+    """The stock loss with masks is then an empty tensor; what it should be is known from the model without masks."""
+    model = build_detector(fused().float(), ["a", "b"], image_size=(32, 32), instances=instances, **SMALL).train()
+    pixels, config = torch.randn(2, 3, 32, 32), model.config
+    nothing = {"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    expected = stock_detector(model)(pixel_values=pixels, labels=[nothing] * 2).loss
+    model.loss_function = guarded(model.loss_function, config.class_loss_coefficient)
+    labels = [{**nothing, "masks": torch.zeros(0, 32, 32)}] * 2
+    loss = model(pixel_values=pixels, labels=labels).loss
+    assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()  # DDP waits for the gradient of every tensor
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.parametrize("instances", [False, True])
