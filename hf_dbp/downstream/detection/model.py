@@ -42,6 +42,8 @@ __all__ = ["build_detector", "is_detector", "load_detector"]
 
 CLASSES = {one.__name__: one for one in (RfDetrForObjectDetection, RfDetrForInstanceSegmentation)}
 QUERIES = 300  # RF-DETR's
+POINTS = 1024  # at least so many cells of a mask are compared
+MASK_STRIDE = 4  # pixels per cell of a predicted mask, RF-DETR's
 
 
 def build_detector(
@@ -102,6 +104,8 @@ def build_detector(
         decoder_self_attention_heads=decoder_width // 32,
         decoder_cross_attention_heads=decoder_width // 16,
         decoder_ffn_dim=8 * decoder_width,
+        mask_downsample_ratio=MASK_STRIDE,
+        mask_point_sample_ratio=cells_per_point(image_size),
     )
     model: PreTrainedModel = (RfDetrForInstanceSegmentation if instances else RfDetrForObjectDetection)(config)
     spread(model)
@@ -111,6 +115,17 @@ def build_detector(
     state[table] = resampled_positions(state[table], (side, side), (rows, columns))
     fill_dinov2(backbone_of(model), state)
     return model
+
+
+def cells_per_point(image_size: tuple[int, int]) -> int:
+    """Cells of a mask per point at which the loss compares it with the truth: RF-DETR's 16, or fewer in small images.
+
+    RF-DETR takes a sixteenth of a mask's cells for images of 312 to 768 pixels. In one of 128 pixels that is 64 points,
+    of which a small object holds none, and its mask is never learned (docs/detect.md). At least `POINTS` are taken, or
+    all cells if they are fewer.
+    """
+    cells = (image_size[0] // MASK_STRIDE) * (image_size[1] // MASK_STRIDE)
+    return max(1, min(16, cells // POINTS))
 
 
 def spread(model: PreTrainedModel) -> None:

@@ -72,6 +72,17 @@ def test_what_starts_anew_starts_wide_enough_to_learn(instances: bool) -> None:
     assert seen > 10
 
 
+@pytest.mark.parametrize(
+    ("size", "points"), [((32, 32), 64), ((128, 160), 1280), ((192, 192), 1152), ((768, 768), 2304)]
+)
+def test_masks_of_small_images_are_compared_at_enough_points(size: tuple[int, int], points: int) -> None:
+    """1,024 cells or all, up to the sixteenth that RF-DETR takes."""
+    model = build_detector(fused(), ["a"], image_size=size, instances=True, num_queries=8, **SMALL)
+    stride, share = model.config.mask_downsample_ratio, model.config.mask_point_sample_ratio
+    cells = (size[0] // stride) * (size[1] // stride)
+    assert cells // share == points >= min(cells, 1024)
+
+
 def test_windows_of_the_paper_are_another_network() -> None:
     vit = fused(num_hidden_layers=4)
     one, two = (
