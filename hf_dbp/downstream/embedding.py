@@ -49,6 +49,7 @@ from hf_dbp.downstream.features import (
 from hf_dbp.downstream.neighbours import centred, near_duplicates, nearest, outlier_scores
 from hf_dbp.downstream.partial import EMBEDDED, UNREADABLE, WAITING, Work, fits
 from hf_dbp.errors import UserError, command
+from hf_dbp.locking import one_writer
 from hf_dbp.records import versions
 
 __all__ = ["Embeddings", "embed_images", "main", "nearest_of_queries", "read_embeddings"]
@@ -106,7 +107,8 @@ def embed_images(
         The metadata: images, unreadable, near_duplicates, images_per_second (for those embedded now) ...
 
     Raises:
-        UserError: too many unreadable images, no readable image, or no room on the disk.
+        UserError: too many unreadable images, no readable image, no room on the disk, or another process writes the
+            table.
     """
     path, patch_size = Path(file), encoder.vit.config.patch_size
     sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
@@ -115,36 +117,38 @@ def embed_images(
     name = fingerprint(encoder, images, how)
     analysis = {"threshold": threshold, "neighbours": neighbours}
     patches = None if patch_file is None else (Path(patch_file), (len(images), tokens, width))
-    known = described(path)
-    if known.get("fingerprint") == name and (patches is None or fits(patches[0], np.float16, patches[1])):
-        if known["analysis"] != analysis:
-            known = compare_again(path, known | {"analysis": analysis})
-        return known | {"embedded_now": 0}
-    work = Work(path, name, (len(images), width), patches)
-    images.unreadable.flags |= torch.from_numpy(work.state_N == UNREADABLE)
-    rows = np.flatnonzero(work.state_N == WAITING)
-    began = time.monotonic()
-    waiting = torch.utils.data.Subset(encoder.squares(images), rows.tolist())
-    with tqdm(total=len(images), initial=len(images) - len(rows), desc="Images", leave=False) as progress:
-        at = 0
-        for batch, readable in token_batches(encoder.vit, waiting, batch_size, workers):
-            work.add(rows[at : at + len(readable)].tolist(), readable, batch, pooling)
-            at += len(readable)
-            progress.update(len(readable))
-    work.flush()
-    seconds = time.monotonic() - began
-    if not (work.state_N == EMBEDDED).any():
-        raise UserError(f"none of the {len(images)} images can be read")
-    record = {
-        "schema": 1, "task": "embedding", "fingerprint": name, "model": encoder.name, "data": data or {}, **how,
-        "image_size": list(encoder.size), "image_mean": list(encoder.mean), "image_std": list(encoder.std),
-        "analysis": analysis, "images": len(images), "unreadable": int((work.state_N == UNREADABLE).sum()),
-        "embedded_now": len(rows), "seconds": round(seconds, 3),
-        "images_per_second": round(len(rows) / seconds, 2) if len(rows) else None, "versions": versions(),
-    }  # fmt: skip
-    record = write_table(path, work, images, record)
-    shutil.rmtree(work.folder)
-    return record
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with one_writer(path):
+        known = described(path)
+        if known.get("fingerprint") == name and (patches is None or fits(patches[0], np.float16, patches[1])):
+            if known["analysis"] != analysis:
+                known = compare_again(path, known | {"analysis": analysis})
+            return known | {"embedded_now": 0}
+        work = Work(path, name, (len(images), width), patches)
+        images.unreadable.flags |= torch.from_numpy(work.state_N == UNREADABLE)
+        rows = np.flatnonzero(work.state_N == WAITING)
+        began = time.monotonic()
+        waiting = torch.utils.data.Subset(encoder.squares(images), rows.tolist())
+        with tqdm(total=len(images), initial=len(images) - len(rows), desc="Images", leave=False) as progress:
+            at = 0
+            for batch, readable in token_batches(encoder.vit, waiting, batch_size, workers):
+                work.add(rows[at : at + len(readable)].tolist(), readable, batch, pooling)
+                at += len(readable)
+                progress.update(len(readable))
+        work.flush()
+        seconds = time.monotonic() - began
+        if not (work.state_N == EMBEDDED).any():
+            raise UserError(f"none of the {len(images)} images can be read")
+        record = {
+            "schema": 1, "task": "embedding", "fingerprint": name, "model": encoder.name, "data": data or {}, **how,
+            "image_size": list(encoder.size), "image_mean": list(encoder.mean), "image_std": list(encoder.std),
+            "analysis": analysis, "images": len(images), "unreadable": int((work.state_N == UNREADABLE).sum()),
+            "embedded_now": len(rows), "seconds": round(seconds, 3),
+            "images_per_second": round(len(rows) / seconds, 2) if len(rows) else None, "versions": versions(),
+        }  # fmt: skip
+        record = write_table(path, work, images, record)
+        shutil.rmtree(work.folder)
+        return record
 
 
 def compare(features_ND: Tensor, names: Sequence[str], record: dict[str, Any]) -> tuple[pa.Array, pa.Array]:

@@ -42,6 +42,7 @@ from hf_dbp.downstream.segmentation.source import LabelFlags
 from hf_dbp.errors import UserError, command
 from hf_dbp.flags import flags_of
 from hf_dbp.hub.untrusted import read_json
+from hf_dbp.locking import one_writer
 from hf_dbp.records import finite, versions, write_json
 
 __all__ = ["Predictions", "Predictor", "load_predictor", "main", "predict"]
@@ -151,7 +152,7 @@ def predict(
 
     Raises:
         UserError: there is no such model or image, none of the images can be read, or ``output_dir`` holds results of
-            another model or other settings.
+            another model or other settings, or another process writes there.
     """
     where = os.fspath(images)
     predictor = load_predictor(model, images=where, **settings) if isinstance(model, str) else model
@@ -163,6 +164,12 @@ def predict(
             "give one outside"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    with one_writer(folder):
+        return predicted(predictor, samples, left_out, folder, table)
+
+
+def predicted(predictor: Predictor, samples: Samples, left_out: LeftOut, folder: Path, table: str) -> Predictions:
+    """Predict the images that are not done, and write the table and the record. UserError as for `predict`."""
     clear_parts(folder)
     done = read_done(folder / DONE, predictor.settings)
     left = {name: files for name, files in samples.items() if name not in done}

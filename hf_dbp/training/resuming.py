@@ -28,6 +28,7 @@ from hf_dbp.callbacks import DecorrelationCallback, ReportingCallback
 from hf_dbp.data.feeding import EpochCallback, step_images
 from hf_dbp.data.order import EpochSampler, Lanes
 from hf_dbp.errors import UserError
+from hf_dbp.locking import one_writer
 from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.guards import GuardCallback
@@ -188,10 +189,18 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
         """Like the stock method; ``True`` means the last complete checkpoint.
 
         Raises:
-            UserError: ``True`` but there is none, or the folder holds checkpoints of another run.
+            UserError: ``True`` but there is none, the folder holds checkpoints of another run, or another process
+                trains there.
             SystemExit: SIGTERM (status 143) or SIGINT (130) arrived; the checkpoint is saved.
         """
         self.run_folder = Path(super()._get_output_dir(trial))
+        if not self.args.should_save:
+            return self._train(resume_from_checkpoint, trial, **kwargs)
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        with one_writer(self.run_folder):
+            return self._train(resume_from_checkpoint, trial, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, trial: Any, **kwargs: Any) -> Any:
         resume_from_checkpoint = self.named_checkpoint(resume_from_checkpoint)
         self._begin(resume_from_checkpoint)
         self.before_training(resume_from_checkpoint)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import ViTConfig, ViTModel
 
+from hf_dbp import locking
 from hf_dbp.cli import main
 from hf_dbp.data.images import ImageSource
 from hf_dbp.data.one_split import open_images
@@ -20,6 +21,7 @@ from hf_dbp.downstream.embedding import embed_images, nearest_of_queries, read_e
 from hf_dbp.downstream.features import load_encoder
 from hf_dbp.downstream.neighbours import centred, near_duplicates, nearest, outlier_scores
 from hf_dbp.downstream.probe import extract_features
+from hf_dbp.locking import one_writer
 
 
 @pytest.fixture
@@ -124,6 +126,14 @@ def test_what_is_there_is_not_embedded_again_unless_it_is_other_work(folder, cap
     ViTModel(encoder.vit.config, add_pooling_layer=False).save_pretrained(folder / "vit")
     images, encoder = opened(folder)
     assert embed_images(encoder, images, folder / "table.parquet")["embedded_now"] == 14
+
+
+def test_two_commands_do_not_write_one_table(folder, capsys, monkeypatch):
+    monkeypatch.setattr(locking, "PATIENCE", 0.1)
+    with one_writer(folder / "table.parquet"), pytest.raises(SystemExit):
+        embed(folder)
+    assert "another process is writing there" in capsys.readouterr().err.splitlines()[-1]
+    assert len(embed(folder).names) == 13
 
 
 def test_half_work_of_another_kind_is_begun_anew(folder, monkeypatch, caplog):

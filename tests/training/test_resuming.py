@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from test_pretraining import flags
 from torch.utils.data import DataLoader
 
+from hf_dbp import locking
+from hf_dbp.locking import one_writer
 from hf_dbp.pretraining import main
 from hf_dbp.records import RunRecord
 from hf_dbp.training import stopping
@@ -328,6 +330,19 @@ def test_a_named_checkpoint_must_be_whole(tmp_path, stopped_run, capsys):
             main(flags(tmp_path / "other", resume_from_checkpoint=run / name, **STEPS))
         assert stopped.value.code == 2
         assert f"is incomplete: {problem}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path, stopped_run, capsys, monkeypatch):
+    """The second would delete what the first is saving, and both would write checkpoints."""
+    run = shutil.copytree(stopped_run, tmp_path / "run")
+    (run / ".unfinished").mkdir()
+    monkeypatch.setattr(locking, "PATIENCE", 0.1)
+    with one_writer(run), pytest.raises(SystemExit) as stopped:
+        main(flags(run, **STEPS))
+    assert stopped.value.code == 2 and (run / ".unfinished").is_dir()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {run}: another process is writing there")
+    main(flags(run, **STEPS))
+    assert last_checkpoint(run) == str(run / "checkpoint-10") and not (run / ".lock").exists()
 
 
 def test_a_finished_run_takes_no_further_step(tmp_path, undisturbed):

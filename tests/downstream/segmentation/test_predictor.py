@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 import hf_dbp
+from hf_dbp import locking
 from hf_dbp.data.labels.formats import coco_content
 from hf_dbp.data.windows import open_rows
 from hf_dbp.data.wire_bonding import render
@@ -31,6 +32,7 @@ from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelle
 from hf_dbp.downstream.segmentation.finetuning import main as finetune
 from hf_dbp.downstream.segmentation.predictor import RowsView, Segmenter, load
 from hf_dbp.errors import UserError
+from hf_dbp.locking import one_writer
 
 ROOT = Path(__file__).parents[3]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
@@ -407,7 +409,7 @@ def test_killed_again_and_again_it_ends_with_every_image_once(segmenter, wafers,
         assert (out / "masks" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_what_would_give_wrong_figures_is_refused(segmenter, wafers, tmp_path):
+def test_what_would_give_wrong_figures_is_refused(segmenter, wafers, tmp_path, monkeypatch):
     """Masks of classes that the model lacks, flags without an effect, masks that would be images of the next run."""
     model, images = str(segmenter["native"][0]), wafers / "images/validation"
     for file in (wafers / "masks/validation").iterdir():
@@ -425,6 +427,9 @@ def test_what_would_give_wrong_figures_is_refused(segmenter, wafers, tmp_path):
             load(model, **flag)
     with pytest.raises(UserError, match=r"--device tpu9: .*; give cpu"):
         load(model, device="tpu9")
+    monkeypatch.setattr(locking, "PATIENCE", 0.1)
+    with one_writer(tmp_path / "out"), pytest.raises(UserError, match=r"out: another process is writing there"):
+        hf_dbp.predict(model, images, tmp_path / "out")
     with pytest.raises(UserError, match=r"lies in the folder of images.*give one outside"):
         hf_dbp.predict(model, images, images / "out")
     assert not (images / "out").exists()
