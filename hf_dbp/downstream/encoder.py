@@ -2,7 +2,7 @@
 
 `load_vit` makes a stock `ViTModel` from what `--model_name_or_path` names:
 
-    vit                     a ViT: fused DBP, BP, supervised, MoCo v3, or the encoder of a classifier
+    vit                     a ViT: fused DBP, BP, supervised, DeiT (not distilled), MoCo v3, or a classifier's encoder
     vit_mae, dbp_vit_mae    the encoder of a ViT-MAE, public or from a run; decorrelated ones are fused
     dinov2                  a DINOv2 without registers and gates; LayerScale is folded into the weights
 """
@@ -74,6 +74,11 @@ def load_vit(source: str, **hub_options: Any) -> ViTModel:
         return extract_vit(load_model(source, kind, **hub_options))
     if kind == "dinov2":
         return vit_of_dinov2(load_dinov2(source, content, **hub_options))
+    if kind == "deit":
+        raise UserError(
+            f"{source} is a distilled DeiT, which has a token that a ViT lacks; take the DeiT that was not distilled, "
+            "such as facebook/deit-base-patch16-224, which is a ViT"
+        )
     if kind != "vit":
         raise UserError(f"{source} holds a {kind!r} model; give a ViT, a ViT-MAE or a DINOv2")
     vit = load_model(source, "vit", add_pooling_layer=False, **hub_options)

@@ -88,6 +88,11 @@ def read_config(source: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
     if found is None:
         raise UserError(f"{source} holds no config.json; give a folder or a Hub id of a model")
     file, content = found
+    if "model_type" not in content and "architecture" in content:
+        raise UserError(
+            f"{source} is timm's {content['architecture']!r:.80}; take a model in transformers' form, such as "
+            "facebook/vit-mae-base or google/vit-base-patch16-224"
+        )
     if not isinstance(content.get("model_type"), str):
         raise UserError(f"{file}: model_type is {content.get('model_type')!r}; expected a name such as 'vit'")
     if content["model_type"] in KINDS:
