@@ -108,6 +108,9 @@ class DecorrelationArguments:
         return RowSampling(self.sample_fraction, self.row_floor, self.row_cap, shares)
 
 
+OFTEN, OFTEN_SHARE = 10, 0.1  # more reduced updates of a layer than both are worth a warning
+
+
 class ShareCounts:
     """Counts, on the device, how often each layer took less than the full eta (`update_decorrelation`)."""
 
@@ -119,7 +122,7 @@ class ShareCounts:
             3, 0, dtype=torch.float64
         )  # (3, layers): reduced steps, skipped steps, smallest positive share
         self.before: dict[str, Any] = {}
-        self.told = 0
+        self.updates, self.told = 0, 0
 
     def preset(self, results: dict[str, Any]) -> None:
         """Continue from the counts of an earlier part of the run."""
@@ -135,6 +138,7 @@ class ShareCounts:
             self.counts = torch.cat([self.counts.to(counts.device), counts], dim=1)
         if not shares:
             return
+        self.updates += 1
         one = torch.ones_like(next(iter(shares.values())))
         self.last, self.judged = torch.stack([shares.get(name, one) for name in self.names]), False
         skipped = self.last == 0
@@ -167,20 +171,23 @@ class ShareCounts:
 
     def logs(self) -> dict[str, float]:
         """What to log once eta was reduced: layers, their steps in total, the largest factor, and the skipped updates
-        of R summed over layers. Warns when further layers are affected."""
+        of R summed over layers. Warns when further layers are affected often: a few reduced updates at the start of a
+        run are what the bound is for."""
         results = self.results()
         reduced, skipped = results["reduced_eta"], sum(results["skipped_R"].values())
         found = {"skipped_R": float(skipped)} if skipped else {}
         if not reduced:
             return found
-        worst = max(reduced, key=lambda name: reduced[name]["largest_factor"])
-        factor, steps = reduced[worst]["largest_factor"], sum(layer["steps"] for layer in reduced.values())
-        if len(reduced) > self.told:
-            self.told = len(reduced)
+        factor = max(layer["largest_factor"] for layer in reduced.values())
+        steps = sum(layer["steps"] for layer in reduced.values())
+        here = dict(zip(self.names, self.counts[0].tolist(), strict=False))
+        often = [name for name, times in here.items() if times > max(OFTEN, self.updates * OFTEN_SHARE)]
+        if len(often) > self.told:
+            self.told = len(often)
             logger.warning(
-                "eta is too large for %d layers, most for %s, by a factor of %.3g: it is reduced there where it acts. "
-                "Lower --eta if this goes on",
-                len(reduced), worst, factor,
+                "eta is too large for %d layers, most often for %s: in more than a tenth of the updates it was reduced "
+                "there, by a factor of up to %.3g. Lower --eta",
+                len(often), max(often, key=here.__getitem__), max(reduced[name]["largest_factor"] for name in often),
             )  # fmt: skip
         return found | {
             "reduced_eta_layers": len(reduced),

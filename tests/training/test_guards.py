@@ -11,6 +11,7 @@ import torch
 from test_pretraining import flags
 from torch import Tensor
 
+from hf_dbp.callbacks import ShareCounts
 from hf_dbp.conversion import decorrelated_layers
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
 from hf_dbp.pretraining import main
@@ -89,12 +90,25 @@ def test_at_the_papers_eta_the_bound_changes_no_bit(tmp_path) -> None:
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_only_an_eta_that_is_often_reduced_is_worth_a_warning(caplog) -> None:
+    """Told once per affected layer, however long it goes on; the counts are there from the first."""
+    caplog.set_level(logging.WARNING, logger="hf_dbp")
+    counts = ShareCounts()
+    for step in range(200):
+        early, half = torch.tensor(0.125 if step < 10 else 1.0), torch.tensor(0.25 if step % 2 else 1.0)
+        counts.add({"early": early, "half": half, "never": torch.tensor(1.0)})
+        logged = counts.logs()
+        assert ("eta is too large for 1 layers, most often for half" in caplog.text) == (step >= 21)
+    assert logged["reduced_eta_layers"] == 2 and logged["reduced_eta_steps"] == 110
+    assert len(caplog.records) == 1 and "by a factor of up to 4." in caplog.text
+
+
 @pytest.mark.slow
 def test_a_reduced_eta_is_told_and_counted_over_a_resume(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING, logger="hf_dbp")
     settings = {"eta": 0.9, "update_interval": 2, "eta_schedule": "constant", "logging_steps": 2, "num_train_epochs": 2}
     whole = main(flags(tmp_path / "whole", **settings)).results["guards"]["reduced_eta"]
-    assert "eta is too large for" in caplog.text
+    assert "eta is too large for" not in caplog.text  # six updates of it are no reason for a warning
     main(flags(tmp_path / "half", **settings))
     for file in (tmp_path / "half" / "checkpoint-6").iterdir():
         file.unlink()
