@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from step_time import Method, timed_parts
 
-from hf_dbp.comparison.plans import PlannedRun, read_plan
+from hf_dbp.comparison.plans import read_plan
+from hf_dbp.comparison.runs import PlannedRun
 from hf_dbp.pretraining import build_model
 from hf_dbp.recipes import parse_arguments
 from hf_dbp.training.arguments import GROUPS

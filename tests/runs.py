@@ -2,7 +2,8 @@
 
 import math
 
-from hf_dbp.comparison.plans import Plan, PlannedRun, Run
+from hf_dbp.comparison.plans import Plan
+from hf_dbp.comparison.runs import PlannedRun, Run
 from hf_dbp.records import RunRecord
 
 NAN = math.nan

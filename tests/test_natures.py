@@ -8,7 +8,7 @@ from flags_page import COMMANDS
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_dbp.callbacks import DecorrelationArguments
-from hf_dbp.comparison.plans import settings
+from hf_dbp.comparison.runs import settings
 from hf_dbp.downstream.segmentation.arguments import FinetuningArguments
 from hf_dbp.downstream.segmentation.retrieval import RetrievalArguments, RetrievalData
 from hf_dbp.downstream.segmentation.trainer import SegmentationTrainer

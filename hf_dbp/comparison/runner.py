@@ -25,22 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hf_dbp.comparison.plans import (
-    EVALUATION,
-    HEADS,
-    PROBE_FILE,
-    Finetuning,
-    Plan,
-    PlannedRun,
-    Probe,
-    Run,
-    best_settings,
-    collect_runs,
-    plan_of,
-    read_plan,
-    read_run,
-)
+from hf_dbp.comparison.heads import EVALUATION, HEADS
+from hf_dbp.comparison.plans import Finetuning, Plan, Probe, plan_of, read_plan
 from hf_dbp.comparison.report import write_report
+from hf_dbp.comparison.runs import PROBE_FILE, PlannedRun, Run, best_settings, collect_runs, read_run
 from hf_dbp.errors import UserError, command
 from hf_dbp.fusing import check_views, fuse_run
 from hf_dbp.recipes import plan_names

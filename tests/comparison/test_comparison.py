@@ -16,9 +16,10 @@ from test_pretraining import main as pretrain
 
 from hf_dbp import cli
 from hf_dbp.comparison import runner as comparison
-from hf_dbp.comparison.plans import Probe, best_settings, collect_runs, plan_of, read_plan
+from hf_dbp.comparison.plans import Probe, plan_of, read_plan
 from hf_dbp.comparison.report.analysis import analyse
 from hf_dbp.comparison.runner import Runner, main, random_evaluations, run_plan
+from hf_dbp.comparison.runs import best_settings, collect_runs
 from hf_dbp.recipes import plan_names
 
 PLAN = """

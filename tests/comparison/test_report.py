@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from runs import NAN, QUICK, SLOW, made_plan, made_run
 
-from hf_dbp.comparison.plans import Run, best_settings
 from hf_dbp.comparison.report import write_report
 from hf_dbp.comparison.report.analysis import analyse
 from hf_dbp.comparison.report.tables import headline
+from hf_dbp.comparison.runs import Run, best_settings
 from hf_dbp.comparison.statistics import paired_test
 
 

@@ -18,7 +18,8 @@ from runs import made_run
 from tiny import TINY
 from transformers import AutoConfig
 
-from hf_dbp.comparison.plans import collect_runs, plan_of, read_plan, variant_of
+from hf_dbp.comparison.plans import plan_of, read_plan
+from hf_dbp.comparison.runs import collect_runs, variant_of
 from hf_dbp.config_limits import parameter_count
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.data.images import ImageSource

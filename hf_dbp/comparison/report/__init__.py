@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.comparison.plans import HEADS, Plan, Run
+from hf_dbp.comparison.heads import HEADS
+from hf_dbp.comparison.plans import Plan
 from hf_dbp.comparison.report.analysis import analyse, chosen_runs
 from hf_dbp.comparison.report.charts import correlation_chart, grid_charts, head_chart, loss_chart, target_chart
 from hf_dbp.comparison.report.pages import Block, Heading, write_html, write_markdown
 from hf_dbp.comparison.report.tables import introduction, method_notes, result_tables, search_table
 from hf_dbp.comparison.report.yardstick import yardstick_blocks, yardstick_charts, yardstick_figures
+from hf_dbp.comparison.runs import Run
 from hf_dbp.records import write_json
 
 __all__ = ["write_report"]

@@ -16,8 +16,10 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_dbp.comparison.plans import HEADS, Plan, Run, RunsBySeed, best_settings
+from hf_dbp.comparison.heads import HEADS
+from hf_dbp.comparison.plans import Plan
 from hf_dbp.comparison.report.remarks import remarks
+from hf_dbp.comparison.runs import Run, RunsBySeed, best_settings
 from hf_dbp.comparison.statistics import Mean, crossing, mean_interval, paired_test, value_at
 
 __all__ = ["COSTS", "analyse", "chosen_runs", "points"]

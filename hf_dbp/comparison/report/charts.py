@@ -13,9 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_dbp.comparison.plans import HEADS, Plan, Run, RunsBySeed
+from hf_dbp.comparison.heads import HEADS
+from hf_dbp.comparison.plans import Plan
 from hf_dbp.comparison.report.analysis import COSTS, chosen_runs, points
 from hf_dbp.comparison.report.pages import Picture
+from hf_dbp.comparison.runs import Run, RunsBySeed
 
 __all__ = ["correlation_chart", "grid_charts", "head_chart", "loss_chart", "target_chart"]
 

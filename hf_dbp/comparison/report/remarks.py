@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_dbp.comparison.plans import Plan, Run, RunsBySeed, is_number
+from hf_dbp.comparison.plans import Plan, is_number
+from hf_dbp.comparison.runs import Run, RunsBySeed
 
 __all__ = ["edge_remarks", "remarks"]
 

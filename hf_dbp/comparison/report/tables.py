@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_dbp.comparison.plans import HEADS
+from hf_dbp.comparison.heads import HEADS
 from hf_dbp.comparison.report.analysis import COSTS
 from hf_dbp.comparison.report.pages import Block, Code, Heading, Items, Table
 

@@ -31,11 +31,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hf_dbp.comparison.plans import Plan, Run, RunsBySeed
+from hf_dbp.comparison.plans import Plan
 from hf_dbp.comparison.report.analysis import chosen_runs, final_loss, step_seconds
 from hf_dbp.comparison.report.pages import Block, Heading, Items, Picture, Table
 from hf_dbp.comparison.report.remarks import edge_remarks
 from hf_dbp.comparison.report.tables import certainty, mean, number, percent
+from hf_dbp.comparison.runs import Run, RunsBySeed
 from hf_dbp.comparison.statistics import crossing, margin, mean_interval
 
 __all__ = ["QUALITIES", "yardstick_blocks", "yardstick_charts", "yardstick_figures"]

@@ -1,0 +1,71 @@
+"""The tasks that every encoder of a comparison can be fine-tuned for: a key of a plan, and a folder below each run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_dbp.downstream.classification import arguments as classification
+from hf_dbp.downstream.detection import arguments as detection
+from hf_dbp.downstream.segmentation import arguments as segmentation
+
+__all__ = ["EVALUATION", "HEADS", "Head"]
+
+EVALUATION = "eval.json"  # written by fine-tuning
+
+
+@dataclass(frozen=True)
+class Head:
+    """A task that every encoder of a comparison can be fine-tuned for.
+
+    Args:
+        module: module of its ``main``.
+        groups: its classes of flags.
+        model: what is trained, in words.
+        metrics: figures of its `eval.json`, in words; the first is also plotted. One that the file lacks is left out.
+        guess: figure with the first metric's value for always predicting the most common class; None if that means
+            nothing.
+        check: refuses invalid data flags.
+    """
+
+    module: str
+    groups: tuple[type, ...]
+    model: str
+    metrics: dict[str, str]
+    guess: str | None
+    check: Callable[[Any], Any]
+
+
+#: key of a plan, and folder below a run -> task
+HEADS = {
+    "segmentation": Head(
+        "hf_dbp.downstream.segmentation.finetuning",
+        segmentation.GROUPS,
+        "a segmentation model",
+        {"mean_iou": "mean IoU"},
+        "majority_class_mean_iou",
+        lambda data_args: data_args.source(None, None).class_names(),
+    ),
+    "classification": Head(
+        "hf_dbp.downstream.classification.finetuning",
+        classification.GROUPS,
+        "a classifier",
+        {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"},
+        "majority_class_accuracy",
+        lambda data_args: data_args.source(None, None),
+    ),
+    "detection": Head(
+        "hf_dbp.downstream.detection.finetuning",
+        detection.GROUPS,
+        "a detector",
+        {
+            "map": "mean average precision",
+            "map_50": "AP50",
+            "mask_map": "mean average precision of masks",
+            "mask_map_50": "AP50 of masks",
+        },
+        None,
+        lambda data_args: data_args.source(None, None),
+    ),
+}
