@@ -39,6 +39,9 @@ MOVED = {
 #: module -> name that it had in 0.1.0 -> module and name of its successor, below hf_dbp
 NAMES = {
     "comparison": {name: ("comparison.runner", name) for name in ("Runner", "main", "run_plan")},
+    "comparison.plans": {
+        name: ("comparison.runs", name) for name in ("best_settings", "collect_runs", "read_run", "variant_of")
+    },
     "inspection": {name: ("inspection.folder", name) for name in ("inspect_folder", "main")},
     "training.guards": {"GuardedTrainer": ("training.resuming", "ResumingTrainer")},
 }

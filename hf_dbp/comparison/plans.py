@@ -34,8 +34,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hf_dbp._moved import moved_names
 from hf_dbp.comparison.heads import HEADS, Head
 from hf_dbp.comparison.runs import PlannedRun, Run
 from hf_dbp.data.sources import ImageSource
@@ -45,6 +46,9 @@ from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yam
 from hf_dbp.training import arguments as pretraining
 
 __all__ = ["Finetuning", "Plan", "Probe", "is_number", "plan_of", "read_plan"]
+
+if not TYPE_CHECKING:
+    __getattr__ = moved_names(__name__)
 
 FINETUNING_KEYS = ("recipe", "flags", "random")
 OWN = ("seed", "output_dir", "config")  # set by the tool for each run
