@@ -25,12 +25,14 @@ from hf_dbp.data.labels.formats import coco_content
 from hf_dbp.data.windows import open_rows
 from hf_dbp.data.wire_bonding import render
 from hf_dbp.downstream import predicting
+from hf_dbp.downstream.segmentation import opened as opened_module
 from hf_dbp.downstream.segmentation import predictor as predictor_module
 from hf_dbp.downstream.segmentation import sliding
 from hf_dbp.downstream.segmentation.components import class_pixels
 from hf_dbp.downstream.segmentation.data import SegmentationSource, load_labelled_images
 from hf_dbp.downstream.segmentation.finetuning import main as finetune
-from hf_dbp.downstream.segmentation.predictor import RowsView, Segmenter, load
+from hf_dbp.downstream.segmentation.opened import RowsView
+from hf_dbp.downstream.segmentation.predictor import Segmenter, load
 from hf_dbp.errors import UserError
 from hf_dbp.locking import one_writer
 
@@ -305,7 +307,7 @@ def test_windows_side_by_side_share_rows_that_are_read_a_few_at_a_time(segmenter
     predictor = load(str(segmenter[name][0]), device="cpu")
     (whole,) = predictor.predict([predictor.open("a", [str(tmp_path / "a.tif")])])
     view: Any = predictor.open("a", [str(tmp_path / "a.tif")]).view
-    monkeypatch.setattr(predictor_module, "BLOCK", 20 * 220 * 2)  # twenty rows
+    monkeypatch.setattr(opened_module, "BLOCK", 20 * 220 * 2)  # twenty rows
     opened: Any = predictor.open("a", [str(tmp_path / "a.tif")])
     read: list[tuple[int, int, int, int]] = []
     decoded: list[int] = []
