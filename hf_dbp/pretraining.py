@@ -60,7 +60,7 @@ from hf_dbp.training.checkpoints import model_folder
 from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.duration import command_began, parse_duration
-from hf_dbp.training.processes import ending_processes
+from hf_dbp.training.processes import alone, ending_processes
 from hf_dbp.training.restoring import find_checkpoint
 from hf_dbp.training.trainer import MAETrainer
 
@@ -295,12 +295,13 @@ def run(
     if not args.do_train:
         evaluate_alone(trainer, model_args.model_name_or_path)
         return record
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
-    if (args.do_eval or record.rows) and "eval_loss" not in trainer.model_figure():
-        trainer.evaluate()
-    if budget is not None:
-        record.results["budget"] = budget.record()
-    finish(trainer, record, eval_data, destination)
+    with alone(args, args.output_dir):
+        trainer.train(resume_from_checkpoint=find_checkpoint(args))
+        if (args.do_eval or record.rows) and "eval_loss" not in trainer.model_figure():
+            trainer.evaluate()
+        if budget is not None:
+            record.results["budget"] = budget.record()
+        finish(trainer, record, eval_data, destination)
     return record
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: one GPU each, all training together, and a coordinated end."""
+"""The processes of a run: one GPU each, all training together, alone in their folder, and a coordinated end."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import PartialState
 from transformers import TrainingArguments
 
 from hf_dbp.errors import UserError
+from hf_dbp.locking import one_writer
 
-__all__ = ["check_processes", "end_processes", "ending_processes", "use_one_gpu", "use_timeout"]
+__all__ = ["alone", "check_processes", "end_processes", "ending_processes", "use_one_gpu", "use_timeout"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,21 @@ def use_timeout(args: TrainingArguments) -> None:
     """
     if args.use_cpu:
         PartialState(cpu=True, backend=args.ddp_backend, timeout=timedelta(seconds=args.ddp_timeout))
+
+
+@contextmanager
+def alone(args: TrainingArguments, folder: str | os.PathLike[str]) -> Iterator[None]:
+    """`one_writer` for the folder of a run, which is made if need be; to be entered by all processes.
+
+    One of them takes the lock. The others wait for it: otherwise they might resume from an earlier checkpoint than it
+    does, if a run that is ending saves another one meanwhile.
+    """
+    with ExitStack() as stack:
+        if args.should_save:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(one_writer(Path(folder)))
+        PartialState().wait_for_everyone()
+        yield
 
 
 def silent_ranks() -> list[int]:

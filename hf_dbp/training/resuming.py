@@ -28,12 +28,11 @@ from hf_dbp.callbacks import DecorrelationCallback, ReportingCallback
 from hf_dbp.data.feeding import EpochCallback, step_images
 from hf_dbp.data.order import EpochSampler, Lanes
 from hf_dbp.errors import UserError
-from hf_dbp.locking import one_writer
 from hf_dbp.training.clocked import ClockCallback
 from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.guards import GuardCallback
 from hf_dbp.training.optimizers import checked_schedule
-from hf_dbp.training.processes import use_one_gpu
+from hf_dbp.training.processes import alone, use_one_gpu
 from hf_dbp.training.restoring import (
     MEASURED_SETTINGS,
     advance_schedule,
@@ -194,10 +193,7 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             SystemExit: SIGTERM (status 143) or SIGINT (130) arrived; the checkpoint is saved.
         """
         self.run_folder = Path(super()._get_output_dir(trial))
-        if not self.args.should_save:
-            return self._train(resume_from_checkpoint, trial, **kwargs)
-        self.run_folder.mkdir(parents=True, exist_ok=True)
-        with one_writer(self.run_folder):
+        with alone(self.args, self.run_folder):
             return self._train(resume_from_checkpoint, trial, **kwargs)
 
     def _train(self, resume_from_checkpoint: str | bool | None, trial: Any, **kwargs: Any) -> Any:

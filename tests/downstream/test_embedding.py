@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +22,6 @@ from hf_dbp.downstream.embedding import embed_images, nearest_of_queries, read_e
 from hf_dbp.downstream.features import load_encoder
 from hf_dbp.downstream.neighbours import centred, near_duplicates, nearest, outlier_scores
 from hf_dbp.downstream.probe import extract_features
-from hf_dbp.locking import one_writer
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_what_is_there_is_not_embedded_again_unless_it_is_other_work(folder, cap
 
 def test_two_commands_do_not_write_one_table(folder, capsys, monkeypatch):
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
-    with one_writer(folder / "table.parquet"), pytest.raises(SystemExit):
+    with FileLock(folder / ".table.parquet.lock"), pytest.raises(SystemExit):
         embed(folder)
     assert "another process is writing there" in capsys.readouterr().err.splitlines()[-1]
     assert len(embed(folder).names) == 13

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from test_pretraining import flags
 from torch.utils.data import DataLoader
 
 from hf_dbp import locking
-from hf_dbp.locking import one_writer
 from hf_dbp.pretraining import main
 from hf_dbp.records import RunRecord
 from hf_dbp.training import stopping
@@ -337,7 +337,7 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path, stopped_run, capsys, 
     run = shutil.copytree(stopped_run, tmp_path / "run")
     (run / ".unfinished").mkdir()
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
-    with one_writer(run), pytest.raises(SystemExit) as stopped:
+    with FileLock(run / ".lock"), pytest.raises(SystemExit) as stopped:
         main(flags(run, **STEPS))
     assert stopped.value.code == 2 and (run / ".unfinished").is_dir()
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {run}: another process is writing there")

@@ -38,7 +38,7 @@ from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.budget_plan import images_first
 from hf_dbp.training.disk import disk_errors
-from hf_dbp.training.processes import ending_processes
+from hf_dbp.training.processes import alone, ending_processes
 
 __all__ = ["main", "run"]
 
@@ -133,15 +133,16 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: Classificati
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data),
     )
-    metrics, history = trained(trainer)
-    record = evaluation_record(trainer, metrics, source, history)
 
     def plot(folder: Path) -> None:
         plot_confusion(trainer.tally.confusion_KK, train.names, folder / "confusion.png")
         plot_calibration(trainer.tally.bins_3B, folder / "calibration.png")
         plot_mistakes(trainer.mistakes, eval_data, folder / "mistakes.png")
 
-    finish(trainer, record, plot, summary, destination)
+    with alone(args, args.output_dir):
+        metrics, history = trained(trainer)
+        record = evaluation_record(trainer, metrics, source, history)
+        finish(trainer, record, plot, summary, destination)
     return record
 
 

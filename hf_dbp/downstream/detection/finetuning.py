@@ -39,7 +39,7 @@ from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.budget_plan import images_first, with_plan
 from hf_dbp.training.disk import disk_errors
-from hf_dbp.training.processes import ending_processes
+from hf_dbp.training.processes import alone, ending_processes
 
 __all__ = ["main", "run"]
 
@@ -131,13 +131,14 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: DetectionArg
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data),
     )
-    metrics, history = trained(trainer)
-    record = evaluation_record(trainer, metrics, source, history)
 
     def plot(folder: Path) -> None:
         plot_detections(eval_data, trainer.found, dict(enumerate(train.names)), folder / "predictions.png")
 
-    finish(trainer, record, plot, summary, destination, loss="loss of RF-DETR")
+    with alone(args, args.output_dir):
+        metrics, history = trained(trainer)
+        record = evaluation_record(trainer, metrics, source, history)
+        finish(trainer, record, plot, summary, destination, loss="loss of RF-DETR")
     return record
 
 

@@ -41,7 +41,7 @@ from hf_dbp.recipes import parse_arguments
 from hf_dbp.records import arguments_record, write_json
 from hf_dbp.training.budget_plan import images_first, with_plan
 from hf_dbp.training.disk import disk_errors
-from hf_dbp.training.processes import ending_processes
+from hf_dbp.training.processes import alone, ending_processes
 
 __all__ = ["DataArguments", "FinetuningArguments", "ModelArguments", "main", "run"]
 
@@ -144,15 +144,16 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: FinetuningAr
         eval_dataset=eval_data,
         processing_class=image_processor(eval_data, data_args.crop_size if model_args.head == "eomt" else None),
     )
-    metrics, history = trained(trainer)
-    record = evaluation_record(trainer, metrics, source, history)
 
     def plot(folder: Path) -> None:
         best = segmenter(trainer.accelerator.unwrap_model(trainer.model).eval())
         plot_predictions(best, eval_data, folder / "predictions.png", crop_size=data_args.crop_size)
         plot_worst(best, eval_data, trainer.images, folder / "worst.png", crop_size=data_args.crop_size)
 
-    finish(trainer, record, plot, summary, destination)
+    with alone(args, args.output_dir):
+        metrics, history = trained(trainer)
+        record = evaluation_record(trainer, metrics, source, history)
+        finish(trainer, record, plot, summary, destination)
     return record
 
 

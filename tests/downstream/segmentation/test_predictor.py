@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from filelock import FileLock
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
@@ -34,7 +35,6 @@ from hf_dbp.downstream.segmentation.finetuning import main as finetune
 from hf_dbp.downstream.segmentation.opened import RowsView
 from hf_dbp.downstream.segmentation.predictor import Segmenter, load
 from hf_dbp.errors import UserError
-from hf_dbp.locking import one_writer
 
 ROOT = Path(__file__).parents[3]
 CAMVID = ROOT.parent / "shared" / "data" / "camvid"
@@ -430,7 +430,7 @@ def test_what_would_give_wrong_figures_is_refused(segmenter, wafers, tmp_path, m
     with pytest.raises(UserError, match=r"--device tpu9: .*; give cpu"):
         load(model, device="tpu9")
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
-    with one_writer(tmp_path / "out"), pytest.raises(UserError, match=r"out: another process is writing there"):
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match=r"out: another process is writing there"):
         hf_dbp.predict(model, images, tmp_path / "out")
     with pytest.raises(UserError, match=r"lies in the folder of images.*give one outside"):
         hf_dbp.predict(model, images, images / "out")
