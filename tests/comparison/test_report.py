@@ -185,7 +185,10 @@ def detected(seed, precision, masks):
     rows = [{"epoch": float(k), "eval_map": precision * k / 3} for k in range(1, 4)]
     data = {"source": "photos", "train_images": 8, "validation_images": 4}
     of_masks = {"mask_map": precision - 0.1, "mask_map_50": precision + 0.1} if masks else {}
-    return {"map": precision, "map_50": precision + 0.2, **of_masks, "seed": seed, "evaluations": rows, "data": data}
+    where = {"hardware": {"processor": f"EPYC {seed % 2}", "cores": 2}, "commit": "abc", "arguments": {
+        "max_steps": 600, "num_train_epochs": 3.0, "per_device_train_batch_size": 4}}  # fmt: skip
+    return {"map": precision, "map_50": precision + 0.2, **of_masks, "seed": seed, "evaluations": rows, "data": data,
+            **where}  # fmt: skip
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -203,7 +206,8 @@ def test_precisions_of_a_detector_stand_beside_one_another(tmp_path, sketched, m
     write_report(tmp_path, made_plan(), runs, command="c")
     page = (tmp_path / "README.md").read_text()
     for part in ("Mean average precision of a detector on photos (8 training and 4 validation images).",
-                 "AP50 of a detector.", "AP50, paired by seed."):  # fmt: skip
+                 "AP50 of a detector.", "AP50, paired by seed.", "Fine-tuning as a detector: 600 steps of 4 images; "
+                 "machine: EPYC 0, 2 cores and EPYC 1, 2 cores; code: abc."):  # fmt: skip
         assert part in page
     for part in ("Mean average precision of masks of a detector.", "AP50 of masks, paired by seed."):
         assert (part in page) == masks

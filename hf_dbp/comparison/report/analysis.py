@@ -223,7 +223,23 @@ def head_figures(
         return metric_figures(name, metric, chosen, pairs, random)
 
     shared = {key: evaluations[0][key] for key in ("data", HEADS[name].guess) if key is not None}
+    shared["tuning"] = tuning([*evaluations, *random])
     return plain(figures(first) | {metric: figures(metric) for metric in others} | shared)
+
+
+def tuning(evaluations: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """The machines, commits and lengths of fine-tuning, each once; empty where a record does not say."""
+    machines, commits, lengths = dict[str, None](), dict[str, None](), dict[str, None]()
+    for evaluation in evaluations:
+        if hardware := evaluation.get("hardware"):
+            machines[hardware.get("gpu") or f"{hardware['processor']}, {hardware['cores']} cores"] = None
+        if commit := evaluation.get("commit"):
+            commits[commit] = None
+        if arguments := evaluation.get("arguments"):
+            steps, batch = arguments["max_steps"], arguments["per_device_train_batch_size"]
+            told = f"{steps} steps" if steps > 0 else f"{arguments['num_train_epochs']} epochs"
+            lengths[f"{told} of {batch} images"] = None
+    return {"machines": [*machines], "commits": [*commits], "lengths": [*lengths]}
 
 
 def metric_figures(

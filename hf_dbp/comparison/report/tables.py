@@ -122,7 +122,12 @@ def circumstances(analysis: Figures, jobs: int) -> list[str]:
             f"({energy['country']}), codecarbon {energy['codecarbon']}."
         )
     packages = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    return [*lines, f"Code: commit {where['commit'] or 'unknown'}; {packages}."]
+    lines.append(f"Code: commit {where['commit'] or 'unknown'}; {packages}.")
+    for name, head in HEADS.items():
+        if analysis[name] and any(tuning := analysis[name].get("tuning", {}).values()):
+            machines, commits, lengths = (" and ".join(found) or "not recorded" for found in tuning)
+            lines.append(f"Fine-tuning as {head.model}: {lengths}; machine: {machines}; code: {commits}.")
+    return lines
 
 
 def data_line(data: Figures) -> str:
