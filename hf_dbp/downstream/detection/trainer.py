@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss import loss_rf_detr
+from transformers.loss.loss_rf_detr import RfDetrHungarianMatcher
 
 from hf_dbp.downstream.detection.arguments import GROUPS
 from hf_dbp.downstream.detection.coco import Found, Scores, coco_scores
@@ -32,6 +35,7 @@ from hf_dbp.errors import UserError
 
 __all__ = ["DetectionTrainer"]
 
+STOCK_RATIO = 16  # RF-DETR's `mask_point_sample_ratio`
 EVALUATION_SEED = 0  # of the points at which RF-DETR compares masks
 
 
@@ -150,6 +154,24 @@ class DetectionTrainer(FinetuningTrainer):
         return {**self.scores.figures, **{f"mask_{name}": value for name, value in masks.items()}}
 
 
+class Matcher(RfDetrHungarianMatcher):  # type: ignore[misc]
+    """RF-DETR's matcher at as many points as it has for large images, or as the loss has if those are more.
+
+    The stock one compares masks at 4 x (queries in the batch) / `mask_point_sample_ratio` points, whatever their size.
+    With the ratio of small images (`cells_per_point`) these would be many per cell, and take most of a step.
+    """
+
+    mask_point_sample_ratio: int
+
+    def forward(self, outputs: Mapping[str, Tensor], targets: Any, group_detr: int) -> Any:
+        given, (height, width) = self.mask_point_sample_ratio, outputs["pred_masks"].shape[-2:]
+        points = max(height, height * width // given)
+        self.mask_point_sample_ratio = max(1, min(STOCK_RATIO, 4 * outputs["logits"].shape[:2].numel() // points))
+        found = super().forward(outputs, targets, group_detr)
+        self.mask_point_sample_ratio = given
+        return found
+
+
 def guarded(loss_function: Callable[..., Any], class_weight: float) -> Callable[..., Any]:
     """RF-DETR's loss where the stock one fails.
 
@@ -162,7 +184,8 @@ def guarded(loss_function: Callable[..., Any], class_weight: float) -> Callable[
         tensors = [part for part in tensors_in(outputs) if part.requires_grad or part.shape[-1:] == (4,)]
         if not all(bool(part.isfinite().all()) for part in tensors if part.shape[-1:] == (4,)):
             return torch.stack([part.sum() for part in tensors]).sum() * float("nan"), {}, None
-        value, parts, auxiliary = loss_function(*outputs, **more)
+        with mock.patch.object(loss_rf_detr, "RfDetrHungarianMatcher", Matcher):
+            value, parts, auxiliary = loss_function(*outputs, **more)
         if value.numel() == 0:
             classes = [part for name, part in parts.items() if name.startswith("loss_ce")]
             value = class_weight * torch.stack(classes).sum() + 0 * sum(part.sum() for part in tensors)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import TINY, fused
 from transformers import RfDetrForInstanceSegmentation, RfDetrForObjectDetection, ViTConfig, ViTModel
+from transformers.loss import loss_rf_detr
 
 from hf_dbp.downstream.beit import parameter_groups
 from hf_dbp.downstream.detection.model import backbone_of, build_detector, is_detector, load_detector, stock_detector
@@ -126,6 +127,27 @@ def test_a_batch_without_objects_has_the_loss_of_the_classes(instances: bool) ->
     assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-6)
     loss.backward()  # DDP waits for the gradient of every tensor
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(("size", "groups"), [((32, 32), 2), ((128, 128), 13), ((32, 32), 160)])
+def test_matching_takes_as_many_points_as_the_loss_and_not_many_times_more(
+    size: tuple[int, int], groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SMALL | {"query_groups": groups}
+    model = build_detector(fused().float(), ["a"], image_size=size, instances=True, **small).train()
+    model.loss_function = guarded(model.loss_function, model.config.class_loss_coefficient)
+    labels = {"class_labels": torch.zeros(1, dtype=torch.int64), "boxes": torch.full((1, 4), 0.5)}
+    labels["masks"] = torch.ones(1, *size)
+    taken, sample = [], loss_rf_detr.sample_point
+    monkeypatch.setattr(
+        loss_rf_detr, "sample_point", lambda masks, at, **how: taken.append(at.shape[:2]) or sample(masks, at, **how)
+    )
+    model(pixel_values=torch.randn(1, 3, *size), labels=[labels])
+    rows, cells = model.config.num_queries * groups, (size[0] // 4) * (size[1] // 4)
+    wanted = max(rows * 4 // 16, min(cells, rows * 4))  # the stock matcher's for large images; the loss has all cells
+    matched = {points for masks, points in taken if masks == rows}
+    assert len(matched) == 1 and wanted <= min(matched) < 2 * wanted
+    assert {points for masks, points in taken if masks != rows} >= {cells, 3 * cells}  # the loss's, and its candidates
 
 
 @pytest.mark.parametrize("instances", [False, True])
