@@ -40,7 +40,11 @@ MOVED = {
 NAMES = {
     "comparison": {name: ("comparison.runner", name) for name in ("Runner", "main", "run_plan")},
     "comparison.plans": {
-        name: ("comparison.runs", name) for name in ("best_settings", "collect_runs", "read_run", "variant_of")
+        **{
+            name: ("comparison.runs", name)
+            for name in ("PROBE_FILE", "RunsBySeed", "best_settings", "collect_runs", "read_run", "variant_of")
+        },
+        "EVALUATION": ("comparison.heads", "EVALUATION"),
     },
     "inspection": {name: ("inspection.folder", name) for name in ("inspect_folder", "main")},
     "training.guards": {"GuardedTrainer": ("training.resuming", "ResumingTrainer")},

@@ -10,6 +10,7 @@ import gc
 import logging
 import math
 import os
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,7 +123,7 @@ class ShareCounts:
             3, 0, dtype=torch.float64
         )  # (3, layers): reduced steps, skipped steps, smallest positive share
         self.before: dict[str, Any] = {}
-        self.updates, self.told = 0, 0
+        self.updates, self.told = Counter[str](), 0
 
     def preset(self, results: dict[str, Any]) -> None:
         """Continue from the counts of an earlier part of the run."""
@@ -138,7 +139,7 @@ class ShareCounts:
             self.counts = torch.cat([self.counts.to(counts.device), counts], dim=1)
         if not shares:
             return
-        self.updates += 1
+        self.updates.update(shares.keys())
         one = torch.ones_like(next(iter(shares.values())))
         self.last, self.judged = torch.stack([shares.get(name, one) for name in self.names]), False
         skipped = self.last == 0
@@ -181,12 +182,12 @@ class ShareCounts:
         factor = max(layer["largest_factor"] for layer in reduced.values())
         steps = sum(layer["steps"] for layer in reduced.values())
         here = dict(zip(self.names, self.counts[0].tolist(), strict=False))
-        often = [name for name, times in here.items() if times > max(OFTEN, self.updates * OFTEN_SHARE)]
+        often = [name for name, times in here.items() if times > max(OFTEN, self.updates[name] * OFTEN_SHARE)]
         if len(often) > self.told:
             self.told = len(often)
             logger.warning(
-                "eta is too large for %d layers, most often for %s: in more than a tenth of the updates it was reduced "
-                "there, by a factor of up to %.3g. Lower --eta",
+                "eta is too large for %d layers, most often for %s: in more than a tenth of its updates it was "
+                "reduced there, by a factor of up to %.3g. Lower --eta",
                 len(often), max(often, key=here.__getitem__), max(reduced[name]["largest_factor"] for name in often),
             )  # fmt: skip
         return found | {

@@ -103,6 +103,15 @@ def test_only_an_eta_that_is_often_reduced_is_worth_a_warning(caplog) -> None:
     assert len(caplog.records) == 1 and "by a factor of up to 4." in caplog.text
 
 
+def test_an_expert_is_judged_by_its_own_updates(caplog) -> None:
+    """It sees tokens in one of 16 steps, and eta is reduced in all of those."""
+    counts = ShareCounts()
+    for step in range(200):
+        counts.add({"dense": torch.tensor(1.0)} | ({} if step % 16 else {"expert": torch.tensor(0.5)}))
+        counts.logs()
+    assert "most often for expert" in caplog.text and len(caplog.records) == 1
+
+
 @pytest.mark.slow
 def test_a_reduced_eta_is_told_and_counted_over_a_resume(tmp_path, caplog) -> None:
     caplog.set_level(logging.WARNING, logger="hf_dbp")
