@@ -173,7 +173,7 @@ class ShareCounts:
     def logs(self) -> dict[str, float]:
         """What to log once eta was reduced: layers, their steps in total, the largest factor, and the skipped updates
         of R summed over layers. Warns when further layers are affected often: a few reduced updates at the start of a
-        run are what the bound is for."""
+        run are expected."""
         results = self.results()
         reduced, skipped = results["reduced_eta"], sum(results["skipped_R"].values())
         found = {"skipped_R": float(skipped)} if skipped else {}

@@ -40,6 +40,7 @@ from hf_dbp.fusing import fuse_run, push_run
 from hf_dbp.hub.model_card import write_card
 from hf_dbp.hub.publishing import Destination, claim_push
 from hf_dbp.hub.untrusted import (
+    KINDS,
     check_memory,
     known_fields,
     load_weights,
@@ -86,7 +87,10 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
         given["naive_decorrelation"] = model_args.naive_decorrelation
     source = model_args.config_name or model_args.model_name_or_path
     if source is not None:
-        fields = known_fields(read_config(source, **model_args.hub_options), ViTMAEConfig)
+        content = read_config(source, **model_args.hub_options)
+        if content["model_type"] not in KINDS:
+            raise UserError(f"{source} holds a {content['model_type']!r} model; give a ViT-MAE or a ViT")
+        fields = known_fields(content, ViTMAEConfig)
         if not any(key.startswith("decoder_") for key in fields):  # a ViT: --model_size gives the decoder
             fields |= {key: value for key, value in SIZES[model_args.model_size].items() if key.startswith("decoder_")}
     else:

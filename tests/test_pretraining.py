@@ -254,6 +254,14 @@ def test_a_share_of_the_validation_images_without_a_readable_one(tmp_path, monke
     assert "error: none of the 6 validation images can be read" in capsys.readouterr().err
 
 
+def test_sizes_come_from_a_vit_alone(tmp_path, capsys):
+    """The configuration of another architecture has fields of the same names that mean something else."""
+    (tmp_path / "config.json").write_text('{"model_type": "swin", "num_layers": 4, "hidden_size": 96}')
+    with pytest.raises(SystemExit):
+        main(flags(tmp_path / "run", config_name=tmp_path, model_size=None, config_overrides=None))
+    assert "holds a 'swin' model; give a ViT-MAE or a ViT" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_public_checkpoint_is_a_start(tmp_path, mae_config):
     stock = RectangularViTMAE(mae_config(num_channels=2))
     ViTMAEForPreTraining.save_pretrained(stock, tmp_path / "public")

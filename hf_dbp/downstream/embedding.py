@@ -117,38 +117,51 @@ def embed_images(
     name = fingerprint(encoder, images, how)
     analysis = {"threshold": threshold, "neighbours": neighbours}
     patches = None if patch_file is None else (Path(patch_file), (len(images), tokens, width))
+
+    def finished() -> dict[str, Any]:
+        known = described(path)
+        whole = known.get("fingerprint") == name and (patches is None or fits(patches[0], np.float16, patches[1]))
+        return known if whole else {}
+
+    if (known := finished()).get("analysis") == analysis:
+        return known | {"embedded_now": 0}
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_writer(path):
-        known = described(path)
-        if known.get("fingerprint") == name and (patches is None or fits(patches[0], np.float16, patches[1])):
-            if known["analysis"] != analysis:
-                known = compare_again(path, known | {"analysis": analysis})
-            return known | {"embedded_now": 0}
+        if known := finished():
+            return compare_again(path, known | {"analysis": analysis}) | {"embedded_now": 0}
         work = Work(path, name, (len(images), width), patches)
-        images.unreadable.flags |= torch.from_numpy(work.state_N == UNREADABLE)
-        rows = np.flatnonzero(work.state_N == WAITING)
-        began = time.monotonic()
-        waiting = torch.utils.data.Subset(encoder.squares(images), rows.tolist())
-        with tqdm(total=len(images), initial=len(images) - len(rows), desc="Images", leave=False) as progress:
-            at = 0
-            for batch, readable in token_batches(encoder.vit, waiting, batch_size, workers):
-                work.add(rows[at : at + len(readable)].tolist(), readable, batch, pooling)
-                at += len(readable)
-                progress.update(len(readable))
-        work.flush()
-        seconds = time.monotonic() - began
-        if not (work.state_N == EMBEDDED).any():
-            raise UserError(f"none of the {len(images)} images can be read")
+        now, seconds = embed_rest(encoder, images, work, pooling, batch_size, workers)
         record = {
             "schema": 1, "task": "embedding", "fingerprint": name, "model": encoder.name, "data": data or {}, **how,
             "image_size": list(encoder.size), "image_mean": list(encoder.mean), "image_std": list(encoder.std),
             "analysis": analysis, "images": len(images), "unreadable": int((work.state_N == UNREADABLE).sum()),
-            "embedded_now": len(rows), "seconds": round(seconds, 3),
-            "images_per_second": round(len(rows) / seconds, 2) if len(rows) else None, "versions": versions(),
+            "embedded_now": now, "seconds": round(seconds, 3),
+            "images_per_second": round(now / seconds, 2) if now else None, "versions": versions(),
         }  # fmt: skip
         record = write_table(path, work, images, record)
         shutil.rmtree(work.folder)
-        return record
+    return record
+
+
+def embed_rest(
+    encoder: FrozenEncoder, images: ImageList, work: Work, pooling: str, batch_size: int, workers: int
+) -> tuple[int, float]:
+    """Embed the images that are not done; return how many these were, and the seconds. UserError if no image can be
+    read."""
+    images.unreadable.flags |= torch.from_numpy(work.state_N == UNREADABLE)
+    rows = np.flatnonzero(work.state_N == WAITING)
+    began = time.monotonic()
+    waiting = torch.utils.data.Subset(encoder.squares(images), rows.tolist())
+    with tqdm(total=len(images), initial=len(images) - len(rows), desc="Images", leave=False) as progress:
+        at = 0
+        for batch, readable in token_batches(encoder.vit, waiting, batch_size, workers):
+            work.add(rows[at : at + len(readable)].tolist(), readable, batch, pooling)
+            at += len(readable)
+            progress.update(len(readable))
+    work.flush()
+    if not (work.state_N == EMBEDDED).any():
+        raise UserError(f"none of the {len(images)} images can be read")
+    return len(rows), time.monotonic() - began
 
 
 def compare(features_ND: Tensor, names: Sequence[str], record: dict[str, Any]) -> tuple[pa.Array, pa.Array]:

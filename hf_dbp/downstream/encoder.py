@@ -76,11 +76,11 @@ def load_vit(source: str, **hub_options: Any) -> ViTModel:
         return vit_of_dinov2(load_dinov2(source, content, **hub_options))
     if kind == "deit":
         raise UserError(
-            f"{source} is a distilled DeiT, which has a token that a ViT lacks; take the DeiT that was not distilled, "
-            "such as facebook/deit-base-patch16-224, which is a ViT"
+            f"{source} is a distilled DeiT, which has a token that a ViT lacks; give one that was not distilled, such "
+            "as facebook/deit-base-patch16-224"
         )
     if kind != "vit":
-        raise UserError(f"{source} holds a {kind!r} model; give a ViT, a ViT-MAE or a DINOv2")
+        raise UserError(f"{source} holds a {kind!r} model; give a ViT, a ViT-MAE or a DINOv2 without registers")
     vit = load_model(source, "vit", add_pooling_layer=False, **hub_options)
     assert isinstance(vit, ViTModel)
     return vit

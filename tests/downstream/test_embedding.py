@@ -134,6 +134,8 @@ def test_two_commands_do_not_write_one_table(folder, capsys, monkeypatch):
         embed(folder)
     assert "another process is writing there" in capsys.readouterr().err.splitlines()[-1]
     assert len(embed(folder).names) == 13
+    with FileLock(folder / ".table.parquet.lock"):  # a table that is there is only read
+        assert len(embed(folder).names) == 13
 
 
 def test_half_work_of_another_kind_is_begun_anew(folder, monkeypatch, caplog):

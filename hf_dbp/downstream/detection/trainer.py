@@ -173,7 +173,7 @@ class Matcher(RfDetrHungarianMatcher):  # type: ignore[misc]
 
 
 def guarded(loss_function: Callable[..., Any], class_weight: float) -> Callable[..., Any]:
-    """RF-DETR's loss where the stock one fails.
+    """RF-DETR's loss, with a value where the stock one has none.
 
     - Boxes that are not finite, for which it raises: NaN, so that the guards skip the step.
     - Masks in a batch without objects, for which it is an empty tensor: the loss of the classes, all that there is.
