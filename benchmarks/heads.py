@@ -29,7 +29,7 @@ from hf_dbp.downstream.segmentation.heads import build_head, training_loss
 from hf_dbp.downstream.segmentation.transforms import Augmentation
 
 DATA = "camvid"
-RATES = ("1e-3", "2.5e-4")
+RATES = ("1e-3", "2.5e-4", "6e-5")
 #: UperNet as in `short_runs`; EoMT has none of its widths, so they are set back to their defaults
 HEAD_FLAGS = {"upernet": [], "eomt": ["--head", "eomt", "--head_size", "512", "--auxiliary_head_size", "256"]}
 SMALL = {"upernet": {"head_size": 64, "auxiliary_head_size": 32}, "eomt": {}}
