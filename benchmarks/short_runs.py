@@ -61,6 +61,7 @@ def fine_tuned(data: str, flags: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output_dir:
         own = [*FLAGS.split(), "--crop_size", str(CROPS[data]), "--output_dir", output_dir]
         record: dict[str, Any] = finetuning.main([*own, *flags])
+    del record["arguments"]["output_dir"]  # it is gone
     return record
 
 
