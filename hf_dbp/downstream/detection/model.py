@@ -38,10 +38,11 @@ from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_config
 from hf_dbp.stock_vit_mae import resampled_positions
 
-__all__ = ["build_detector", "is_detector", "load_detector"]
+__all__ = ["STOCK_RATIO", "build_detector", "is_detector", "load_detector"]
 
 CLASSES = {one.__name__: one for one in (RfDetrForObjectDetection, RfDetrForInstanceSegmentation)}
 QUERIES = 300  # RF-DETR's
+STOCK_RATIO = 16  # RF-DETR's cells of a mask per point, `mask_point_sample_ratio`
 POINTS = 1024  # at least so many cells of a mask are compared
 MASK_STRIDE = 4  # pixels per cell of a predicted mask, RF-DETR's
 
@@ -125,7 +126,7 @@ def cells_per_point(image_size: tuple[int, int]) -> int:
     all cells if they are fewer.
     """
     cells = (image_size[0] // MASK_STRIDE) * (image_size[1] // MASK_STRIDE)
-    return max(1, min(16, cells // POINTS))
+    return max(1, min(STOCK_RATIO, cells // POINTS))
 
 
 def spread(model: PreTrainedModel) -> None:

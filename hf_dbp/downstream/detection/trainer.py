@@ -27,6 +27,7 @@ from transformers.loss.loss_rf_detr import RfDetrHungarianMatcher
 
 from hf_dbp.downstream.detection.arguments import GROUPS
 from hf_dbp.downstream.detection.coco import Found, Scores, coco_scores
+from hf_dbp.downstream.detection.model import STOCK_RATIO
 from hf_dbp.downstream.detection.objects import Objects, no_objects
 from hf_dbp.downstream.detection.postprocessing import found_in
 from hf_dbp.downstream.detection.views import Item, collate, targets
@@ -35,7 +36,6 @@ from hf_dbp.errors import UserError
 
 __all__ = ["DetectionTrainer"]
 
-STOCK_RATIO = 16  # RF-DETR's `mask_point_sample_ratio`
 EVALUATION_SEED = 0  # of the points at which RF-DETR compares masks
 
 
