@@ -74,7 +74,7 @@ class DecorrelationArguments:
         metadata={"help": "Weight in [0, 1] of the term that pulls variances to 1 (paper: 0, only decorrelate)."},
     )
     update_interval: Annotated[int, OF_R(card="optimizer steps per update of R")] = field(
-        default=1,
+        default=5,
         metadata={"help": "Update R every so many optimizer steps, with eta larger by that factor (paper: 1)."},
     )
     sample_fraction: Annotated[float, OF_R(card="share of the token rows that estimates C")] = field(
@@ -272,6 +272,12 @@ class DecorrelationCallback(ReportingCallback):
         configure_sampling(model, self.arguments.sampling(args.gradient_accumulation_steps * args.world_size))
         discard_rows(model)
         self.last_step = int(self.arguments.eta_stop * state.max_steps)
+        if self.last_step < self.arguments.update_interval and state.is_world_process_zero:
+            logger.warning(
+                "R is never updated: a run of %d steps (eta_stop %g of them) ends before its first update after %d; "
+                "lower --update_interval",
+                *(state.max_steps, self.arguments.eta_stop, self.arguments.update_interval),
+            )
         fresh = ShareCounts()  # for a second run
         fresh.before = self.shares.before if state.global_step else {}
         self.shares = fresh

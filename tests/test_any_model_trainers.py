@@ -54,7 +54,7 @@ def trainer_of(make, folder, trainer_class=Trainer, **options):
     given |= {"learning_rate": 5e-2, "dataloader_pin_memory": False}
     args = TrainingArguments(folder, **(given | options))
     decorrelate(model, "all", batch=batch(data))
-    callback = DecorrelationCallback(DecorrelationArguments(eta=0.05, sample_fraction=1.0))
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.05, sample_fraction=1.0, update_interval=1))
     return trainer_class(model, args, train_dataset=data, eval_dataset=data, callbacks=[callback])
 
 
@@ -128,7 +128,7 @@ def test_a_trainer_counts_the_steps_of_experts_that_come_and_go(tmp_path):
     args = TrainingArguments(
         tmp_path, per_device_train_batch_size=4, train_sampling_strategy="sequential", logging_steps=1, **options
     )
-    callback = DecorrelationCallback(DecorrelationArguments(eta=0.5, sample_fraction=1.0))
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.5, sample_fraction=1.0, update_interval=1))
     Trainer(model, args, train_dataset=rows, callbacks=[callback]).train()
     reduced = callback.shares.results()["reduced_eta"]
     assert {name: found["steps"] for name, found in reduced.items()} == {"experts.0": 2, "experts.1": 1}

@@ -19,6 +19,7 @@ from hf_dbp.training.resuming import ResumingTrainer
 from hf_dbp.update import update_decorrelation
 
 STEPS = 8
+EVERY_STEP = DecorrelationArguments(update_interval=1)
 
 
 class Regression(nn.Module):
@@ -62,7 +63,7 @@ def etas(monkeypatch):
 
 
 def test_eta_follows_the_decay_of_the_learning_rate_but_not_its_warm_up(tmp_path, etas):
-    callback = DecorrelationCallback(DecorrelationArguments(eta=0.01))
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.01, update_interval=1))
     trained(tmp_path, callback, lr_scheduler_type="linear", warmup_steps=3)
     decay = [1 - k / 5 for k in range(5)]  # linear over the 5 steps after the warm-up
     assert etas == pytest.approx([0.01] * 3 + [0.01 * d for d in decay])
@@ -70,7 +71,7 @@ def test_eta_follows_the_decay_of_the_learning_rate_but_not_its_warm_up(tmp_path
 
 def test_without_a_learning_rate_r_stays(tmp_path, etas):
     """Weights that stay cannot make up for a change of R."""
-    callback = DecorrelationCallback(DecorrelationArguments(eta=0.01))
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.01, update_interval=1))
     trained(tmp_path, callback, lr_scheduler_type="linear", warmup_steps=0, learning_rate=0.0)
     assert etas == [0.0] * 8
 
@@ -87,14 +88,14 @@ def test_eta_follows_schedules_that_do_not_note_their_peak_too(tmp_path, etas, m
     )
     plateau = {"eval_strategy": "steps", "eval_steps": 2, "lr_scheduler_kwargs": {"patience": 0, "threshold": 10.0}}
     options = {"lr_scheduler_type": schedule} | (plateau if schedule == "reduce_lr_on_plateau" else {})
-    trained(tmp_path, DecorrelationCallback(DecorrelationArguments(eta=0.01)), **options)
+    trained(tmp_path, DecorrelationCallback(DecorrelationArguments(eta=0.01, update_interval=1)), **options)
     assert etas == pytest.approx(rates)  # the peak of both is 0.01
     if schedule == "reduce_lr_on_plateau":
         assert rates[-1] < 0.5 * rates[0] == 0.005
 
 
 def test_the_papers_eta_is_constant_and_can_stop(tmp_path, etas):
-    arguments = DecorrelationArguments(eta=0.01, eta_schedule="constant", eta_stop=0.75)
+    arguments = DecorrelationArguments(eta=0.01, eta_schedule="constant", eta_stop=0.75, update_interval=1)
     model, _ = trained(tmp_path, DecorrelationCallback(arguments))
     assert etas == [0.01] * 6
     assert all(layer.decorrelation.rows is None for _, layer in decorrelated_layers(model))
@@ -107,9 +108,18 @@ def test_an_interval_takes_larger_steps_less_often(tmp_path, etas):
     assert etas == pytest.approx([0.03] * 2)
 
 
+@pytest.mark.parametrize(
+    ("steps", "stop", "warned"), [(4, 1.0, True), (5, 1.0, False), (8, 0.5, True), (10, 0.5, False)]
+)
+def test_a_run_that_ends_before_the_first_update_says_so(tmp_path, etas, caplog, steps, stop, warned):
+    trained(tmp_path, DecorrelationCallback(DecorrelationArguments(eta_stop=stop)), max_steps=steps)
+    assert bool(etas) != warned
+    assert any("R is never updated" in message for message in caplog.messages) == warned
+
+
 def test_a_skipped_optimizer_step_leaves_r_and_drops_its_rows(monkeypatch):
     model = convert_to_decorrelated(Regression()).train()
-    callback = DecorrelationCallback(DecorrelationArguments(eta=0.1, sample_fraction=1.0))
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.1, sample_fraction=1.0, update_interval=1))
     args = SimpleNamespace(gradient_accumulation_steps=1, world_size=1, logging_strategy="no", process_index=0)
     args.torch_compile, args.n_gpu, args.fsdp, args.deepspeed = False, 0, None, None
     state = SimpleNamespace(global_step=3, max_steps=10)
@@ -129,7 +139,9 @@ def test_a_skipped_optimizer_step_leaves_r_and_drops_its_rows(monkeypatch):
 
 
 def test_correlations_join_the_logs_and_fall(tmp_path):
-    callback = DecorrelationCallback(DecorrelationArguments(eta=0.02, eta_schedule="constant", sample_fraction=1.0))
+    callback = DecorrelationCallback(
+        DecorrelationArguments(eta=0.02, eta_schedule="constant", sample_fraction=1.0, update_interval=1)
+    )
     _, trainer = trained(tmp_path, callback, max_steps=40)
     logged = [row for row in trainer.state.log_history if "loss" in row]
     losses = [row["decorrelation_loss"] for row in logged]
@@ -152,7 +164,7 @@ def test_correlations_join_the_logs_and_fall(tmp_path):
 )
 def test_correlations_are_measured_where_the_trainer_logs(tmp_path, monkeypatch, logging, measured):
     """At the first step too; 4 batches an epoch."""
-    callback, steps = DecorrelationCallback(), []
+    callback, steps = DecorrelationCallback(EVERY_STEP), []
     update = callback.on_optimizer_step
 
     def on_optimizer_step(args, state, *rest, **kwargs):
@@ -174,7 +186,7 @@ def test_several_gpus_of_one_process_are_refused_before_training(tmp_path):
     model = convert_to_decorrelated(Regression())
     args = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     args._n_gpu = 2
-    trainer = Trainer(model, args, train_dataset=dataset(), callbacks=[DecorrelationCallback()])
+    trainer = Trainer(model, args, train_dataset=dataset(), callbacks=[DecorrelationCallback(EVERY_STEP)])
     with pytest.raises(ValueError, match=r"2 GPUs.*accelerate launch --multi_gpu --num_processes 2"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -185,7 +197,7 @@ def test_our_trainer_takes_one_gpu_and_says_so(tmp_path, caplog):
     args = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, save_strategy="no")
     args._n_gpu = 2
     model = convert_to_decorrelated(Regression())
-    ResumingTrainer(model, args, train_dataset=dataset(), callbacks=[DecorrelationCallback()]).train()
+    ResumingTrainer(model, args, train_dataset=dataset(), callbacks=[DecorrelationCallback(EVERY_STEP)]).train()
     assert "1 of 2 GPUs is used; for all of them: accelerate launch --multi_gpu --num_processes 2" in caplog.text
     assert args.n_gpu == 1 and args.train_batch_size == args.per_device_train_batch_size
 
@@ -214,7 +226,7 @@ def mae_trainer(folder, config, trainer_class=ResumingTrainer, **options):
     args = TrainingArguments(folder, prediction_loss_only=True, dataloader_pin_memory=False, **(given | options))
     model = DBPViTMAEForPreTraining(config)
     data = {"train_dataset": Views(12), "eval_dataset": Views(4)}
-    return trainer_class(model, args, callbacks=[DecorrelationCallback()], **data)
+    return trainer_class(model, args, callbacks=[DecorrelationCallback(EVERY_STEP)], **data)
 
 
 def test_our_trainer_is_a_plain_one_that_goes_on_and_ends_with_the_best_model(tmp_path, mae_config):
@@ -249,9 +261,9 @@ def test_a_stock_trainer_is_refused_what_it_cannot_restore(tmp_path, mae_config,
 def test_our_trainer_restores_any_model_that_was_decorrelated(tmp_path):
     """Such a model is not what its class builds from its configuration."""
     options = {"save_strategy": "steps", "save_steps": 4}
-    whole, _ = trained(tmp_path, DecorrelationCallback(), ResumingTrainer, **options)
+    whole, _ = trained(tmp_path, DecorrelationCallback(EVERY_STEP), ResumingTrainer, **options)
     shutil.rmtree(tmp_path / "checkpoint-8")
-    resumed, trainer = trained(tmp_path, DecorrelationCallback(), ResumingTrainer, resume=True, **options)
+    resumed, trainer = trained(tmp_path, DecorrelationCallback(EVERY_STEP), ResumingTrainer, resume=True, **options)
     assert trainer.state.global_step == 8
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     with pytest.raises(ValueError, match="does not have the tensors of the model, Regression"):

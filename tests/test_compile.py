@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
 
-from hf_dbp.callbacks import DecorrelationCallback
+from hf_dbp.callbacks import DecorrelationArguments, DecorrelationCallback
 from hf_dbp.configuration_dbp_vit_mae import DBPViTMAEConfig
 from hf_dbp.conversion import convert_to_decorrelated, decorrelated_layers
 from hf_dbp.layers import DecorrelatedLinear, RowSampling
@@ -107,7 +107,8 @@ def test_a_run_compiles_checkpointed_blocks_without_graph_breaks(
     args = TrainingArguments(tmp_path, remove_unused_columns=False, dataloader_pin_memory=False, **given)
     checkpoint_activations(model, use_reentrant=False)
     torch._dynamo.utils.counters.clear()
-    Trainer(model, args, train_dataset=views, callbacks=[DecorrelationCallback()]).train()
+    callback = DecorrelationCallback(DecorrelationArguments(update_interval=1))
+    Trainer(model, args, train_dataset=views, callbacks=[callback]).train()
     assert not torch._dynamo.utils.counters["graph_break"]
     assert not torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint, "set back"
     assert any(not layer.decorrelation.R.equal(torch.eye(len(layer.decorrelation.R)))

@@ -38,6 +38,7 @@ FLAGS = {
     "num_train_epochs": 4,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
+    "update_interval": 1,  # runs of a few steps
     "logging_steps": 3,
     "report_to": "none",
     "use_cpu": True,

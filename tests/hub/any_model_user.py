@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> None:
     decorrelate(model, "all", batch=batch(data))
     options = {"push_to_hub": True, "hub_model_id": "me/unfused", "report_to": "none", "use_cpu": True, "max_steps": 3}
     args = TrainingArguments(f"{folder}/run", learning_rate=5e-2, per_device_train_batch_size=4, **options)  # type: ignore[arg-type]
-    callback = DecorrelationCallback(DecorrelationArguments(eta=0.05, sample_fraction=1.0))
+    callback = DecorrelationCallback(DecorrelationArguments(eta=0.05, sample_fraction=1.0, update_interval=1))
     trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
     trainer.train()
     trainer.push_to_hub()

@@ -215,7 +215,7 @@ def plain(folder, config, trainer_class=ResumingTrainer, callbacks=None, **optio
     given |= {"use_cpu": True, "save_strategy": "no", "logging_steps": 1, "dataloader_pin_memory": False}
     given |= {"remove_unused_columns": False}
     args = TrainingArguments(folder, **(given | options))
-    callbacks = [DecorrelationCallback()] if callbacks is None else callbacks
+    callbacks = [DecorrelationCallback(DecorrelationArguments(update_interval=1))] if callbacks is None else callbacks
     data = {"train_dataset": Labelled(16), "eval_dataset": Labelled(4)}
     return trainer_class(DBPViTMAEForPreTraining(config), args, callbacks=callbacks, **data)
 
@@ -317,7 +317,12 @@ class Reporter(TrainerCallback):
 @pytest.mark.parametrize("trainer_class", [ResumingTrainer, Trainer])
 def test_figures_of_r_reach_reporters_that_come_first(tmp_path, mae_config, trainer_class):
     reporter = Reporter()
-    trainer = plain(tmp_path, mae_config(), trainer_class, [reporter, DecorrelationCallback()])
+    trainer = plain(
+        tmp_path,
+        mae_config(),
+        trainer_class,
+        [reporter, DecorrelationCallback(DecorrelationArguments(update_interval=1))],
+    )
     trainer.train()
     seen = [logs for logs in reporter.seen if "loss" in logs]
     assert len(seen) == 2 and all(logs["decorrelation_loss"] > 0 for logs in seen)
@@ -334,7 +339,7 @@ class Spoil(TrainerCallback):
 
 
 def test_r_is_guarded_in_readmes_trainer_and_in_a_stock_one(tmp_path, mae_config):
-    of_r = DecorrelationCallback(DecorrelationArguments(sample_fraction=1.0))
+    of_r = DecorrelationCallback(DecorrelationArguments(sample_fraction=1.0, update_interval=1))
     trainers = [
         plain(tmp_path, mae_config(), ResumingTrainer, [Spoil(), of_r], max_steps=12),
         plain(tmp_path, mae_config(), Trainer, [Spoil(), of_r, GuardCallback(decorrelation=of_r)], max_steps=12),
