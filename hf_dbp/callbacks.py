@@ -37,6 +37,7 @@ from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.natures import Nature
 from hf_dbp.update import (
     ETA,
+    UPDATE_INTERVAL,
     configure_sampling,
     discard_rows,
     measure_decorrelation,
@@ -74,7 +75,7 @@ class DecorrelationArguments:
         metadata={"help": "Weight in [0, 1] of the term that pulls variances to 1 (paper: 0, only decorrelate)."},
     )
     update_interval: Annotated[int, OF_R(card="optimizer steps per update of R")] = field(
-        default=5,
+        default=UPDATE_INTERVAL,
         metadata={"help": "Update R every so many optimizer steps, with eta larger by that factor (paper: 1)."},
     )
     sample_fraction: Annotated[float, OF_R(card="share of the token rows that estimates C")] = field(
@@ -227,10 +228,10 @@ class ReportingCallback(TrainerCallback):  # type: ignore[misc]
 
 
 class DecorrelationCallback(ReportingCallback):
-    """Updates every R of a model once per optimizer step, right after it: ``R <- R - eta_t * C R``.
+    """Updates every R of a model right after every ``update_interval``-th optimizer step: ``R <- R - eta_t * C R``.
 
     eta_t = eta * update_interval * (learning rate / peak learning rate if it decays, else 1), zero after ``eta_stop``.
-    Rows are drawn from all micro-batches of the step. A step that was skipped, by the gradient scaler or by a guard
+    Rows are drawn from all micro-batches of that step. A step that was skipped, by the gradient scaler or by a guard
     that removed the gradients, updates nothing. Each layer takes the share of eta_t that is stable, unless
     ``bound_eta`` is off.
 

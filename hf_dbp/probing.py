@@ -17,7 +17,7 @@ that share the input, N the tokens of a batch and f the sampled fraction,
     excess = (D - 1) * max(r2 - 1 / M, 0)               M uncorrelated rows would show 1 / M
     gain   = excess / (1 + excess)                      share of the D directions lost to correlation
     cost   = 2 D / (3 N) + update / (6 N O D)           extra work: W R and dA R^T of 2 O D^2 each against 6 N O D
-    update = 2 D^2 * (m + min(2 m, m + D)), m = f N     z = R x; then z^T (z R) or (z^T z) R
+    update = 2 D^2 * (m + min(2 m, m + D)) / k, m = f N z = R x; then z^T (z R) or (z^T z) R, every k = 5 steps
 
 A group of layers is worth it if SAVING * gain >= cost, where SAVING is the smallest share of steps that decorrelation
 saved in our trials (over Muon, docs/results/methods).
@@ -39,6 +39,7 @@ from hf_dbp.conversion import replace_submodules
 from hf_dbp.layers import DecorrelatedLayer, RowSampling, is_patch_projection
 from hf_dbp.padding import Padding, remove_watches, watch_padding
 from hf_dbp.sharing import is_conv1d, sharing_layer
+from hf_dbp.update import UPDATE_INTERVAL
 
 __all__ = ["SAVING", "LayerInput", "call", "linear_table", "linears", "probe"]
 
@@ -87,7 +88,7 @@ class LayerInput:
     def cost(self, fraction: float = RowSampling.fraction) -> float:
         """Extra work of a training step as a share of these layers' own (forward and backward, 6 N O D)."""
         sampled = fraction * self.tokens
-        update = 2 * self.features**2 * (sampled + min(2 * sampled, sampled + self.features))
+        update = 2 * self.features**2 * (sampled + min(2 * sampled, sampled + self.features)) / UPDATE_INTERVAL
         plain = 6 * self.tokens * self.outputs * self.features
         return 2 * self.features / (3 * self.tokens) + update / plain if self.tokens else float("inf")
 

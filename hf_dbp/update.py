@@ -56,6 +56,7 @@ from hf_dbp.layers import Decorrelation, JointDraws, RowSampling
 
 __all__ = [
     "ETA",
+    "UPDATE_INTERVAL",
     "configure_sampling",
     "discard_rows",
     "measure_decorrelation",
@@ -65,6 +66,7 @@ __all__ = [
 ]
 
 ETA = 5e-4  # learning rate of R, in the paper and here
+UPDATE_INTERVAL = 5  # optimizer steps per update of R where nothing else is asked for; the paper has 1
 
 GROUP_NUMBERS = 2**24  # matrix entries per batched update: 64 MiB in float32
 

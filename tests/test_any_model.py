@@ -382,7 +382,7 @@ def test_the_criterion_weighs_correlation_width_and_tokens():
     assert not pays(correlation=0.2, outputs=4)
     assert not pays(correlation=0.2, features=2048, outputs=2048)
     assert LayerInput(["x"], 64, 192, 4096, rows=128, correlation=0.2).cost() == pytest.approx(
-        2 * 64 / (3 * 4096) + 2 * 64 * (409.6 + 473.6) / (6 * 4096 * 192)
+        2 * 64 / (3 * 4096) + 2 * 64 * (409.6 + 473.6) / 5 / (6 * 4096 * 192)  # an update every 5 steps
     )
 
 
