@@ -30,6 +30,7 @@ SIZES = (
 FLAGS = (
     "--dataset_name wire_bonding --built_in_size 32 --max_train_samples 256 --max_eval_samples 16 --model_size mini "
     f"--config_overrides {SIZES} --image_size 32 --patch_size 8 --per_device_train_batch_size 8 --learning_rate 1e-3 "
+    "--update_interval 1 "
     "--eval_strategy steps --eval_steps 200 --save_strategy steps --save_steps 200 --save_total_limit 2 "
     "--logging_steps 100 --report_to none --use_cpu true --do_train --do_eval --disable_tqdm true"
 ).split()

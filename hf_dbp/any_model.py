@@ -48,9 +48,10 @@ def decorrelate(model: ModuleT, layers: str | Predicate = "auto", *, batch: Any)
     Args:
         model: any torch model.
         layers: which of the layers that can be decorrelated:
-            "auto": those whose input is correlated enough for the gain to outweigh the cost (`hf_dbp.probing`), printed
-            as a table; "all": every one; "block_inputs": those fed by a normalisation, such as q, k, v and the first
-            layer of an MLP; a predicate ``(module, name) -> bool``.
+            "auto": those whose input is correlated enough for the gain to outweigh the cost (`hf_dbp.probing`, with the
+            callback's default interval between updates), printed as a table; "all": every one; "block_inputs": those
+            fed by a normalisation, such as q, k, v and the first layer of an MLP; a predicate
+            ``(module, name) -> bool``.
         batch: the model's input in training: a mapping of keyword arguments, a tuple of arguments, or one argument. Its
             number of tokens and its correlations decide "auto"; for the other choices any batch will do.
 

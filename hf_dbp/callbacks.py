@@ -247,7 +247,7 @@ class DecorrelationCallback(ReportingCallback):
         self.arguments = arguments or DecorrelationArguments()
         self.seed = seed
         self.restorable = False  # whether the Trainer can restore models that are not fused; set by ResumingTrainer
-        self.last_step = 0
+        self.last_step, self.begun = 0, 0  # of R's training; of this run, if it was resumed
         self.log_steps: int | None = None  # correlations are measured at the first step and every so many steps
         self.switches = ExitStack()  # torch settings, restored at the end
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}
@@ -273,21 +273,21 @@ class DecorrelationCallback(ReportingCallback):
         configure_sampling(model, self.arguments.sampling(args.gradient_accumulation_steps * args.world_size))
         discard_rows(model)
         self.last_step = int(self.arguments.eta_stop * state.max_steps)
-        if self.last_step < self.arguments.update_interval and state.is_world_process_zero:
-            logger.warning(
-                "R is never updated: a run of %d steps (eta_stop %g of them) ends before its first update after %d; "
-                "lower --update_interval",
-                *(state.max_steps, self.arguments.eta_stop, self.arguments.update_interval),
-            )
         fresh = ShareCounts()  # for a second run
         fresh.before = self.shares.before if state.global_step else {}
-        self.shares = fresh
+        self.shares, self.begun = fresh, state.global_step
         self.log_steps = steps_between_logs(args, state, kwargs.get("train_dataloader"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.switches.close()
+        if self.arguments.eta and not self.begun and not self.shares.updates and state.is_world_process_zero:
+            logger.warning(
+                "R was never updated: its first update was due after step %d, but the run ended after %d steps, and R "
+                "is trained up to step %d; lower --update_interval or raise --eta_stop",
+                *(self.arguments.update_interval, state.global_step, self.last_step),
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any

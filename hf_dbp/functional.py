@@ -5,7 +5,8 @@ One layer computes (paper eq. 1 to 3)
     z = R x                decorrelated input
     y = W z + b = A x + b  with A = W R                 the same function with a small product instead of a large one
 
-After every optimizer step, R takes one plain SGD step from M sampled rows of x, without autograd (eq. 4):
+After an optimizer step (every one in the paper), R takes one plain SGD step from M sampled rows of x, without autograd
+(eq. 4):
 
     S = z^T z / M          second moments of z, with d = diag(S)
     C = (1 - kappa) * offdiag(S) + kappa * diag(d - 1)  kappa = 0 is the paper's eq. 5, read with z (see below)

@@ -17,7 +17,9 @@ that share the input, N the tokens of a batch and f the sampled fraction,
     excess = (D - 1) * max(r2 - 1 / M, 0)               M uncorrelated rows would show 1 / M
     gain   = excess / (1 + excess)                      share of the D directions lost to correlation
     cost   = 2 D / (3 N) + update / (6 N O D)           extra work: W R and dA R^T of 2 O D^2 each against 6 N O D
-    update = 2 D^2 * (m + min(2 m, m + D)) / k, m = f N z = R x; then z^T (z R) or (z^T z) R, every k = 5 steps
+    update = 2 D^2 * (m + min(2 m, m + D)) / k, m = f N
+                                                        z = R x; then z^T (z R) or (z^T z) R; at every k-th step, with
+                                                        the callback's default k = `UPDATE_INTERVAL`
 
 A group of layers is worth it if SAVING * gain >= cost, where SAVING is the smallest share of steps that decorrelation
 saved in our trials (over Muon, docs/results/methods).

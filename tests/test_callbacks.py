@@ -111,10 +111,18 @@ def test_an_interval_takes_larger_steps_less_often(tmp_path, etas):
 @pytest.mark.parametrize(
     ("steps", "stop", "warned"), [(4, 1.0, True), (5, 1.0, False), (8, 0.5, True), (10, 0.5, False)]
 )
-def test_a_run_that_ends_before_the_first_update_says_so(tmp_path, etas, caplog, steps, stop, warned):
+def test_a_run_without_an_update_of_r_says_so(tmp_path, etas, caplog, steps, stop, warned):
     trained(tmp_path, DecorrelationCallback(DecorrelationArguments(eta_stop=stop)), max_steps=steps)
     assert bool(etas) != warned
-    assert any("R is never updated" in message for message in caplog.messages) == warned
+    assert any("R was never updated" in message for message in caplog.messages) == warned
+
+
+def test_no_update_of_r_is_no_surprise_without_eta_or_after_a_resume(tmp_path, caplog):
+    trained(tmp_path / "off", DecorrelationCallback(DecorrelationArguments(eta=0.0)), max_steps=4)
+    options = {"save_strategy": "steps", "save_steps": 6}
+    trained(tmp_path / "on", DecorrelationCallback(), ResumingTrainer, **options)
+    trained(tmp_path / "on", DecorrelationCallback(), ResumingTrainer, resume=True, **options)
+    assert not any("never updated" in message for message in caplog.messages)
 
 
 def test_a_skipped_optimizer_step_leaves_r_and_drops_its_rows(monkeypatch):

@@ -21,7 +21,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHORT = (
     "--max_steps 2 --eval_strategy steps --eval_steps 1 --logging_steps 1 --save_strategy no --use_cpu true "
     "--report_to none --disable_tqdm true --per_device_train_batch_size 4 --hidden_size 32 --num_layers 1 "
-    "--learning_rate 1e-3"
+    "--learning_rate 1e-3 --update_interval 1"
 )
 
 

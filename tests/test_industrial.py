@@ -22,6 +22,7 @@ WALK = (Path(__file__).parents[1] / "docs" / "industrial.md").read_text(encoding
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", WALK, flags=re.DOTALL)
 QUICK = ["--dataloader_num_workers", "0", "--dataloader_persistent_workers", "false"]
 PRETRAIN = ["--model_size", "mini", "--num_train_epochs", "1", "--per_device_train_batch_size", "4", *QUICK]
+PRETRAIN += ["--update_interval", "1"]  # two steps
 FINETUNE = ["--num_train_epochs", "1", "--head_size", "16", "--auxiliary_head_size", "8", *QUICK]
 FINETUNE += ["--per_device_train_batch_size", "2"]
 

@@ -90,10 +90,11 @@ def test_stock_and_bp_give_the_same_curve(tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("optimizer", "blocks"), [("adamw", 1), ("muon", 1), ("muon", 4)])
+@pytest.mark.parametrize(("optimizer", "blocks", "interval"), [("adamw", 1, 1), ("muon", 1, 5), ("muon", 4, 1)])
 @pytest.mark.slow
-def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer, blocks):
-    given = {"optimizer": optimizer, "wide_blocks": blocks}
+def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer, blocks, interval):
+    """With an update every 5 steps it resumes between two of them, at step 6."""
+    given = {"optimizer": optimizer, "wide_blocks": blocks, "update_interval": interval}
     whole = main(flags(tmp_path / "whole", **given, save_total_limit=None))
     half = tmp_path / "half"
     main(flags(half, **given))

@@ -108,6 +108,13 @@ def test_the_papers_recipes_hold_the_papers_values(recipe, tmp_path):
     assert groups[2].row_cap is None
 
 
+@pytest.mark.parametrize("recipe", ["small_photographs.yaml", "demo.yaml", "industrial.yaml"])
+def test_recipes_whose_figures_we_quote_keep_their_interval(recipe):
+    """They were measured before the default became 5."""
+    arguments = recipe_arguments(recipe)
+    assert arguments[arguments.index("--update_interval") + 1] == "1"
+
+
 def test_every_shipped_recipe_is_read():
     for name in recipe_names():
         assert recipe_arguments(name)

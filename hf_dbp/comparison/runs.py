@@ -27,6 +27,7 @@ __all__ = [
     "read_run",
     "settings",
     "variant_of",
+    "varied_flags",
 ]
 
 PROBE_FILE = "probe.json"  # written by a probe
@@ -175,12 +176,16 @@ def collect_runs(folders: Sequence[str]) -> list[Run]:
 
 def varied_flags(records: Sequence[RunRecord]) -> list[str]:
     """The flags that affect a result and differ between runs of one variant, if both have them."""
-    pairs = [pair for pair in itertools.combinations(records, 2) if len(set(map(variant_of, pair))) == 1]
-    arguments = [(one.arguments, other.arguments) for one, other in pairs]
-    return [flag for flag in settings() if any(flag in a and flag in b and a[flag] != b[flag] for a, b in arguments)]
+    varied = set()
+    for one, other in itertools.combinations(records, 2):
+        if variant_of(one) == variant_of(other):
+            a, b = one.arguments, other.arguments
+            varied |= {flag for flag in settings(one.method) if flag in a and flag in b and a[flag] != b[flag]}
+    return sorted(varied)
 
 
-def settings() -> list[str]:
+def settings(method: str = "dbp") -> list[str]:
     """The flags that distinguish settings of one method; the others do not affect the result."""
     flags = natures(*pretraining.GROUPS).items()
-    return sorted(name for name, flag in flags if flag.shapes in ("data", "model", "training"))
+    shaping = {name: flag for name, flag in flags if flag.shapes in ("data", "model", "training")}
+    return sorted(name for name, flag in shaping.items() if method == "dbp" or not flag.dbp)

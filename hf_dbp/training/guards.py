@@ -3,7 +3,8 @@
 A skipped step leaves weights, R, running statistics and the optimizer's state unchanged, bit for bit: the gradients are
 removed before the optimizer sees them, the rows gathered for R are dropped (`DecorrelationCallback`), and buffers (of
 BatchNorm) are restored. The step still counts, its images are consumed and the schedule advances. All processes make
-the same decision. R is guarded in its own update (`step_share`); steps that left it unchanged are also counted here.
+the same decision. R is guarded in its own update (`step_share`); updates that left it unchanged are also counted here,
+and the steps between two updates of R do not end their row.
 
 A forward hook sees the loss that the model returns. If it is not finite, the last finite one replaces it, so the logs
 stay readable; they also show how many steps were skipped. The host waits for the device once per step, for one small
@@ -105,6 +106,7 @@ class GuardCallback(ReportingCallback):
         if max_skipped_steps < 1:
             raise UserError(f"--max_skipped_steps is a number of steps, at least 1, got {max_skipped_steps}")
         self.max_skipped_steps, self.skipped_in_a_row = max_skipped_steps, 0
+        self._left = False  # whether the last update of R left one unchanged
         self.decorrelation = decorrelation
         self._hook: Any = None
         self._judged, self.micro_batches = False, 0  # for the current step
@@ -119,7 +121,7 @@ class GuardCallback(ReportingCallback):
         super().on_train_begin(args, state, control, model, **kwargs)
         args.logging_nan_inf_filter = False
         self.release()
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self._left = 0, False
         self.model: nn.Module = extract_model_from_parallel(model, keep_torch_compile=False)
         self.trained: dict[str, Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self._lost = self._last_loss = torch.zeros((), device=args.device)
@@ -189,13 +191,17 @@ class GuardCallback(ReportingCallback):
         lost = torch.zeros_like(self._lost)
         if norms and not scaled:
             lost = 1.0 - torch.stack(list(norms.values())).isfinite().all().to(lost)
+        updated = self.decorrelation is not None and not self.decorrelation.shares.judged
         left = lost.new_zeros(()) if self.decorrelation is None else self.decorrelation.shares.pop_left().to(lost)
         flags = torch.stack([self._lost, lost, left])
         if args.world_size > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         causes = [cause for cause, flag in zip(("loss", "gradient", "R"), flags.tolist(), strict=True) if flag]
+        if updated:
+            self._left = "R" in causes
         if not causes:
-            self.skipped_in_a_row = 0
+            if not self._left:  # else the steps up to the next update of R say nothing about it
+                self.skipped_in_a_row = 0
             return
         layer = self._first_layer(causes[0], norms, clipped) or "another process"
         if causes != ["R"] and not scaled:
@@ -234,10 +240,12 @@ class GuardCallback(ReportingCallback):
             step, cause, layer, what, self.skipped_in_a_row, self.max_skipped_steps,
         )  # fmt: skip
         if self.skipped_in_a_row >= self.max_skipped_steps:
+            failed = "updates of R in a row" if cause == "R" else "steps in a row"
+            found = "were" if cause == "R" else f"had a {cause} that is"
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} steps in a row up to step {step} had a {cause} that is not finite, first in "
-                f"{layer}: {ADVICE[cause]}. None of these steps was saved; the command with these changes "
-                f"resumes from the last checkpoint (--max_skipped_steps sets the limit)"
+                f"{self.skipped_in_a_row} {failed} up to step {step} {found} not finite, first in {layer}: "
+                f"{ADVICE[cause]}. None of these steps was saved; the command with these changes resumes from the last "
+                f"checkpoint (--max_skipped_steps sets the limit)"
             )
 
     @staticmethod

@@ -98,6 +98,18 @@ def test_runs_that_do_not_compare_are_named():
         assert f"{what} differ between runs that are compared." in remarks
 
 
+def test_runs_of_one_variant_with_other_flags_are_named():
+    """As when a default changed half-way through a comparison. What plain backprop does not use is no difference."""
+    runs = paired_runs()
+    for run in runs[0], runs[3]:
+        run.record.arguments["update_interval"] = 1
+    for run in runs[1:3] + runs[4:]:
+        run.record.arguments["update_interval"] = 5
+    remarks = analyse(made_plan(), runs)["remarks"]
+    assert "dbp+adamw: not all seeds were run with the same --update_interval." in remarks
+    assert not any(remark.startswith("adamw:") for remark in remarks)
+
+
 def test_the_best_setting_is_chosen_without_diverged_runs_and_edges_are_named():
     plan = made_plan(
         ("adamw",),

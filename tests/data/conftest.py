@@ -37,6 +37,7 @@ FLAGS = {
     "save_strategy": "no",
     "logging_steps": "1",
     "learning_rate": "1e-3",
+    "update_interval": "1",
 }
 
 

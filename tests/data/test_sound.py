@@ -65,7 +65,8 @@ def test_pre_training_on_a_folder_of_sounds(tmp_path):
         soundfile.write(tmp_path / f"{i}.{suffix}", tone(200 * (i + 1), seconds=1 + i % 3), 16_000)
     pretraining.main([
         "--config", "audio.yaml", "--train_dir", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--use_cpu",
-        "true", "--max_steps", "2", "--eval_steps", "2", "--save_steps", "2", "--dataloader_num_workers", "0",
+        "true", "--max_steps", "2", "--update_interval", "1", "--eval_steps", "2", "--save_steps", "2",
+        "--dataloader_num_workers", "0",
         "--dataloader_persistent_workers", "false", "--per_device_train_batch_size", "4", "--disable_tqdm", "true",
     ])  # fmt: skip
     record = json.loads((tmp_path / "run" / "run.json").read_text())

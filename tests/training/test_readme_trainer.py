@@ -62,9 +62,9 @@ parts = {{
 }}
 for run in parts.values():
     run.train()
-resumed = trainer("whole", new_model(), max_steps=4, lr_scheduler_type="constant")
+resumed = trainer("whole", new_model(), max_steps=6, lr_scheduler_type="constant")
 resumed.train(resume_from_checkpoint=True)
-undisturbed = trainer("undisturbed", new_model(), max_steps=4, lr_scheduler_type="constant")
+undisturbed = trainer("undisturbed", new_model(), max_steps=6, lr_scheduler_type="constant")
 undisturbed.train()
 search = trainer("search", model_init=new_model, max_steps=2)
 best = search.hyperparameter_search(

@@ -335,18 +335,38 @@ class Spoil(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         _, layer = next(decorrelated_layers(model))
-        layer.decorrelation.rows[0, 0] = math.nan
+        if layer.decorrelation.rows is not None:
+            layer.decorrelation.rows[0, 0] = math.nan
 
 
-def test_r_is_guarded_in_readmes_trainer_and_in_a_stock_one(tmp_path, mae_config):
-    of_r = DecorrelationCallback(DecorrelationArguments(sample_fraction=1.0, update_interval=1))
+@pytest.mark.parametrize("interval", [1, 5])
+def test_r_is_guarded_in_readmes_trainer_and_in_a_stock_one(tmp_path, mae_config, interval):
+    """The update of step 5 k is judged at the next step."""
+    of_r = DecorrelationCallback(DecorrelationArguments(sample_fraction=1.0, update_interval=interval))
+    options = {"max_steps": 5 * interval + 6}
     trainers = [
-        plain(tmp_path, mae_config(), ResumingTrainer, [Spoil(), of_r], max_steps=12),
-        plain(tmp_path, mae_config(), Trainer, [Spoil(), of_r, GuardCallback(decorrelation=of_r)], max_steps=12),
+        plain(tmp_path, mae_config(), ResumingTrainer, [Spoil(), of_r], **options),
+        plain(tmp_path, mae_config(), Trainer, [Spoil(), of_r, GuardCallback(decorrelation=of_r)], **options),
     ]
     for trainer in trainers:
-        with pytest.raises(NonFiniteError, match="5 steps in a row up to step 6 had a R that is not finite"):
+        with pytest.raises(
+            NonFiniteError, match=f"5 updates of R in a row up to step {5 * interval + 1} were not finite"
+        ):
             trainer.train()
+
+
+def test_updates_of_r_that_fail_now_and_then_do_not_end_a_run(tmp_path, mae_config):
+    """Two of three fail, so the row ends at every third."""
+    of_r = DecorrelationCallback(DecorrelationArguments(sample_fraction=1.0, update_interval=2))
+
+    class Sometimes(Spoil):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            if state.global_step // 2 % 3:
+                super().on_pre_optimizer_step(args, state, control, model, **kwargs)
+
+    trainer = plain(tmp_path, mae_config(), ResumingTrainer, [Sometimes(), of_r], max_steps=20)
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "skipped" in row] == [5, 7, 11, 13, 17, 19]
 
 
 @pytest.mark.parametrize("trainer_class", [ResumingTrainer, Trainer])

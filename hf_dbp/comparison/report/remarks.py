@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_dbp.comparison.plans import Plan, is_number
-from hf_dbp.comparison.runs import Run, RunsBySeed
+from hf_dbp.comparison.runs import Run, RunsBySeed, varied_flags
 
 __all__ = ["edge_remarks", "remarks"]
 
@@ -37,6 +37,10 @@ def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> l
     if len(lengths) > 1:
         found.append(f"Curves of unequal length: runs end after {min(lengths)} to {max(lengths)} steps.")
     found += edge_remarks(plan, chosen)
+    for variant, by_seed in chosen.items():
+        flags = varied_flags([run.record for run in by_seed.values() if run.record is not None])
+        if flags:
+            found.append(f"{variant}: not all seeds were run with the same --{', --'.join(flags)}.")
     for key, what in (("data", "Data"), ("hardware", "Hardware"), ("commit", "Code (commit)")):
         if differs(chosen, key):
             found.append(f"{what} differ between runs that are compared.")
