@@ -29,12 +29,25 @@ def test_neighbours_look_at_angles_and_vote():
 def test_the_linear_probe_finds_a_linear_rule_among_scales():
     features = torch.randn(400, 6) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 1.0]) + 5
     labels = (features[:, 0] > 5).long() + 2 * (features[:, 2] > 5).long()
-    hits, penalty = linear_accuracy(features[:300], labels[:300], features[300:], labels[300:], seed=0)
+    hits, penalty, _ = linear_accuracy(features[:300], labels[:300], features[300:], labels[300:], seed=0)
     assert hits >= 95
     assert penalty < 0.1
     noise = torch.randint(0, 2, (400,))
-    hits, _ = linear_accuracy(features[:300], noise[:300], features[300:], noise[300:], seed=0)
+    hits, _, _ = linear_accuracy(features[:300], noise[:300], features[300:], noise[300:], seed=0)
     assert hits < 70
+
+
+@pytest.mark.parametrize(
+    ("right", "edge"),
+    [((9, 8, 7), True), ((8, 9, 7), False), ((9, 9, 7), False), ((7, 8, 9), True), ((7, 9, 9), False)],
+)
+def test_a_penalty_at_the_edge_of_those_tried_is_told_if_it_is_better_than_the_next(monkeypatch, right, edge):
+    hits = dict(zip((0.1, 1.0, 10.0), right, strict=True))
+    monkeypatch.setattr("hf_dbp.downstream.probe.PENALTIES", tuple(hits))
+    monkeypatch.setattr("hf_dbp.downstream.probe._fitted", lambda *given: (given[-1], None))
+    monkeypatch.setattr("hf_dbp.downstream.probe._hits", lambda penalty, *_: hits[penalty])
+    features, labels = torch.zeros(10, 1), torch.zeros(10, dtype=torch.long)
+    assert linear_accuracy(features, labels, features, labels, seed=0)[1:] == (max(hits, key=hits.get), edge)
 
 
 @pytest.mark.parametrize("seed", range(5))

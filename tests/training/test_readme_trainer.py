@@ -112,13 +112,13 @@ def test_readmes_trainer_does_what_a_trainer_does(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.partition("FOUND ")[2].splitlines()[0])
     assert found["evaluated"] > 0
-    assert found["resumed"] == found["undisturbed"] and len(found["resumed"]) == 4
+    assert found["resumed"] == found["undisturbed"] and len(found["resumed"]) == 6
     assert found["first"]["4"] == pytest.approx(found["first"]["1"], rel=0.1)  # not four times
     assert found["best"] in ("0", "1")
-    for run, steps in (("whole", 4), ("search/run-0", 2), ("search/run-1", 2)):
+    for run, steps in (("whole", 6), ("search/run-0", 2), ("search/run-1", 2)):
         assert (tmp_path / run / f"checkpoint-{steps}").is_dir()
-    for run in ("whole", "search"):  # two trials of two steps
+    for run, steps in (("whole", 6), ("search", 4)):  # two trials of two steps
         counts = logged(tmp_path / run)
         for name in ("train/loss", "train/decorrelation_loss", "train/mean_squared_correlation"):
-            assert counts[name] == 4, (run, counts)
+            assert counts[name] == steps, (run, counts)
         assert counts["eval/loss"] >= 2
