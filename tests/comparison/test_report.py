@@ -287,28 +287,66 @@ def published(name):
     return losses, overheads, savings
 
 
-def test_the_readme_says_what_the_reports_say():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in readme.splitlines()]
+def cells_of(page):
+    """The page's words, and the cells of each line of its tables."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return " ".join(text.split()), [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_the_page_on_when_it_pays_holds_the_tables_of_the_reports():
+    page, table = cells_of("docs/when.md")
     losses, overheads, savings = published("methods")
     for variant, loss in losses.items():
         label = variant.replace("dbp+", "DBP + ").replace("adamw", "AdamW").replace("muon", "Muon")
         saved = (savings.get((variant, baseline), ["", ""]) for baseline in ("adamw", "muon"))
         assert [label, loss, *itertools.chain(*saved)] in table
     over_adamw, over_muon = overheads["dbp+adamw", "adamw"], overheads["dbp+muon", "muon"]
-    expected = f"took {over_adamw:.0f} % longer than AdamW's and {over_muon:.0f} % longer than Muon's"
-    assert expected in " ".join(readme.split())
-    street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
-    random, bp, dbp = (
-        f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
-    )
-    expected = f"was {random} from random weights, {bp} after 2,400 steps of pre-training with Muon and {dbp} with DBP"
-    assert expected in " ".join(readme.split())
+    assert f"took {over_adamw:.0f} % longer than AdamW's and {over_muon:.0f} % longer than Muon's" in page
     losses, overheads, savings = published("fast_settings")
     for variant, label in FAST.items():
         pair = variant, "bp"
         cells = [f"{overheads[pair]:+.1f} %", *savings[pair]] if pair in savings else ["", "", ""]
         assert [label, losses[variant], *cells] in table
+
+
+YARDSTICK = {
+    "adamw": "AdamW",
+    "soap": "SOAP",
+    "muon": "Muon",
+    "dbp encoder+muon": "DBP of the encoder, under Muon",
+    "dbp+muon": "DBP of the whole model, under Muon",
+}
+
+
+def yardstick_cells(name, variant):
+    """From a report under docs/results: the variant's best loss, and what whole-model DBP saves to reach it."""
+    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+    if variant not in report["variants"]:
+        return ["", "", ""]
+    loss = report["variants"][variant]["validation"]["best"]["loss"]
+    cells = [f"{loss['mean']:.3f} ± {loss['sd']:.3f}", "", ""]
+    for pair in report["yardstick"]["pairs"]:
+        saving = pair["savings"].get("validation loss")
+        if (pair["baseline"], pair["other"]) == (variant, "dbp+muon") and saving:
+            bound = "≥ " if saving["at_least"] else ""
+            for cell, what in enumerate(("steps", "time"), start=1):
+                mean = saving[what]
+                interval = f" [{mean['low']:.0f}, {mean['high']:.0f}]" if mean["high"] - mean["low"] > 0.05 else ""
+                cells[cell] = f"{bound}{mean['mean']:.0f} %{interval}"
+    return cells
+
+
+def test_the_readme_says_what_the_reports_say():
+    page, table = cells_of("README.md")
+    for variant, label in YARDSTICK.items():
+        assert [label, *yardstick_cells("yardstick", variant), *yardstick_cells("yardstick_tiny", variant)] in table
+    street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
+    random, bp, dbp = (
+        f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
+    )
+    assert (
+        f"was {random} from random weights, {bp} after 2,400 steps of pre-training with Muon and {dbp} with DBP" in page
+    )
 
 
 @pytest.mark.slow

@@ -346,9 +346,11 @@ def yardstick_charts(figures: Figures) -> list[Picture]:
         return []
     names = [name for name in QUALITIES if any(name in pair["savings"] for pair in figures["pairs"])]
     figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
+    shown = [pair[side] for side in ("baseline", "other") for pair in figures["pairs"]]
+    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(shown))}
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         drawn: set[str] = set()
-        for index, pair in enumerate(figures["pairs"]):
+        for pair in figures["pairs"]:
             found = pair["savings"].get(name)
             if found is None:
                 continue
@@ -357,12 +359,14 @@ def yardstick_charts(figures: Figures) -> list[Picture]:
                 ends = found["ends"]
                 errors = [end["sd"] or 0.0 for end in ends.values()]
                 axis.errorbar(
-                    list(ends), [end["mean"] for end in ends.values()], errors, marker="o", color=f"C{len(drawn) - 1}",
-                    label=pair["baseline"], capsize=3,
+                    list(ends), [end["mean"] for end in ends.values()], errors, marker="o",
+                    color=colors[pair["baseline"]], label=pair["baseline"], capsize=3,
                 )  # fmt: skip
-            target, color = found["other_end"]["mean"], f"C{index + 3}"
-            axis.axhline(target, color=color, linestyle="--", linewidth=1)
-            axis.plot([found["length"]], [target], marker="s", color=color, linestyle="", label=pair["other"])
+            if pair["other"] not in drawn:
+                drawn.add(pair["other"])
+                target, color = found["other_end"]["mean"], colors[pair["other"]]
+                axis.axhline(target, color=color, linestyle="--", linewidth=1)
+                axis.plot([found["length"]], [target], marker="s", color=color, linestyle="", label=pair["other"])
         axis.set(xlabel="steps of the complete schedule", ylabel=name)
         axis.legend(fontsize=8)
     caption = "Ends of complete schedules: the baselines by length, mean ± standard deviation, and the others' ends."
