@@ -200,7 +200,8 @@ class GuardCallback(ReportingCallback):
         if updated:
             self._left = "R" in causes
         if not causes:
-            if not self._left:  # else the steps up to the next update of R say nothing about it
+            waiting = self._left and self.decorrelation is not None and state.global_step < self.decorrelation.last_step
+            if not waiting:  # the steps up to the next update of R say nothing about it
                 self.skipped_in_a_row = 0
             return
         layer = self._first_layer(causes[0], norms, clipped) or "another process"

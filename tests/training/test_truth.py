@@ -369,6 +369,15 @@ def test_updates_of_r_that_fail_now_and_then_do_not_end_a_run(tmp_path, mae_conf
     assert [row["step"] for row in trainer.state.log_history if "skipped" in row] == [5, 7, 11, 13, 17, 19]
 
 
+def test_a_row_of_failed_updates_ends_when_r_is_trained_no_longer(tmp_path, mae_config):
+    arguments = DecorrelationArguments(sample_fraction=1.0, update_interval=2, eta_stop=0.5)
+    guard = GuardCallback(decorrelation=(of_r := DecorrelationCallback(arguments)))
+    trainer = plain(tmp_path, mae_config(), Trainer, [Spoil(), of_r, guard], max_steps=8)
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "skipped" in row] == [3, 5]
+    assert guard.skipped_in_a_row == 0
+
+
 @pytest.mark.parametrize("trainer_class", [ResumingTrainer, Trainer])
 def test_the_clock_counts_training_alone_in_any_trainer(tmp_path, mae_config, monkeypatch, trainer_class):
     """A second in a step; a thousand in every evaluation, save and the loading of the best model."""
