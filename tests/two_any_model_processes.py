@@ -83,7 +83,7 @@ def main() -> None:
     found |= {f"R:{key}": R for key, R in matrices(everyone, 2, {"x": x, "expert": rank}).items()}
 
     torch.manual_seed(0)
-    wide = nn.ModuleDict({"a": nn.Linear(8, 64), "b": nn.Linear(8, 64)})
+    wide = nn.ModuleDict({"a": nn.Linear(8, 64), "b": nn.Linear(8, 1)})  # b: no gain, and dear
     wide.forward = lambda x, y: wide["a"](x) + wide["b"](y)  # type: ignore[method-assign]
     mix = torch.randn(8, 8)
     generator = torch.Generator().manual_seed(10 + rank)
