@@ -247,7 +247,8 @@ class DecorrelationCallback(ReportingCallback):
         self.arguments = arguments or DecorrelationArguments()
         self.seed = seed
         self.restorable = False  # whether the Trainer can restore models that are not fused; set by ResumingTrainer
-        self.last_step, self.begun = 0, 0  # of R's training; of this run, if it was resumed
+        self.last_step = 0  # after which R stays as it is
+        self.begun = 0  # the step at which this part of the run began
         self.log_steps: int | None = None  # correlations are measured at the first step and every so many steps
         self.switches = ExitStack()  # torch settings, restored at the end
         self.measured: dict[str, tuple[Tensor, Tensor]] = {}

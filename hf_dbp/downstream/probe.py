@@ -134,7 +134,8 @@ def linear_accuracy(
         for penalty in PENALTIES
     ]
     best = int(np.argmax(right))
-    penalty, at_edge = PENALTIES[best], right[best] > right[1] if best == 0 else best == len(right) - 1
+    penalty = PENALTIES[best]
+    at_edge = right[0] > right[1] if best == 0 else best == len(right) - 1  # the first of equal ones is the best
     return _hits(*_fitted(train_ND, labels_N, classes, penalty), test_MD, truth_M), penalty, at_edge
 
 

@@ -237,7 +237,9 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     max_skipped_steps: Annotated[int, Nature("nothing")] = field(
         default=5,
-        metadata={"help": "Stop after this many steps in a row with a loss, gradient or R that is not finite."},
+        metadata={
+            "help": "Stop after so many steps (updates, for R) in a row with a loss, gradient or R that is not finite."
+        },
     )
     budget: Annotated[str | None, Nature("nothing")] = field(
         default=None,

@@ -241,12 +241,13 @@ class GuardCallback(ReportingCallback):
             step, cause, layer, what, self.skipped_in_a_row, self.max_skipped_steps,
         )  # fmt: skip
         if self.skipped_in_a_row >= self.max_skipped_steps:
-            failed = "updates of R in a row" if cause == "R" else "steps in a row"
-            found = "were" if cause == "R" else f"had a {cause} that is"
+            failed = f"steps in a row up to step {step} had a {cause} that is not finite"
+            if cause == "R":  # checkpoints between two updates are whole
+                failed = f"updates of R in a row up to step {step} were not finite"
+            saved = "The" if cause == "R" else "None of these steps was saved; the"
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} {failed} up to step {step} {found} not finite, first in {layer}: "
-                f"{ADVICE[cause]}. None of these steps was saved; the command with these changes resumes from the last "
-                f"checkpoint (--max_skipped_steps sets the limit)"
+                f"{self.skipped_in_a_row} {failed}, first in {layer}: {ADVICE[cause]}. {saved} command with these "
+                f"changes resumes from the last checkpoint (--max_skipped_steps sets the limit)"
             )
 
     @staticmethod
