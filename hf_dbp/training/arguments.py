@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
@@ -17,12 +18,15 @@ from hf_dbp.data.arguments import StreamingFlags
 from hf_dbp.errors import UserError
 from hf_dbp.hub.arguments import HubFlags
 from hf_dbp.natures import Nature
+from hf_dbp.precision import fast_in_16_bits
 from hf_dbp.training.duration import parse_duration
 from hf_dbp.training.measurement import check_country
 from hf_dbp.training.optimizers import check_optimizer
 from hf_dbp.training.processes import check_processes, use_one_gpu, use_timeout
 
 __all__ = ["FINETUNED", "GROUPS", "DataArguments", "ModelArguments", "PretrainingArguments", "RunArguments"]
+
+logger = logging.getLogger(__name__)
 
 COMMON = Nature(common=True)
 
@@ -288,6 +292,11 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
             )
         check_processes(self)
         use_one_gpu(self)
+        if (self.bf16 or self.fp16) and not fast_in_16_bits(self.device):
+            logger.warning(
+                "--%s can take 20 times as long as float32 on a CPU without AVX-512; leave it out",
+                "bf16" if self.bf16 else "fp16",
+            )
 
 
 #: the natures in fine-tuning, where ``optim`` alone chooses the optimizer and no check of the order of images refuses

@@ -2,13 +2,14 @@
 
     B <- mu B + (1 - mu) G                     momentum of the gradient
     M  = (1 - mu) G + mu B                     Nesterov's look ahead
-    O  = NS(M / |M|_F)                         five Newton-Schulz iterations towards the polar factor of M, in bfloat16
+    O  = NS(M / |M|_F)                         five Newton-Schulz iterations towards the polar factor of M
     W <- (1 - lr lambda) W - lr 0.2 sqrt(max(O, D)) O
 
 torch iterates over one matrix at a time, some forty kernels each: for the 84 hidden matrices of a ViT-Small their
 launches alone take milliseconds of a GPU's step. On a CPU, batching makes the iterations of a small model about 1.5
-times as fast. The factor 0.2 sqrt(max(O, D)) gives the step the size of AdamW's (``match_rms_adamw``), so one
-learning rate serves both.
+times as fast. They are computed in bfloat16, as torch's, or in float32 where bfloat16 is slow
+(`hf_dbp.precision`). The factor 0.2 sqrt(max(O, D)) gives the step the size of AdamW's
+(``match_rms_adamw``), so one learning rate serves both.
 
 Shapes: L matrices of one shape O x D.
 """
@@ -24,11 +25,14 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from hf_dbp.precision import fast_in_16_bits
+
 __all__ = ["Muon", "newton_schulz"]
 
 
 def newton_schulz(M_LOD: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices (L, O, D) with the singular vectors of M and singular values near 1 (0.7 to 1.2), in bfloat16.
+    """Matrices (L, O, D) with the singular vectors of M and singular values near 1 (0.7 to 1.2), in bfloat16, or in
+    float32 on a CPU that is slow in bfloat16.
 
     Args:
         M_LOD: matrices of one shape.
@@ -38,7 +42,7 @@ def newton_schulz(M_LOD: Tensor, coefficients: tuple[float, float, float], steps
     """
     a, b, c = coefficients
     tall = M_LOD.shape[-2] > M_LOD.shape[-1]
-    X = M_LOD.bfloat16()
+    X = M_LOD.bfloat16() if fast_in_16_bits(M_LOD.device) else M_LOD.float()
     X = X.mT if tall else X  # the smaller side gives the smaller products
     X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(eps)
     for _ in range(steps):

@@ -1,5 +1,7 @@
 """`Muon` takes the step of `torch.optim.Muon`, for matrices of any mixture of shapes."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ def matrices(shapes, seed):
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
+@patch.object(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # in bfloat16, as torch's
 @settings(max_examples=25, deadline=None)
 @given(shapes=SHAPES, seed=st.integers(0, 1000), missing=st.integers(0, 5))
 def test_the_step_is_that_of_torch(shapes, seed, missing):
@@ -39,6 +42,24 @@ def test_the_step_is_that_of_torch(shapes, seed, missing):
         if p in optimizers[0].state:
             buffer = optimizers[0].state[p]["momentum_buffer"]
             torch.testing.assert_close(buffer, optimizers[1].state[q]["momentum_buffer"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "error"), [("AVX512", torch.bfloat16, 0.02), ("AVX2", torch.float32, 1e-5)]
+)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 64, 16), (2, 16, 64)])
+def test_the_iterations_change_the_singular_values_alone(monkeypatch, capability, kind, error, shape):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    M = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = newton_schulz(M, COEFFICIENTS, 5, 1e-7)
+    assert found.dtype is kind
+    a, b, c = COEFFICIENTS
+    U, values, Vh = torch.linalg.svd(M.double(), full_matrices=False)
+    values = values / values.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        values = a * values + b * values**3 + c * values**5
+    expected = U @ torch.diag_embed(values) @ Vh
+    assert (found - expected).norm() <= error * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 64, 16), (2, 16, 64)])

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,12 +61,15 @@ from hf_dbp.downstream.segmentation.opened import Opened, RowsView, Truth
 from hf_dbp.downstream.segmentation.sliding import View, WholeView, logit_bands
 from hf_dbp.errors import UserError
 from hf_dbp.hub.untrusted import read_config, read_statistics, read_value_range
+from hf_dbp.precision import fast_in_16_bits
 from hf_dbp.records import write_json
 
 if TYPE_CHECKING:
     from hf_dbp.downstream.segmentation.retrieval import RetrievalSegmenter
 
 __all__ = ["Segmented", "Segmenter", "load"]
+
+logger = logging.getLogger(__name__)
 
 LARGE_MASK = 2**26  # pixels
 EXPORTS = ("coco", "labelme")
@@ -122,7 +126,14 @@ def load(
     changes: dict[str, Any] = {"crop_size": crop_size, "batch_size": batch_size}
     how = dataclasses.replace(how, **{name: value for name, value in changes.items() if value is not None})
     how = how if long_edge is None else dataclasses.replace(how, long_edge=long_edge or None)
-    network.eval().to(chosen_device(device))
+    where = chosen_device(device)
+    network.eval().to(where)
+    if how.autocast is not None and not fast_in_16_bits(where):
+        logger.warning(
+            "%s was evaluated in %s, in which this CPU is slow: it predicts in float32, and masks can differ a little",
+            *(model, how.autocast),
+        )
+        how = dataclasses.replace(how, autocast=None)
     channels = channels_of(content)
     statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
     truth = None

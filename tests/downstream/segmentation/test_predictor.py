@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,22 @@ def test_it_gives_eval_json_to_all_digits(segmenter, wafers, tmp_path, name):
     assert [scores[f"{index:03}"] for index in range(5)] == [image["score"] for image in record["images"]]
     other = hf_dbp.predict(str(out), images, tmp_path / "other", masks=masks, crop_size=48, long_edge=0)
     assert other.record["per_class"] != record["per_class"]
+
+
+@pytest.mark.parametrize(("capability", "autocast"), [("AVX512", "bfloat16"), ("AVX2", None)])
+def test_a_cpu_that_is_slow_in_16_bits_predicts_in_float32_and_says_so(
+    segmenter, wafers, tmp_path, monkeypatch, caplog, capability, autocast
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    trained, record = segmenter["native"]
+    out, images = shutil.copytree(trained, tmp_path / "model"), str(wafers / "images/validation")
+    config = json.loads((out / "config.json").read_text())
+    config["hf_dbp_evaluated"]["autocast"] = "bfloat16"
+    (out / "config.json").write_text(json.dumps(config))
+    found = hf_dbp.predict(str(out), images, tmp_path / "out", masks=str(wafers / "masks/validation"))
+    assert found.record["autocast"] == autocast
+    assert any("evaluated in bfloat16" in message for message in caplog.messages) == (autocast is None)
+    assert (found.record["per_class"] == record["per_class"]) == (autocast is None)
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}")
