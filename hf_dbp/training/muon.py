@@ -45,10 +45,33 @@ def newton_schulz(M_LOD: Tensor, coefficients: tuple[float, float, float], steps
     X = M_LOD.bfloat16() if fast_in_16_bits(M_LOD.device) else M_LOD.float()
     X = X.mT if tall else X  # the smaller side gives the smaller products
     X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp_min(eps)
-    for _ in range(steps):
-        gram = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    if X.dtype == torch.float32 and X.shape[-1] >= 2 * X.shape[-2]:
+        X = _factor(X @ X.mT, coefficients, steps) @ X
+    else:
+        for _ in range(steps):
+            gram = X @ X.mT
+            X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
     return X.mT if tall else X
+
+
+def _factor(gram_LOO: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """What the iterations multiply X by, from G = X X^T alone: ``Q = a I + b G + c G^2``, ``G <- Q G Q``, and the
+    product of all Q. For X at least twice as wide as high, these are the smaller products. float32 only: G holds the
+    squares of the singular values.
+    """
+    a, b, c = coefficients
+
+    def polynomial(G_LOO: Tensor) -> Tensor:
+        Q_LOO = torch.baddbmm(G_LOO, G_LOO, G_LOO, beta=b, alpha=c)
+        Q_LOO.diagonal(dim1=-2, dim2=-1).add_(a)
+        return Q_LOO
+
+    factor_LOO = Q_LOO = polynomial(gram_LOO)
+    for _ in range(steps - 1):
+        gram_LOO = Q_LOO @ gram_LOO @ Q_LOO
+        Q_LOO = polynomial(gram_LOO)
+        factor_LOO = Q_LOO @ factor_LOO
+    return factor_LOO
 
 
 class Muon(torch.optim.Muon):
