@@ -48,10 +48,10 @@ def pair(plan, runs, **kwargs):
 
 def test_linear_probes_at_the_edge_of_their_penalties_are_counted():
     runs = [run for seed in SEEDS for run in figures_of(seed)]
-    assert not any("linear probe" in remark for remark in analyse(plan_with(), runs)["remarks"])
+    assert not any("edge of those tried" in remark for remark in analyse(plan_with(), runs)["remarks"])
     for run in runs[:2]:
         run.probe["linear"]["at_edge"] = True
-    assert any("linear probe of 2 encoders" in remark for remark in analyse(plan_with(), runs)["remarks"])
+    assert any("edge of those tried: 2." in remark for remark in analyse(plan_with(), runs)["remarks"])
 
 
 def test_the_saving_is_from_the_length_at_which_the_baseline_ends_alike():

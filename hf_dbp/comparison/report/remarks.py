@@ -40,8 +40,8 @@ def remarks(plan: Plan, runs: Sequence[Run], chosen: dict[str, RunsBySeed]) -> l
     edges = sum(run.probe is not None and run.probe["linear"].get("at_edge", False) for run in runs)
     if edges:
         found.append(
-            f"The linear probe of {edges} encoders chose a penalty at the edge of those tried: these accuracies may be "
-            "too low, and not equally for every method."
+            f"Linear probes that chose a penalty at the edge of those tried: {edges}. These accuracies may be too low, "
+            "and not equally for every method."
         )
     for variant, by_seed in chosen.items():
         flags = varied_flags([run.record for run in by_seed.values() if run.record is not None])

@@ -126,14 +126,8 @@ def load(
     changes: dict[str, Any] = {"crop_size": crop_size, "batch_size": batch_size}
     how = dataclasses.replace(how, **{name: value for name, value in changes.items() if value is not None})
     how = how if long_edge is None else dataclasses.replace(how, long_edge=long_edge or None)
-    where = chosen_device(device)
-    network.eval().to(where)
-    if how.autocast is not None and not fast_in_16_bits(where):
-        logger.warning(
-            "%s was evaluated in %s, in which this CPU is slow: it predicts in float32, and masks can differ a little",
-            *(model, how.autocast),
-        )
-        how = dataclasses.replace(how, autocast=None)
+    network.eval().to(chosen_device(device))
+    how = without_slow_autocast(how, next(network.parameters()).device, model)
     channels = channels_of(content)
     statistics = read_statistics(model) or ([0.5] * channels, [0.5] * channels)
     truth = None
@@ -156,6 +150,17 @@ def load(
     value_range = read_value_range(model)
     preparation = Preparation(how.long_edge, *statistics, value_range or UNIT)
     return Segmenter(network, how, preparation, channels, settings, truth, floats=value_range is not None)
+
+
+def without_slow_autocast(how: Evaluated, device: torch.device, model: str) -> Evaluated:
+    """``how``, but in float32 if the device is slow in 16 bits; that is told, as it can change masks a little."""
+    if how.autocast is None or fast_in_16_bits(device):
+        return how
+    logger.warning(
+        "%s was evaluated in %s, in which this CPU is slow: it predicts in float32, and masks can differ a little",
+        *(model, how.autocast),
+    )
+    return dataclasses.replace(how, autocast=None)
 
 
 def load_network(model: str, content: Mapping[str, Any]) -> PreTrainedModel | SemanticEomt:
