@@ -7,9 +7,8 @@
 
 torch iterates over one matrix at a time, some forty kernels each: for the 84 hidden matrices of a ViT-Small their
 launches alone take milliseconds of a GPU's step. On a CPU, batching makes the iterations of a small model about 1.5
-times as fast. They are computed in bfloat16, as torch's, or in float32 where bfloat16 is slow
-(`hf_dbp.precision`). The factor 0.2 sqrt(max(O, D)) gives the step the size of AdamW's
-(``match_rms_adamw``), so one learning rate serves both.
+times as fast. They are in bfloat16, as torch's, or in float32 where bfloat16 is slow (`hf_dbp.precision`). The factor
+0.2 sqrt(max(O, D)) gives the step the size of AdamW's (``match_rms_adamw``), so one learning rate serves both.
 
 Shapes: L matrices of one shape O x D.
 """
