@@ -292,11 +292,14 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
             )
         check_processes(self)
         use_one_gpu(self)
-        if (self.bf16 or self.fp16) and not fast_in_16_bits(self.device):
-            logger.warning(
-                "--%s can take 20 times as long as float32 on a CPU without AVX-512; leave it out",
-                "bf16" if self.bf16 else "fp16",
-            )
+        warn_of_slow_products(self)
+
+
+def warn_of_slow_products(args: TrainingArguments) -> None:
+    """Name the flags that let a CPU compute products of 16 bits in which it is slow."""
+    for flag in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, flag) and not fast_in_16_bits(args.device, getattr(torch, f"{'b' * (flag[0] == 'b')}float16")):
+            logger.warning("--%s can take 20 times as long as float32 on this CPU; give --%s false", flag, flag)
 
 
 #: the natures in fine-tuning, where ``optim`` alone chooses the optimizer and no check of the order of images refuses

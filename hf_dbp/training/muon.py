@@ -1,4 +1,4 @@
-"""Muon, with the matrices of one shape orthogonalised together: the same step as `torch.optim.Muon` in fewer launches.
+"""Muon, with the matrices of one shape orthogonalised together: the step of `torch.optim.Muon` in fewer launches.
 
     B <- mu B + (1 - mu) G                     momentum of the gradient
     M  = (1 - mu) G + mu B                     Nesterov's look ahead
@@ -56,7 +56,7 @@ def newton_schulz(M_LOD: Tensor, coefficients: tuple[float, float, float], steps
 def _factor(gram_LOO: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """What the iterations multiply X by, from G = X X^T alone: ``Q = a I + b G + c G^2``, ``G <- Q G Q``, and the
     product of all Q. For X at least twice as wide as high, these are the smaller products. float32 only: G holds the
-    squares of the singular values.
+    squares of the singular values, and for matrices of low rank errors reach 2e-4, ten times those of the plain form.
     """
     a, b, c = coefficients
 

@@ -153,11 +153,11 @@ def load(
 
 
 def without_slow_autocast(how: Evaluated, device: torch.device, model: str) -> Evaluated:
-    """``how``, but in float32 if the device is slow in 16 bits; that is told, as it can change masks a little."""
-    if how.autocast is None or fast_in_16_bits(device):
+    """``how``, but in float32 if the device is slow in 16 bits; with a warning, because masks can then differ."""
+    if how.autocast is None or fast_in_16_bits(device, getattr(torch, how.autocast)):
         return how
     logger.warning(
-        "%s was evaluated in %s, in which this CPU is slow: it predicts in float32, and masks can differ a little",
+        "%s was evaluated in %s, which is slow on this CPU: predicting in float32 instead; masks can differ slightly",
         *(model, how.autocast),
     )
     return dataclasses.replace(how, autocast=None)

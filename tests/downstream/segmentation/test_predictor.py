@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 import hf_dbp
-from hf_dbp import locking
+from hf_dbp import locking, precision
 from hf_dbp.data.labels.formats import coco_content
 from hf_dbp.data.windows import open_rows
 from hf_dbp.data.wire_bonding import render
@@ -119,11 +119,11 @@ def test_it_gives_eval_json_to_all_digits(segmenter, wafers, tmp_path, name):
     assert other.record["per_class"] != record["per_class"]
 
 
-@pytest.mark.parametrize(("capability", "autocast"), [("AVX512", "bfloat16"), ("AVX2", None)])
+@pytest.mark.parametrize(("fast", "autocast"), [(True, "bfloat16"), (False, None)])
 def test_a_cpu_that_is_slow_in_16_bits_predicts_in_float32_and_says_so(
-    segmenter, wafers, tmp_path, monkeypatch, caplog, capability, autocast
+    segmenter, wafers, tmp_path, monkeypatch, caplog, fast, autocast
 ):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(precision, "cpu_is_fast", lambda dtype: fast)
     trained, record = segmenter["native"]
     out, images = shutil.copytree(trained, tmp_path / "model"), str(wafers / "images/validation")
     config = json.loads((out / "config.json").read_text())
