@@ -71,6 +71,8 @@ USED = {
     "_iterator": "torch.utils.data.DataLoader",
     "_MultiProcessingDataLoaderIter": "torch.utils.data.dataloader",
     "_shutdown_workers": "torch.utils.data.dataloader._MultiProcessingDataLoaderIter",
+    "_is_mkldnn_bf16_supported": "torch.ops.mkldnn",
+    "_is_mkldnn_fp16_supported": "torch.ops.mkldnn",
     "_last_lr": "torch.optim.lr_scheduler.LRScheduler",
     "_n_gpu": "transformers.TrainingArguments",
     "_prepare_inputs": "transformers.Trainer",
