@@ -298,7 +298,8 @@ class RunArguments(TrainingArguments):  # type: ignore[misc]
 def warn_of_slow_products(args: TrainingArguments) -> None:
     """Name the flags that let a CPU compute products of 16 bits in which it is slow."""
     for flag in ("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"):
-        if getattr(args, flag) and not fast_in_16_bits(args.device, getattr(torch, f"{'b' * (flag[0] == 'b')}float16")):
+        dtype = torch.bfloat16 if flag.startswith("bf16") else torch.float16
+        if getattr(args, flag) and not fast_in_16_bits(args.device, dtype):
             logger.warning("--%s can take 20 times as long as float32 on this CPU; give --%s false", flag, flag)
 
 
