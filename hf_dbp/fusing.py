@@ -121,7 +121,7 @@ def fuse_run(
         raise UserError("--output_dir must not be the run's own folder")
     if any(output_dir.glob(f"model.{UNFUSED}*")):
         raise UserError(f"--output_dir {output_dir} holds the model of a run; choose another folder")
-    mae = load_model(folder, "dbp_vit_mae", "vit_mae")
+    mae = load_model(folder, "dbp_vit_mae", "vit_mae", dtype="auto")
     vit = EXTRACT[kind](mae)
     mae = mae.float()  # for the comparison: in bfloat16 every product rounds differently
     pixels_BCHW = torch.stack([views[index]["pixel_values"] for index in range(min(count, len(views)))])

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from transformers import (
     PreTrainedModel,
@@ -120,7 +119,7 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
         model_class = ViTMAEForPreTraining if square else RectangularViTMAE
     named, hub = model_args.model_name_or_path, model_args.hub_options
     if named is not None and fits(named, config, **hub):
-        model, fresh = load_weights(model_class, named, config=config, dtype=torch.float32, **hub)
+        model, fresh = load_weights(model_class, named, config=config, **hub)
         if fresh:
             logger.warning("%s lacks %s, which start from their initialisation", named, ", ".join(fresh))
         freeze_fixed_(model)

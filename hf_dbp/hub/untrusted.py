@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
@@ -122,7 +123,7 @@ def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> Pr
     Args:
         source: folder or Hub id.
         kinds: the accepted values of ``model_type``, from `KINDS`.
-        kwargs: as for ``from_pretrained``.
+        kwargs: as for ``from_pretrained``; ``dtype`` as for `load_weights`.
 
     Raises:
         UserError: another kind of model, a configuration that no ViT has, or weights that are damaged, incomplete, of
@@ -145,16 +146,25 @@ def load_model(source: str | os.PathLike[str], *kinds: str, **kwargs: Any) -> Pr
 
 
 def load_weights(
-    model_class: Any, source: str | os.PathLike[str], *, config: Any, **kwargs: Any
+    model_class: Any,
+    source: str | os.PathLike[str],
+    *,
+    config: Any,
+    dtype: torch.dtype | str = torch.float32,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
     """``model_class.from_pretrained`` with this configuration, from safetensors only, and the tensors they lack besides
     R. Errors as for `load_model`.
+
+    Weights stored in 16 bits are loaded in float32, which loses nothing: the optimizer's steps are too small for 16
+    bits, and many CPUs are slow in them (`hf_dbp.precision`). ``dtype="auto"`` keeps the stored type.
     """
     check_files(source)
     try:
         model, info = model_class.from_pretrained(
             source,
             config=config,
+            dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -58,9 +58,7 @@ def warm_start_(model: PreTrainedModel, source: str, **hub: Any) -> None:
     kind = read_config(source, **hub)["model_type"]
     if kind not in KINDS:
         raise UserError(f"--model_name_or_path {source} holds a {kind!r} model; give a ViT-MAE or a ViT")
-    plain: nn.Module = load_model(
-        source, *KINDS, dtype=torch.float32, **hub, **({"add_pooling_layer": False} if kind == "vit" else {})
-    )
+    plain: nn.Module = load_model(source, *KINDS, **hub, **({"add_pooling_layer": False} if kind == "vit" else {}))
     if any(True for _ in decorrelated_layers(plain)):
         plain = fuse(plain)
     prefix = "vit." if kind == "vit" else ""

@@ -57,4 +57,4 @@ def load_fused_vit(name_or_path: str | os.PathLike[str], **kwargs: Any) -> ViTMo
             (`hf_dbp.hub.untrusted`), or a fused weight is not finite (the message names the layer).
     """
     source = model_folder(name_or_path) if Path(name_or_path).is_dir() else name_or_path
-    return extract_vit(load_model(source, "dbp_vit_mae", "vit_mae", **kwargs))
+    return extract_vit(load_model(source, "dbp_vit_mae", "vit_mae", **{"dtype": "auto", **kwargs}))
