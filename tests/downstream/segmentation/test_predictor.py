@@ -19,6 +19,7 @@ import tifffile
 import torch
 from filelock import FileLock
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 import hf_dbp
@@ -129,10 +130,19 @@ def test_a_cpu_that_is_slow_in_16_bits_predicts_in_float32_and_says_so(
     config = json.loads((out / "config.json").read_text())
     config["hf_dbp_evaluated"]["autocast"] = "bfloat16"
     (out / "config.json").write_text(json.dumps(config))
-    found = hf_dbp.predict(str(out), images, tmp_path / "out", masks=str(wafers / "masks/validation"))
+    kinds: set[torch.dtype] = set()  # of what the linear layers gave
+
+    def seen(module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Linear):
+            kinds.add(output.dtype)
+
+    with register_module_forward_hook(seen):
+        found = hf_dbp.predict(str(out), images, tmp_path / "out", masks=str(wafers / "masks/validation"))
     assert found.record["autocast"] == autocast
     assert any("evaluated in bfloat16" in message for message in caplog.messages) == (autocast is None)
-    assert (found.record["per_class"] == record["per_class"]) == (autocast is None)
+    assert kinds == {torch.bfloat16 if fast else torch.float32}
+    if autocast is None:
+        assert found.record["per_class"] == record["per_class"]
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}")
