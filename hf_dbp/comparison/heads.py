@@ -23,7 +23,7 @@ class Head:
         module: module of its ``main``.
         groups: its classes of flags.
         model: what is trained, in words.
-        metrics: figures of its `eval.json`, in words; the first is also plotted. One that the file lacks is left out.
+        metrics: figures of its `eval.json`, in words; see `first`. One that the file lacks is left out.
         guess: figure with the first metric's value for always predicting the most common class; None if that means
             nothing.
         check: refuses invalid data flags.
@@ -35,6 +35,11 @@ class Head:
     metrics: dict[str, str]
     guess: str | None
     check: Callable[[Any], Any]
+
+    @property
+    def first(self) -> tuple[str, str]:
+        """The metric that is plotted and that the yardstick judges by, and its name in words."""
+        return next(iter(self.metrics.items()))
 
 
 #: key of a plan, and folder below a run -> task

@@ -5,8 +5,8 @@ The main of `training_scripts/run_comparison.py`.
 Every run is a separate process. A finished run is not repeated, an interrupted one resumes from its last checkpoint,
 and a failed one is reported while the others continue. The order is: every variant at every searched setting with the
 first seed; the other seeds of each variant at its best setting; then, if asked for, the baselines' schedules of other
-lengths, the probe of each of these encoders, and the heads on those of the plan's own length. On SIGTERM and SIGINT the
-pre-training runs are told to save and end, and the runner waits for them.
+lengths, and the probe and the heads on each of these encoders. On SIGTERM and SIGINT the pre-training runs are told to
+save and end, and the runner waits for them.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def run_plan(plan: Plan, folder: Path, *, jobs: int = 1, launcher: str | None = 
     if plan.probe is not None:
         probe_all(plan.probe, at_best, folder)
     for head, finetuning in plan.heads.items():
-        finetune_all(head, finetuning, plan, [run for run in at_best if run.planned.length is None], folder)
+        finetune_all(head, finetuning, plan, at_best, folder)
     return runs
 
 
@@ -216,7 +216,7 @@ def finetune_all(head: str, finetuning: Finetuning, plan: Plan, runs: Sequence[R
     jobs = [(run, folder / "runs" / run.planned.folder, False) for run in finished]
     if finetuning.random:
         baseline = next(iter(plan.against))
-        randoms = [run for run in finished if run.planned.variant == baseline]
+        randoms = [run for run in finished if run.planned.variant == baseline and run.planned.length is None]
         jobs += [(run, folder / "runs" / "random" / f"seed{run.planned.seed}", True) for run in randoms]
     for run, target, is_random in tqdm(jobs, desc=head, unit="run"):
         try:

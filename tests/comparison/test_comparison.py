@@ -19,7 +19,7 @@ from hf_dbp.comparison import runner as comparison
 from hf_dbp.comparison.plans import Probe, plan_of, read_plan
 from hf_dbp.comparison.report.analysis import analyse
 from hf_dbp.comparison.runner import Runner, main, random_evaluations, run_plan
-from hf_dbp.comparison.runs import best_settings, collect_runs
+from hf_dbp.comparison.runs import Run, best_settings, collect_runs
 from hf_dbp.recipes import plan_names
 
 PLAN = """
@@ -260,6 +260,28 @@ def test_what_a_run_would_refuse_is_refused_before_the_first(changed, message, t
 SEGMENTED = PLAN.replace(
     "seeds:", "segmentation: {flags: {dataset_name: wire_bonding, crop_size: 64}, random: True}\nseeds:"
 )
+
+
+def test_heads_are_trained_on_encoders_of_every_length_and_once_on_random_weights(tmp_path, monkeypatch):
+    def ran(self, planned):
+        return [Run(one, made_run(one.variant, one.seed).record) for one in planned]
+
+    trained = []
+
+    def finetune(head, arguments, own, folder):
+        trained.append(folder.relative_to(tmp_path / "runs").as_posix())
+        return {"mean_iou": 0.5}
+
+    monkeypatch.setattr(Runner, "run", ran)
+    monkeypatch.setattr(comparison, "fused", lambda run: run / "vit")
+    monkeypatch.setattr(comparison, "finetune", finetune)
+    (tmp_path / "plan.yaml").write_text(SEGMENTED + "lengths: {adamw: [9]}\n")
+    runs = run_plan(read_plan(str(tmp_path / "plan.yaml"), ["--use_cpu", "true"]), tmp_path)
+    longer = [run for run in runs if run.planned.length == 9]
+    assert longer and all(run.heads["segmentation"]["mean_iou"] == 0.5 for run in longer)
+    assert {run.planned.folder.as_posix() for run in longer} < set(trained)
+    assert len(trained) == len(set(trained))
+    assert {name for name in trained if name.startswith("random")} == {"random/seed0", "random/seed1"}
 
 
 @pytest.mark.slow

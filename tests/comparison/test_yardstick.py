@@ -6,17 +6,20 @@ import json
 import pytest
 from runs import made_plan, made_run
 
-from hf_dbp.comparison.plans import Plan, Probe, read_plan
+from hf_dbp.comparison.plans import Finetuning, Plan, Probe, read_plan
 from hf_dbp.comparison.report import write_report
 from hf_dbp.comparison.report.analysis import analyse
-from hf_dbp.comparison.report.yardstick import headline_of, yardstick_figures
+from hf_dbp.comparison.report.yardstick import yardstick_figures
+from hf_dbp.comparison.report.yardstick_tables import headline_of
 
 SEEDS = range(3)
+SEARCH = {"learning_rate": ["5e-4", "1e-3", "2e-3"]}
 
 
 def ended(variant, seed, steps, loss, *, accuracy=None, second=1.0, usual=40):
     """A run with a complete schedule of so many steps that ends with this loss; its encoder is probed."""
-    run = made_run(variant, seed, [1.0] * (steps // 10 - 1) + [loss], second=second)
+    losses = [1.0] * (steps // 10 - 1) + [loss]
+    run = made_run(variant, seed, losses, second=second, searched=[("learning_rate", "1e-3")])
     run.planned = dataclasses.replace(run.planned, length=None if steps == usual else steps)
     if accuracy is not None:
         run.probe = {"knn": {"accuracy": accuracy}, "linear": {"accuracy": accuracy + 0.1}}
@@ -38,7 +41,9 @@ def figures_of(seed, **changed):
 
 
 def plan_with(**fields) -> Plan:
-    return made_plan(lengths={"adamw": [60, 80]}, probe=Probe(), **fields)
+    plan = made_plan(lengths={"adamw": [60, 80]}, **{"probe": Probe(), **fields})
+    plan.search = SEARCH
+    return plan
 
 
 def pair(plan, runs, **kwargs):
@@ -100,12 +105,14 @@ def test_a_baseline_that_is_ahead_at_its_shortest_length_leaves_no_headline():
             {"learning_rate": {"adamw": ["5e-4", "1e-3", "2e-3"], "dbp+adamw": ["1e-3"]}},
             "adamw had 3 settings to choose from, dbp+adamw had 1",
         ),
+        ({"learning_rate": ["1e-3"]}, {}, "one setting was tried for each"),
+        ({}, {}, "one setting was tried for each"),
     ],
 )
 def test_a_search_that_was_not_fair_or_not_wide_enough_leaves_no_headline(search, own, message):
     runs = [run for seed in SEEDS for run in figures_of(seed)]
     for run in runs:
-        run.planned = dataclasses.replace(run.planned, searched=(("learning_rate", "1e-3"),))
+        run.planned = dataclasses.replace(run.planned, searched=run.planned.searched if search else ())
     plan = plan_with(own_search=own)
     plan.search = search
     found = pair(plan, runs)
@@ -118,8 +125,35 @@ def test_one_seed_and_encoders_that_were_not_probed_leave_no_headline():
     assert "one seed by validation loss" in headline_of(pair(plan_with(seeds=[0]), runs))
     for run in runs:
         run.probe = None
-    plan = made_plan(lengths={"adamw": [60, 80]})
-    assert "the encoders were not probed" in headline_of(pair(plan, runs))
+    assert "the encoders were neither probed nor fine-tuned" in headline_of(pair(plan_with(probe=None), runs))
+
+
+def test_heads_of_all_lengths_are_judged_too():
+    runs = [run for seed in SEEDS for run in figures_of(seed)]
+    for run in runs:
+        seed, length = run.planned.seed, run.planned.length or 40
+        iou = 0.32 if run.planned.variant == "dbp+adamw" else 0.3 + (length - 40) / 1000
+        run.heads["segmentation"] = {"mean_iou": iou + 0.01 * seed}
+    found = pair(plan_with(), runs)
+    iou = found["savings"]["error in mean IoU"]
+    assert iou["equal_length"] == pytest.approx(dict.fromkeys(SEEDS, 60.0))
+    assert iou["time"]["mean"] == pytest.approx(100 * (1 - 44 / 60))
+    assert iou["other_end"]["mean"] == pytest.approx(1 - 0.33)
+    assert pair(plan_with(probe=None, heads={"segmentation": Finetuning()}), runs)["headline"] is not None
+
+
+def test_at_equal_time_the_baseline_has_as_many_more_steps_as_its_steps_are_faster():
+    found = pair(plan_with(), [run for seed in SEEDS for run in figures_of(seed)])
+    same = found["savings"]["validation loss"]["equal_time"]  # 44 steps: a fifth of the way from 40 to 60
+    assert same["steps"] == pytest.approx(44)
+    assert same["end"]["mean"] == pytest.approx(0.51 - 0.02)
+    assert same["margin"]["percent"]["mean"] == pytest.approx(-100 * 0.13 / 0.49, rel=0.01)
+    slow = pair(
+        plan_with(),
+        [run for seed in SEEDS for run in figures_of(seed)],
+        step_times={"adamw": [1.0, 1.0], "dbp+adamw": [2.1, 2.1]},
+    )
+    assert slow["savings"]["validation loss"]["equal_time"] is None  # 84 steps: longer than was run
 
 
 def test_runs_of_other_lengths_are_no_part_of_the_usual_figures():
@@ -136,7 +170,12 @@ def test_the_report_holds_the_yardstick_and_its_figures(tmp_path, sketched):
     text = (tmp_path / "README.md").read_text()
     saved = json.loads((tmp_path / "report.json").read_text())["yardstick"]["pairs"][0]["savings"]
     assert saved["validation loss"]["equal_length"] == pytest.approx({"0": 70.0, "1": 70.0, "2": 70.0})
-    for words in ("Saved, by complete schedules", "adamw, 60 steps", "| dbp+adamw | 0.55"):
+    for words in (
+        "Saved, by complete schedules",
+        "adamw, 60 steps",
+        "adamw, equal time, 44 steps",
+        "| dbp+adamw | 0.55",
+    ):
         assert words in text
     assert (tmp_path / "lengths.png").stat().st_size > 1000
 

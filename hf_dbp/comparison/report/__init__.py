@@ -12,7 +12,8 @@ from hf_dbp.comparison.report.analysis import analyse, chosen_runs
 from hf_dbp.comparison.report.charts import correlation_chart, grid_charts, head_chart, loss_chart, target_chart
 from hf_dbp.comparison.report.pages import Block, Heading, write_html, write_markdown
 from hf_dbp.comparison.report.tables import introduction, method_notes, result_tables, search_table
-from hf_dbp.comparison.report.yardstick import yardstick_blocks, yardstick_charts, yardstick_figures
+from hf_dbp.comparison.report.yardstick import yardstick_figures
+from hf_dbp.comparison.report.yardstick_tables import yardstick_blocks, yardstick_charts
 from hf_dbp.comparison.runs import Run
 from hf_dbp.records import write_json
 

@@ -125,7 +125,7 @@ def correlation_chart(chosen: dict[str, RunsBySeed]) -> Picture | None:
 
 def head_chart(name: str, chosen: dict[str, RunsBySeed], random: Sequence[dict[str, Any]]) -> Picture | None:
     """The first metric of a head by epoch of fine-tuning; None without evaluations."""
-    head, (metric, label) = HEADS[name], next(iter(HEADS[name].metrics.items()))
+    head, (metric, label) = HEADS[name], HEADS[name].first
     evaluations = {
         variant: [run.heads[name] for run in runs.values() if name in run.heads] for variant, runs in chosen.items()
     }

@@ -9,17 +9,18 @@ over the length:
     steps saved    1 - T / (equal length)
     time saved     1 - T (step time of the other) / ((equal length) (step time of the baseline))
 
-for the validation loss and, if encoders were probed, for the error of k nearest neighbours and of the linear probe.
-CO2e is taken as proportional to time, because the same machine draws the same power. T is the same for all seeds. If
-the baseline reaches a seed's target at no length, the longest one is used (the saving is *at least* that); if the
-shortest length already meets it, the seed has no figure.
+for the validation loss and, if encoders were probed or fine-tuned, for the error of k nearest neighbours, of the linear
+probe and of each head (1 - mean IoU, for example). CO2e is taken as proportional to time, because the same machine
+draws the same power. T is the same for all seeds. If the baseline reaches a seed's target at no length, the longest one
+is used (the saving is *at least* that); if the shortest length already meets it, the seed has no figure.
 
 The headline is the smallest of the savings. There is none if the best setting of either side lies at the edge of those
-tried, the sides had different numbers of settings to choose from, a seed has no figure, there is only one seed, or the
-encoders were not probed.
+tried or is the only one, the sides had different numbers of settings to choose from, a seed has no figure, there is
+only one seed, or the encoders were neither probed nor fine-tuned.
 
 `margins` use one stopping step for all seeds: (baseline's mean end - other's mean end) * sqrt(n) / (sd of the other's
-ends), for each length of the baseline.
+ends), for each length of the baseline. At *equal time* the baseline's schedule has T (step time of the other) / (step
+time of the baseline) steps; its end is taken from the same curve.
 """
 
 from __future__ import annotations
@@ -29,17 +30,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from hf_dbp.comparison.heads import HEADS
 from hf_dbp.comparison.plans import Plan
 from hf_dbp.comparison.report.analysis import chosen_runs, final_loss, step_seconds
-from hf_dbp.comparison.report.pages import Block, Heading, Items, Picture, Table
 from hf_dbp.comparison.report.remarks import edge_remarks
-from hf_dbp.comparison.report.tables import certainty, mean, number, percent
 from hf_dbp.comparison.runs import Run, RunsBySeed
-from hf_dbp.comparison.statistics import crossing, margin, mean_interval
+from hf_dbp.comparison.statistics import crossing, margin, mean_interval, value_at
 
-__all__ = ["QUALITIES", "yardstick_blocks", "yardstick_charts", "yardstick_figures"]
+__all__ = ["QUALITIES", "yardstick_figures"]
 
 Figures = dict[str, Any]
 Ends = dict[int, dict[int, float]]  # length -> seed -> figure at the end
@@ -54,10 +52,22 @@ def probe_error(kind: str) -> Callable[[Run], float | None]:
     return figure
 
 
+def head_error(head: str, metric: str) -> Callable[[Run], float | None]:
+    """A function that returns 1 - the metric of the model that was fine-tuned from the run's encoder."""
+
+    def figure(run: Run) -> float | None:
+        value = run.heads.get(head, {}).get(metric)
+        return None if value is None else 1.0 - float(value)
+
+    return figure
+
+
+FIRST = {head: task.first for head, task in HEADS.items()}
+PROBES = {"error of k nearest neighbours": probe_error("knn"), "error of the linear probe": probe_error("linear")}
 QUALITIES: dict[str, Callable[[Run], float | None]] = {
     "validation loss": final_loss,
-    "error of k nearest neighbours": probe_error("knn"),
-    "error of the linear probe": probe_error("linear"),
+    **PROBES,
+    **{f"error in {words}": head_error(head, metric) for head, (metric, words) in FIRST.items()},
 }
 
 
@@ -89,7 +99,7 @@ def yardstick_figures(
         if a in plan.lengths and a in chosen and b in chosen
     ]
     probes = {
-        variant: {name: summary(by_seed, QUALITIES[name]) for name in list(QUALITIES)[1:]}
+        variant: {name: summary(by_seed, figure) for name, figure in PROBES.items()}
         for variant, by_seed in chosen.items()
         if any(run.probe is not None for run in by_seed.values())
     }
@@ -182,6 +192,8 @@ def saving(
         equal[seed] = curve[-1][0] if met is None else met
     if not equal and not below:
         return None
+    in_time = {seed: at_length(ends, seed, length * ratio) for seed in targets}
+    kept = {seed: value for seed, value in in_time.items() if value is not None}
     steps = [100 * (1 - length / at) for at in equal.values()]
     time = [100 * (1 - length * ratio / at) for at in equal.values()]
     return {
@@ -194,13 +206,28 @@ def saving(
         "ends": {steps: asdict(mean_interval(list(by_seed.values()))) for steps, by_seed in ends.items()},
         "other_end": asdict(mean_interval(list(targets.values()))),
         "margins": {steps: margin(by_seed, targets) for steps, by_seed in ends.items()},
+        "equal_time": {
+            "steps": length * ratio,
+            "end": asdict(mean_interval(list(kept.values()))),
+            "margin": margin(kept, targets),
+        }
+        if kept
+        else None,
     }
+
+
+def at_length(ends: Ends, seed: int, steps: float) -> float | None:
+    """The end of a schedule of so many steps, on the line between two lengths; None outside those that were run."""
+    curve = [(float(length), by_seed[seed]) for length, by_seed in ends.items() if seed in by_seed]
+    return value_at(curve, steps) if curve and steps <= curve[-1][0] else None
 
 
 def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings: dict[str, Figures]) -> list[str]:
     """Why the yardstick has no headline for the pair; empty if it has one."""
     reasons = [remark.removesuffix(".") for remark in edge_remarks(plan, {name: chosen[name] for name in (a, b)})]
     tried = {name: settings_tried(plan, name) for name in (a, b)}
+    if max(tried.values()) == 1:
+        reasons.append("one setting was tried for each, so nobody knows whether a better one lies beyond")
     if tried[a] != tried[b]:
         reasons.append(f"{a} had {tried[a]} settings to choose from, {b} had {tried[b]}")
     if not savings:
@@ -211,163 +238,6 @@ def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings:
             reasons.append(f"{a} is ahead by {name} at its shortest length, {shortest} steps, for some seeds")
         elif len(found["equal_length"]) == 1:
             reasons.append(f"one seed by {name}: there is no interval")
-    if plan.probe is None:
-        reasons.append("the encoders were not probed")
+    if plan.probe is None and not plan.heads:
+        reasons.append("the encoders were neither probed nor fine-tuned")
     return reasons
-
-
-# ---- words, tables, pictures ----
-
-
-def headline_of(pair: Figures) -> str:
-    """The headline of the yardstick: the smallest saving, or why there is none to state."""
-    who = f"{pair['other']} against {pair['baseline']}"
-    if pair["headline"] is None:
-        return f"{who}: no headline, for {'; '.join(pair['no_headline'])}."
-    found = pair["savings"][pair["headline"]]
-    bound = (
-        f"at least (in {len(found['at_least'])} of {len(found['equal_length'])} seeds) " if found["at_least"] else ""
-    )
-    return (
-        f"{who}: saves {bound}{percent(found['time'])} of the time and CO2e and {percent(found['steps'])} of the "
-        f"steps, judged by the {pair['headline']}, where it saves least; {len(found['equal_length'])} paired seeds."
-    )
-
-
-def yardstick_blocks(figures: Figures) -> list[Block]:
-    """The headlines, the savings by each quality, the baselines' ends by length, and the probe."""
-    blocks: list[Block] = [Heading("Saved, by complete schedules")]
-    if figures["pairs"]:
-        blocks += [Items([headline_of(pair) for pair in figures["pairs"]])]
-        blocks += [savings_table(figures["pairs"]), ends_table(figures["pairs"]), ratio_table(figures["pairs"])]
-    if figures["probe"]:
-        blocks.append(probe_table(figures["probe"]))
-    note = (
-        "A baseline's schedules of other lengths use the setting that was best at the plan's length. Equal length: "
-        "where the baseline's end, linear between lengths, first reaches the other's end of the same seed. CO2e is "
-        "taken as proportional to time. Intervals do not include the uncertainty of the ratio of step times."
-    )
-    return [*blocks, Items([note])]
-
-
-def savings_table(pairs: Sequence[Figures]) -> Table:
-    rows = []
-    for pair in pairs:
-        for name, found in pair["savings"].items():
-            equal = found["equal_length"].values()
-            at_least = f"at least, {len(found['at_least'])}" if found["at_least"] else ""
-            notes = [at_least, f"no figure, {len(found['no_figure'])}" if found["no_figure"] else ""]
-            rows.append(
-                [
-                    f"{pair['other']} against {pair['baseline']}",
-                    name,
-                    str(len(equal)),
-                    str(found["length"]),
-                    mean(asdict(mean_interval(list(equal)))) if equal else "-",
-                    percent(found["steps"]),
-                    percent(found["time"]),
-                    "; ".join(note for note in notes if note) or "all between",
-                ]
-            )
-    header = [
-        "",
-        "judged by",
-        "seeds",
-        "steps",
-        "equal length",
-        "steps saved [95 %]",
-        "time, CO2e saved [95 %]",
-        "seeds",
-    ]
-    return Table("What a variant saves; a value below zero is a loss.", header, rows)
-
-
-def ends_table(pairs: Sequence[Figures]) -> Table:
-    rows = []
-    for pair in pairs:
-        for name, found in pair["savings"].items():
-            for steps, end in found["ends"].items():
-                test = found["margins"][steps]
-                row = [f"{pair['baseline']}, {steps} steps", name, mean(end), str(end["n"])]
-                row += [f"{pair['other']}, {found['length']} steps", mean(found["other_end"])]
-                if test is not None:
-                    row += [percent(test["percent"]), certainty(test), number(test["standard_errors"], 3)]
-                rows.append(row + ["-"] * (9 - len(row)))
-    header = [
-        "baseline",
-        "at the end",
-        "mean ± sd",
-        "seeds",
-        "other",
-        "mean ± sd",
-        "difference [95 %]",
-        "paired t-test",
-    ]
-    caption = (
-        "Ends of complete schedules, one stopping step for all seeds. The last column: by how many of its own standard "
-        "errors the other's mean lies below the baseline's."
-    )
-    return Table(caption, [*header, "standard errors"], rows)
-
-
-def ratio_table(pairs: Sequence[Figures]) -> Table:
-    rows = []
-    for pair in pairs:
-        ratio, budget = pair["step_ratio"], pair["budget"]
-        spread = "" if ratio["low"] is None else f" [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-        rows.append(
-            [
-                f"{pair['other']} against {pair['baseline']}",
-                f"{ratio['mean']:.3f}{spread}",
-                f"{ratio['n']}, {ratio['source']}",
-                *(str(budget[name]) for name in (pair["baseline"], pair["other"])),
-            ]
-        )
-    header = ["", "step time, x baseline [95 %]", "measurements", "settings tried, baseline", "other"]
-    return Table("Step times, and the search that each side had.", header, rows)
-
-
-def probe_table(probes: dict[str, Figures]) -> Table:
-    rows = [
-        [name, *(accuracy(figures) for figures in found.values()), str(next(iter(found.values()))["n"])]
-        for name, found in probes.items()
-    ]
-    header = ["frozen encoder of", "k nearest neighbours", "linear probe", "seeds"]
-    return Table("Accuracy of the probe, mean ± standard deviation over seeds.", header, rows)
-
-
-def accuracy(error: Figures | None) -> str:
-    return "-" if error is None else mean(error | {"mean": 1.0 - error["mean"]})
-
-
-def yardstick_charts(figures: Figures) -> list[Picture]:
-    """For each quality, the ends of each baseline by length, and the other variants' ends as lines."""
-    if not figures["pairs"]:
-        return []
-    names = [name for name in QUALITIES if any(name in pair["savings"] for pair in figures["pairs"])]
-    figure = Figure(figsize=(4.5 * len(names), 4), layout="constrained")
-    shown = [pair[side] for side in ("baseline", "other") for pair in figures["pairs"]]
-    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(shown))}
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        drawn: set[str] = set()
-        for pair in figures["pairs"]:
-            found = pair["savings"].get(name)
-            if found is None:
-                continue
-            if pair["baseline"] not in drawn:
-                drawn.add(pair["baseline"])
-                ends = found["ends"]
-                errors = [end["sd"] or 0.0 for end in ends.values()]
-                axis.errorbar(
-                    list(ends), [end["mean"] for end in ends.values()], errors, marker="o",
-                    color=colors[pair["baseline"]], label=pair["baseline"], capsize=3,
-                )  # fmt: skip
-            if pair["other"] not in drawn:
-                drawn.add(pair["other"])
-                target, color = found["other_end"]["mean"], colors[pair["other"]]
-                axis.axhline(target, color=color, linestyle="--", linewidth=1)
-                axis.plot([found["length"]], [target], marker="s", color=color, linestyle="", label=pair["other"])
-        axis.set(xlabel="steps of the complete schedule", ylabel=name)
-        axis.legend(fontsize=8)
-    caption = "Ends of complete schedules: the baselines by length, mean ± standard deviation, and the others' ends."
-    return [Picture("lengths", caption, figure)]
