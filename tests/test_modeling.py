@@ -218,10 +218,11 @@ def every_token(vit: ViTMAEModel, pixels: Tensor) -> Tensor:
     return vit(pixels, noise=torch.arange(patches).expand(len(pixels), -1).double()).last_hidden_state
 
 
-@pytest.mark.parametrize("method", ["stock", "none", "encoder"])
+@pytest.mark.parametrize(("method", "blocks"), [("stock", 1), ("none", 1), ("encoder", 1), ("full", 1), ("full", 4)])
 @pytest.mark.parametrize("image_size", [32, (16, 40)])
-def test_the_extracted_encoder_is_a_stock_vit_that_agrees(mae_config: Maker, method: str, image_size) -> None:
-    config = mae_config(image_size=image_size, decorrelated_layers="encoder" if method == "stock" else method)
+def test_the_extracted_encoder_is_a_stock_vit_that_agrees(mae_config: Maker, method: str, blocks, image_size) -> None:
+    layers = "encoder" if method == "stock" else method
+    config = mae_config(image_size=image_size, decorrelated_layers=layers, wide_blocks=blocks)
     mae = stock_of(config).double() if method == "stock" else perturbed(DBPViTMAEForPreTraining(config))
     vit, pixels = extract_vit(mae.eval()), batch(config, dtype=torch.float64)["pixel_values"]
     assert type(vit) is ViTModel

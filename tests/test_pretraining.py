@@ -90,11 +90,23 @@ def test_stock_and_bp_give_the_same_curve(tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(("optimizer", "blocks", "interval"), [("adamw", 1, 1), ("muon", 1, 5), ("muon", 4, 1)])
+WHOLE_MODEL = {"decorrelated_layers": "full", "wide_blocks": 4, "update_interval": 5, "eta": 2e-3, "kappa": 0.1}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optimizer": "adamw", "update_interval": 1},
+        {"optimizer": "muon", "update_interval": 1, "wide_blocks": 4},
+        {"optimizer": "muon", **WHOLE_MODEL},
+        {"optimizer": "soap", **WHOLE_MODEL},
+        {"optimizer": "soap", "method": "bp"},
+    ],
+    ids=["adamw", "blocks", "whole model", "soap", "soap on bp"],
+)
 @pytest.mark.slow
-def test_a_resumed_run_continues_to_the_bit(tmp_path, optimizer, blocks, interval):
+def test_a_resumed_run_continues_to_the_bit(tmp_path, given):
     """With an update every 5 steps it resumes between two of them, at step 6."""
-    given = {"optimizer": optimizer, "wide_blocks": blocks, "update_interval": interval}
     whole = main(flags(tmp_path / "whole", **given, save_total_limit=None))
     half = tmp_path / "half"
     main(flags(half, **given))
