@@ -7,7 +7,11 @@
 Finally it prints one table with the rows of `step_time.py`: ratio to plain backprop, FLOPs, seconds, images/s, the
 share of the machine's own matrix rate, seconds of each part (forward, backward, optimizer, update of R), peak memory.
 Methods take turns. A batch that does not fit, and whatever remains when `--seconds` are used up, is named and left out.
-With `--images FOLDER` it first reports how fast one core reads from that folder.
+With `--images FOLDER` it also reports how fast one core reads images: decoded, and from the decoded cache.
+
+With `--convergence FOLDER` it then trains the first size at the first batch on those images, plain and with whole-model
+DBP (the settings of the recipe whole_model.yaml), under each optimizer: complete schedules that all take
+`--run_seconds`, by the step times just measured, at each of `--learning_rates`. The report is that of `hf-dbp compare`.
 
 Run on an H200: docs/performance.md holds the table.
 """
@@ -16,18 +20,23 @@ import argparse
 import itertools
 import json
 import platform
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import step_time
 import torch
+import yaml
 
 from hf_dbp import SIZES
+from hf_dbp.comparison.runner import main as compare
 from hf_dbp.data.images import ImageSource, load_images
 
-METHODS = ("stock", "bp", "dbp", "dbp_interval", "dbp_fast", "dbp_full")
+METHODS = ("stock", "bp", "dbp", "dbp_interval", "dbp_fast", "dbp_full", "dbp_full_blocks")
 READS = 512
+WHOLE_MODEL = {"decorrelated_layers": "full", "wide_blocks": 4, "update_interval": 5, "eta": 2e-3, "kappa": 0.1}
+TRAINED = {"bp": {"method": "bp"}, "dbp_full_blocks": {"method": "dbp", **WHOLE_MODEL}}
 
 
 def settings(args: argparse.Namespace, optimizer: str, compiled: bool) -> argparse.Namespace:
@@ -70,14 +79,40 @@ def measured(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]
     return rows, left_out
 
 
-def input_rate(folder: str) -> float:
-    """Images per second that one core reads and decodes from a folder."""
-    images, _ = load_images(ImageSource(train_dir=folder))
-    count = min(len(images), READS)
-    start = time.perf_counter()
-    for index in range(count):
-        images[index]
-    return count / (time.perf_counter() - start)
+def input_rates(folder: str) -> dict[str, float]:
+    """Images per second that one core reads from a folder: decoded, and from the decoded cache."""
+    rates = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name, more in {"decoded": {}, "cached": {"streaming": True, "cache_dir": cache}}.items():
+            images, _ = load_images(ImageSource(train_dir=folder, **more))
+            count = min(len(images), READS)
+            start = time.perf_counter()
+            for index in range(count):
+                images[index]
+            rates[name] = count / (time.perf_counter() - start)
+    return rates
+
+
+def plan_of_equal_time(args: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A plan whose runs have complete schedules that take as long as one another, by the step times of the rows."""
+    size, batch = args.sizes[0], args.batches[0]
+    variants = {}
+    for row in rows:
+        if (row["size"], row["batch"]) == (size, batch) and row["method"] in TRAINED:
+            prefix = "" if row["method"] == "bp" else "dbp+"
+            flags = {"optimizer": row["optimizer_name"], "max_steps": max(4, round(args.run_seconds / row["seconds"]))}
+            variants[prefix + row["optimizer_name"]] = TRAINED[row["method"]] | flags
+    flags = {"train_dir": args.convergence, "model_size": size, "image_size": args.image_size} | {
+        "patch_size": args.patch_size, "per_device_train_batch_size": batch, "bf16": args.dtype == "bf16",
+        "use_cpu": args.device == "cpu", "eval_steps": 0.25, "logging_steps": 0.25, "save_strategy": "no",
+        "load_best_model_at_end": False, "dataloader_num_workers": args.workers,
+        "dataloader_persistent_workers": args.workers > 0,
+    }  # fmt: skip
+    title = f"ViT-MAE {size}, batch {batch}: {args.run_seconds:g} s of training each"
+    search = {"learning_rate": args.learning_rates}
+    return {"title": title, "recipe": "small_photographs.yaml", "flags": flags, "axes": {"method": variants}} | {
+        "search": search, "seeds": [0]
+    }  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,6 +130,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=420.0, help="start nothing new after this many seconds")
     parser.add_argument("--images", help="folder of images, to say how fast one core reads them")
+    parser.add_argument("--convergence", help="folder of images to train on, after the table")
+    parser.add_argument("--run_seconds", type=float, default=20.0, help="of training, for each run of --convergence")
+    parser.add_argument(
+        "--learning_rates", nargs="+", type=float, default=[1e-3, 2.5e-3, 5e-3], help="of --convergence"
+    )
+    parser.add_argument("--workers", type=int, default=8, help="processes that read images, of --convergence")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -110,8 +151,8 @@ def main() -> None:
     rows, left_out = measured(args)
     record: dict[str, Any] = {"device_name": device, "torch": torch.__version__, "rows": rows, "left_out": left_out}
     if args.images:
-        record["images_per_second_and_core"] = input_rate(args.images)
-        print(f"one core reads and decodes {record['images_per_second_and_core']:.0f} images/s of {args.images}")
+        rates = record["images_per_second_and_core"] = input_rates(args.images)
+        print(f"one core reads {rates['decoded']:.0f} images/s of {args.images}, {rates['cached']:.0f} from the cache")
     args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for line in left_out:
         print(f"left out: {line}")
@@ -119,6 +160,12 @@ def main() -> None:
         f"\n{device}, torch {torch.__version__}, {args.dtype}, ViT-MAE {', '.join(args.sizes)}; written: {args.output}"
     )
     print(step_time.table(rows))
+    if args.convergence:
+        folder = args.output.with_suffix(".convergence")
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = folder / "plan.yaml"
+        plan.write_text(yaml.safe_dump(plan_of_equal_time(args, rows), sort_keys=False), encoding="utf-8")
+        compare(["--plan", str(plan), "--output_dir", str(folder)])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from benchmark_scripts import load_benchmark
+from PIL import Image
+
+from hf_dbp.comparison.plans import read_plan
 
 
 @pytest.fixture
@@ -57,6 +61,45 @@ def test_what_does_not_fit_or_would_take_too_long_is_named(gpu, monkeypatch, tmp
 def test_each_optimizer_has_its_rows(gpu, monkeypatch, tmp_path):
     record = run(gpu, monkeypatch, tmp_path, "--no-compile", "--batches", "2", "--optimizers", "adamw", "muon")
     assert [row["optimizer_name"] for row in record["rows"]] == ["adamw"] * 2 + ["muon"] * 2
+
+
+def test_inputs_are_read_from_files_and_from_the_cache(gpu, tmp_path):
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        picture = Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8))
+        picture.save(tmp_path / f"{index}.png")
+    rates = gpu.input_rates(str(tmp_path))
+    assert rates.keys() == {"decoded", "cached"} and all(rate > 0 for rate in rates.values())
+
+
+def test_a_convergence_run_gives_every_method_the_same_time(gpu, monkeypatch, tmp_path):
+    plans = []
+    monkeypatch.setattr(gpu, "compare", lambda arguments: plans.append(read_plan(arguments[1])))
+    flags = ["--no-compile", "--batches", "2", "--optimizers", "adamw", "muon", "--methods", "bp", "dbp_full_blocks"]
+    record = run(gpu, monkeypatch, tmp_path, *flags, "--convergence", "images", "--run_seconds", "9", "--workers", "0")
+    ((plan,), seconds) = plans, {(row["method"], row["optimizer_name"]): row["seconds"] for row in record["rows"]}
+    assert list(plan.variants) == ["adamw", "dbp+adamw", "muon", "dbp+muon"]
+    for variant, given in plan.variants.items():
+        method = "dbp_full_blocks" if variant.startswith("dbp") else "bp"
+        expected = 9 / seconds[method, variant.removeprefix("dbp+")]
+        assert int(given["max_steps"]) == max(4, round(expected))
+    plan.check()  # every flag is one of pre-training
+
+
+@pytest.mark.slow
+def test_convergence_in_small_with_compiled_steps(gpu, monkeypatch, tmp_path, capsys):
+    """The whole call: eager and compiled rows, then complete schedules of equal time on images, and their report."""
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        picture = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        picture.save(tmp_path / "images" / f"{index}.png")
+    flags = ["--batches", "4", "--methods", "bp", "dbp_full_blocks", "--run_seconds", "0.2", "--workers", "0"]
+    flags += ["--images", str(tmp_path / "images"), "--convergence", str(tmp_path / "images"), "--compiled", "bp"]
+    record = run(gpu, monkeypatch, tmp_path, *flags, "--learning_rates", "1e-3")
+    assert [row["method"] for row in record["rows"]] == ["bp", "dbp_full_blocks", "bp+compile"]
+    report = json.loads((tmp_path / "gpu.convergence" / "report" / "report.json").read_text())
+    assert set(report["variants"]) == {"adamw", "dbp+adamw"}
 
 
 def test_without_a_gpu_it_says_so(gpu, monkeypatch, capsys):
