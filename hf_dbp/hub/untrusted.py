@@ -156,10 +156,12 @@ def load_weights(
     """``model_class.from_pretrained`` with this configuration, from safetensors only, and the tensors they lack besides
     R. Errors as for `load_model`.
 
-    Weights stored in 16 bits are loaded in float32, which loses nothing: the optimizer's steps are too small for 16
-    bits, and many CPUs are slow in them (`hf_dbp.precision`). ``dtype="auto"`` keeps the stored type.
+    Whatever type the weights are stored in, they are loaded in float32, which holds every 16-bit number: most steps of
+    an optimizer are too small to register in 16 bits, and many CPUs are slow in them (`hf_dbp.precision`). ``dtype``,
+    or ``torch_dtype`` as it was called, names another type; "auto" is the stored one.
     """
     check_files(source)
+    dtype = kwargs.pop("torch_dtype", dtype)
     try:
         model, info = model_class.from_pretrained(
             source,

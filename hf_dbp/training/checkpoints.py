@@ -50,11 +50,11 @@ def load_fused_vit(name_or_path: str | os.PathLike[str], **kwargs: Any) -> ViTMo
     Args:
         name_or_path: output folder of a run, even an unfinished one (see `model_folder`), one of its checkpoints, or a
             Hub id.
-        kwargs: as for ``from_pretrained`` (``revision``, ``token``, ``dtype``, ...).
+        kwargs: as for ``from_pretrained`` (``revision``, ``token``, ...); ``dtype`` is float32 unless given.
 
     Raises:
         UserError: there is no checkpoint with that name, it is damaged, incomplete or not a ViT-MAE
             (`hf_dbp.hub.untrusted`), or a fused weight is not finite (the message names the layer).
     """
     source = model_folder(name_or_path) if Path(name_or_path).is_dir() else name_or_path
-    return extract_vit(load_model(source, "dbp_vit_mae", "vit_mae", **{"dtype": "auto", **kwargs}))
+    return extract_vit(load_model(source, "dbp_vit_mae", "vit_mae", **kwargs))
