@@ -35,6 +35,7 @@ from hf_dbp.errors import UserError
 from hf_dbp.layers import RowSampling
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining, DBPViTMAEModel
 from hf_dbp.natures import Nature
+from hf_dbp.precision import warn_of_16_bit_weights
 from hf_dbp.update import (
     ETA,
     UPDATE_INTERVAL,
@@ -267,6 +268,7 @@ class DecorrelationCallback(ReportingCallback):
         refuse_sharding(args)
         if not self.restorable:
             refuse_restoring(args, model, resumed=state.global_step > 0)
+        warn_of_16_bit_weights(model)
         self.switches.close()
         if args.torch_compile:  # gathering rows is a side effect: else every checkpointed block breaks the graph
             switch = torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)

@@ -30,6 +30,7 @@ class Regression(nn.Module):
         self.layers = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 1))
 
     def forward(self, x, labels):
+        x = x.to(self.layers[0].weight.dtype)
         return {"loss": (self.layers(x) - labels).square().mean()}
 
 
@@ -47,6 +48,22 @@ def trained(tmp_path, callback, trainer_class=Trainer, resume=None, **arguments)
     trainer = trainer_class(model, args, train_dataset=dataset(), eval_dataset=dataset(8), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
     return model, trainer
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_trained_in_16_bits_are_told_of(tmp_path, caplog, kind):
+    """What it says is true of bfloat16: with steps of 1e-4 most weights stay as they were."""
+    model = convert_to_decorrelated(Regression()).to(kind)
+    before = [p.clone() for p in model.parameters() if p.requires_grad]
+    args = TrainingArguments(tmp_path, max_steps=2, report_to="none", use_cpu=True, learning_rate=1e-4, max_grad_norm=0)
+    Trainer(model, args, train_dataset=dataset(), callbacks=[DecorrelationCallback(EVERY_STEP)]).train()
+    told = [message.split(",")[0] for message in caplog.messages if message.startswith("weights are trained in ")]
+    name = str(kind).removeprefix("torch.")
+    assert told == ([] if kind == torch.float32 else [f"weights are trained in {name}"])
+    if kind == torch.bfloat16:
+        after = [p for p in model.parameters() if p.requires_grad]
+        same = [(p == old)[old != 0] for p, old in zip(after, before, strict=True)]
+        assert torch.cat([part.flatten() for part in same]).float().mean() > 0.5
 
 
 @pytest.fixture
