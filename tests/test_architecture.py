@@ -28,7 +28,7 @@ FLOW = [
     ["stock_vit_mae"],
     ["modeling_dbp_vit_mae"],
     ["correlations"],
-    ["natures"],
+    ["natures", "precision"],
     ["callbacks"],
 ]
 POSITIONS = {f"hf_dbp.{name}": i for i, names in enumerate(FLOW) for name in names}
