@@ -198,9 +198,10 @@ def choose(images: ImageList, seconds: float, rate: float | None = None) -> list
     batch = max(1, min(BATCH, len(images)))
     width = SIZES[rung.size]["hidden_size"]
     native = not photographs and short >= 2 * rung.view
+    enough = "the largest that gets enough views" if views[rung] >= wanted else "the smallest; it gets too few views"
     forecast = (
-        f"the largest of {len(rungs)} that gets enough views: about {views[rung]:.0f} fit, {wanted} are wanted; the "
-        f"smallest processes {rate:.0f} a second on this machine"
+        f"{enough}: about {views[rung]:.0f} fit, {wanted} are wanted; the smallest processes {rate:.0f} a second on "
+        f"this machine; images of {short} pixels suit {len(rungs)} of {len(LADDER)} sizes"
     )
     return [
         Choice("num_channels", channels, f"found: {channels} channels of {dtype}, median short side {short} pixels"),
@@ -225,12 +226,15 @@ def fixed(width: int, batch: int) -> list[Choice]:
     return [
         Choice("method", "dbp", "decorrelated backpropagation"),
         Choice(
-            "decorrelated_layers", "encoder", "the whole model lowers the loss more and probes worse: docs/budget.md"
+            "decorrelated_layers",
+            "encoder",
+            "the whole model lowers the loss more, not a probe's error: docs/budget.md",
         ),
         Choice(
             "update_interval", 5, "learns as well as every step, at a fifth of the cost: docs/results/fast_settings"
         ),
-        Choice("eta", 5e-3, "as in the demo's recipe"),
+        Choice("eta", 2e-3, "best of those tried that serve narrow and deep models alike: docs/results/yardstick"),
+        Choice("kappa", 0.1, "without it ViT-Tiny loses what decorrelation gains: docs/budget.md"),
         Choice("optimizer", "muon", "saves about half of AdamW's time: docs/results/methods"),
         Choice(
             "learning_rate",

@@ -178,6 +178,9 @@ def test_the_report_holds_the_yardstick_and_its_figures(tmp_path, sketched):
     ):
         assert words in text
     assert (tmp_path / "lengths.png").stat().st_size > 1000
+    first = next(line for line in text.splitlines() if line.startswith("- "))
+    assert first.startswith("- dbp+adamw against adamw: saves +12.0 %")
+    assert "read in the middle of a schedule" in text
 
 
 PLAN = """

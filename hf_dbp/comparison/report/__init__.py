@@ -13,7 +13,7 @@ from hf_dbp.comparison.report.charts import correlation_chart, grid_charts, head
 from hf_dbp.comparison.report.pages import Block, Heading, write_html, write_markdown
 from hf_dbp.comparison.report.tables import introduction, method_notes, result_tables, search_table
 from hf_dbp.comparison.report.yardstick import yardstick_figures
-from hf_dbp.comparison.report.yardstick_tables import yardstick_blocks, yardstick_charts
+from hf_dbp.comparison.report.yardstick_tables import headlines, yardstick_blocks, yardstick_charts
 from hf_dbp.comparison.runs import Run
 from hf_dbp.records import write_json
 
@@ -60,7 +60,7 @@ def write_report(
         *grid_charts(plan, runs),
     ]
     blocks: list[Block] = [
-        *introduction(analysis, command, note, jobs),
+        *introduction(analysis, command, note, jobs, headlines(measured)),
         *(yardstick_blocks(measured) if measured is not None else []),
         *result_tables(analysis),
         Heading("Figures"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hf_dbp.comparison.heads import HEADS
@@ -90,12 +91,18 @@ def reached(target: Figures) -> str:
     return f"{len(target['reached'])} of {target['of']}"
 
 
-def introduction(analysis: Figures, command: str, note: str, jobs: int) -> list[Block]:
-    """Headline, command, caveats, and the circumstances of the measurement."""
+def introduction(analysis: Figures, command: str, note: str, jobs: int, complete: Sequence[str]) -> list[Block]:
+    """Headlines, those by complete schedules first, command, caveats, and the circumstances of the measurement."""
     lines = circumstances(analysis, jobs)
     if note:
         lines.append(f"Beside the runs: {note}")
-    blocks: list[Block] = [Heading(analysis["title"], 1), Items(headline(analysis)), Code(command), Items(lines)]
+    found = [*complete, *headline(analysis)]
+    if complete:
+        found.append(
+            "Savings to a best loss are read in the middle of a schedule, where the learning rate is still high: judge "
+            "by those of complete schedules, below."
+        )
+    blocks: list[Block] = [Heading(analysis["title"], 1), Items(found), Code(command), Items(lines)]
     if analysis["remarks"]:
         blocks += [Heading("Caveats"), Items(analysis["remarks"])]
     return blocks

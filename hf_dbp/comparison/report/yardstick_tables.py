@@ -12,7 +12,7 @@ from hf_dbp.comparison.report.tables import certainty, mean, number, percent
 from hf_dbp.comparison.report.yardstick import QUALITIES, Figures
 from hf_dbp.comparison.statistics import mean_interval
 
-__all__ = ["headline_of", "yardstick_blocks", "yardstick_charts"]
+__all__ = ["headline_of", "headlines", "yardstick_blocks", "yardstick_charts"]
 
 
 def headline_of(pair: Figures) -> str:
@@ -30,11 +30,15 @@ def headline_of(pair: Figures) -> str:
     )
 
 
+def headlines(figures: Figures | None) -> list[str]:
+    """The headline of each pair with complete schedules of several lengths."""
+    return [headline_of(pair) for pair in figures["pairs"]] if figures is not None else []
+
+
 def yardstick_blocks(figures: Figures) -> list[Block]:
-    """The headlines, the savings by each quality, the baselines' ends by length, and the probe."""
+    """The savings by each quality, the baselines' ends by length, and the probe."""
     blocks: list[Block] = [Heading("Saved, by complete schedules")]
     if figures["pairs"]:
-        blocks += [Items([headline_of(pair) for pair in figures["pairs"]])]
         blocks += [savings_table(figures["pairs"]), ends_table(figures["pairs"]), ratio_table(figures["pairs"])]
     if figures["probe"]:
         blocks.append(probe_table(figures["probe"]))
@@ -52,7 +56,8 @@ def savings_table(pairs: Sequence[Figures]) -> Table:
         for name, found in pair["savings"].items():
             equal = found["equal_length"].values()
             at_least = f"at least, {len(found['at_least'])}" if found["at_least"] else ""
-            notes = [at_least, f"no figure, {len(found['no_figure'])}" if found["no_figure"] else ""]
+            left_out = f"baseline ahead, left out: {len(found['no_figure'])}" if found["no_figure"] else ""
+            notes = [at_least, left_out]
             rows.append(
                 [
                     f"{pair['other']} against {pair['baseline']}",
@@ -73,7 +78,7 @@ def savings_table(pairs: Sequence[Figures]) -> Table:
         "equal length",
         "steps saved [95 %]",
         "time, CO2e saved [95 %]",
-        "seeds",
+        "of the seeds",
     ]
     return Table("What a variant saves; a value below zero is a loss.", header, rows)
 
