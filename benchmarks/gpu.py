@@ -32,11 +32,13 @@ import yaml
 from hf_dbp import SIZES
 from hf_dbp.comparison.runner import main as compare
 from hf_dbp.data.images import ImageSource, load_images
+from hf_dbp.recipes import read_yaml, recipe_path
 
 METHODS = ("stock", "bp", "dbp", "dbp_interval", "dbp_fast", "dbp_full", "dbp_full_blocks")
 READS = 512
-WHOLE_MODEL = {"decorrelated_layers": "full", "wide_blocks": 4, "update_interval": 5, "eta": 2e-3, "kappa": 0.1}
-TRAINED = {"bp": {"method": "bp"}, "dbp_full_blocks": {"method": "dbp", **WHOLE_MODEL}}
+SETTINGS = ("method", "decorrelated_layers", "wide_blocks", "update_interval", "eta", "kappa")
+RECIPE = read_yaml(recipe_path("whole_model.yaml"))
+TRAINED = {"bp": {"method": "bp"}, "dbp_full_blocks": {name: RECIPE[name] for name in SETTINGS}}
 
 
 def settings(args: argparse.Namespace, optimizer: str, compiled: bool) -> argparse.Namespace:

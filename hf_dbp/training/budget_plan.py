@@ -228,13 +228,15 @@ def fixed(width: int, batch: int) -> list[Choice]:
         Choice(
             "decorrelated_layers",
             "encoder",
-            "the whole model lowers the loss more, not a probe's error: docs/budget.md",
+            "the whole model lowers the loss more, but its encoder is not always better: docs/budget.md",
         ),
         Choice(
             "update_interval", 5, "learns as well as every step, at a fifth of the cost: docs/results/fast_settings"
         ),
-        Choice("eta", 2e-3, "best of those tried that serve narrow and deep models alike: docs/results/yardstick"),
-        Choice("kappa", 0.1, "without it ViT-Tiny loses what decorrelation gains: docs/budget.md"),
+        Choice(
+            "eta", 2e-3, "of the values tried, one that serves narrow and deep models alike: docs/results/yardstick"
+        ),
+        Choice("kappa", 0.1, "without it a deep model loses the gain in loss: docs/budget.md"),
         Choice("optimizer", "muon", "saves about half of AdamW's time: docs/results/methods"),
         Choice(
             "learning_rate",
