@@ -11,6 +11,7 @@ from runs import NAN, QUICK, SLOW, made_plan, made_run
 from hf_dbp.comparison.report import write_report
 from hf_dbp.comparison.report.analysis import analyse
 from hf_dbp.comparison.report.tables import headline
+from hf_dbp.comparison.report.yardstick import step_ratio
 from hf_dbp.comparison.runs import Run, best_settings
 from hf_dbp.comparison.statistics import paired_test
 
@@ -336,10 +337,26 @@ def yardstick_cells(name, variant):
     return cells
 
 
+def soap_on_tiny():
+    """SOAP's cells of ViT-Tiny: its longer schedules are recorded beside the report, not in it."""
+    loss, *_ = yardstick_cells("yardstick_tiny", "soap")
+    results = ROOT / "docs" / "results"
+    yardstick = json.loads((results / "yardstick_tiny" / "report.json").read_text(encoding="utf-8"))["yardstick"]
+    dbp = next(pair["savings"]["validation loss"]["other_end"] for pair in yardstick["pairs"])
+    records = json.loads((results / "yardstick" / "variants_models.json").read_text(encoding="utf-8"))
+    longer = [record for record in records if record["arguments"]["optimizer"] == "soap"]
+    assert {record["arguments"]["max_steps"] for record in longer} == {400}
+    assert min(record["validation_loss"] for record in longer) > dbp["high"]  # so 200 of 400 steps are a lower bound
+    times = yardstick["step_times"]
+    ratio = step_ratio({}, {}, (times["soap"], times["dbp+muon"]))["mean"]
+    return [loss, f"≥ 50 % ({len(longer)} seeds)", f"≥ {100 - 50 * ratio:.0f} % ({len(longer)} seeds)"]
+
+
 def test_the_readme_says_what_the_reports_say():
     page, table = cells_of("README.md")
     for variant, label in YARDSTICK.items():
-        assert [label, *yardstick_cells("yardstick", variant), *yardstick_cells("yardstick_tiny", variant)] in table
+        tiny = soap_on_tiny() if variant == "soap" else yardstick_cells("yardstick_tiny", variant)
+        assert [label, *yardstick_cells("yardstick", variant), *tiny] in table
     street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
     random, bp, dbp = (
         f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
