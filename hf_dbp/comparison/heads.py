@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hf_dbp.data.classes import load_classified
 from hf_dbp.downstream.classification import arguments as classification
 from hf_dbp.downstream.detection import arguments as detection
+from hf_dbp.downstream.detection.data import load_objects
 from hf_dbp.downstream.segmentation import arguments as segmentation
+from hf_dbp.downstream.segmentation.data import load_labelled_images
 
 __all__ = ["EVALUATION", "HEADS", "Head"]
 
@@ -26,7 +29,7 @@ class Head:
         metrics: figures of its `eval.json`, in words; see `first`. One that the file lacks is left out.
         guess: figure with the first metric's value for always predicting the most common class; None if that means
             nothing.
-        check: refuses invalid data flags.
+        load: loads the labelled images that the flags of model and data name, as fine-tuning does.
     """
 
     module: str
@@ -34,7 +37,7 @@ class Head:
     model: str
     metrics: dict[str, str]
     guess: str | None
-    check: Callable[[Any], Any]
+    load: Callable[[Any, Any], Any]
 
     @property
     def first(self) -> tuple[str, str]:
@@ -50,7 +53,7 @@ HEADS = {
         "a segmentation model",
         {"mean_iou": "mean IoU"},
         "majority_class_mean_iou",
-        lambda data_args: data_args.source(None, None).class_names(),
+        lambda model, data: load_labelled_images(data.source(model.cache_dir, model.token)),
     ),
     "classification": Head(
         "hf_dbp.downstream.classification.finetuning",
@@ -58,7 +61,7 @@ HEADS = {
         "a classifier",
         {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"},
         "majority_class_accuracy",
-        lambda data_args: data_args.source(None, None),
+        lambda model, data: load_classified(data.source(model.cache_dir, model.token)),
     ),
     "detection": Head(
         "hf_dbp.downstream.detection.finetuning",
@@ -71,6 +74,6 @@ HEADS = {
             "mask_map_50": "AP50 of masks",
         },
         None,
-        lambda data_args: data_args.source(None, None),
+        lambda model, data: load_objects(data.source(model.cache_dir, model.token, model.instances)),
     ),
 }

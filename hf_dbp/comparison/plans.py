@@ -40,7 +40,7 @@ from hf_dbp._moved import moved_names
 from hf_dbp.comparison.heads import HEADS, Head
 from hf_dbp.comparison.runs import PlannedRun, Run
 from hf_dbp.data.sources import ImageSource
-from hf_dbp.downstream.probe import ProbeArguments
+from hf_dbp.downstream.probe import ProbeArguments, load_labelled
 from hf_dbp.errors import UserError
 from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
 from hf_dbp.training import arguments as pretraining
@@ -65,10 +65,10 @@ class Finetuning:
     random: bool = False
 
     def check(self, head: Head) -> None:
-        """Parse the flags. UserError for one that a run would refuse, or if data or class names are missing."""
+        """Parse the flags and read the labels. UserError for what fine-tuning would refuse, before anything trains."""
         arguments = [*self.arguments, "--model_name_or_path", "unused", "--output_dir", "unused"]
-        _, data_args, _ = parse_arguments(head.groups, arguments)
-        head.check(data_args)
+        model_args, data_args, _ = parse_arguments(head.groups, arguments)
+        head.load(model_args, data_args)
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,9 @@ class Probe:
     arguments: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Parse the flags. UserError for one that a probe would refuse, or if data are missing."""
+        """Parse the flags and read the labels. UserError for what the probe would refuse, before anything trains."""
         (args,) = parse_arguments((ProbeArguments,), [*self.arguments, "--model_name_or_path", "unused"])
-        args.source()
+        load_labelled(args)
 
 
 @dataclass

@@ -10,16 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from runs import QUICK, SLOW, made_run
 from test_pretraining import flags
 from test_pretraining import main as pretrain
 
 from hf_dbp import cli
 from hf_dbp.comparison import runner as comparison
+from hf_dbp.comparison.heads import HEADS
 from hf_dbp.comparison.plans import Probe, plan_of, read_plan
 from hf_dbp.comparison.report.analysis import analyse
 from hf_dbp.comparison.runner import Runner, main, random_evaluations, run_plan
 from hf_dbp.comparison.runs import Run, best_settings, collect_runs
+from hf_dbp.errors import UserError
 from hf_dbp.recipes import plan_names
 
 PLAN = """
@@ -253,6 +256,18 @@ def test_flags_are_put_right_after_a_run_that_failed_at_once(plan, launcher, tmp
 def test_what_a_run_would_refuse_is_refused_before_the_first(changed, message, tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN.replace(*changed))
     with pytest.raises(ValueError, match=message):
+        run_plan(read_plan(str(tmp_path / "plan.yaml")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", [*HEADS, "probe"])
+def test_images_without_labels_are_refused_before_the_first(part, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(4):
+        Image.new("RGB", (32, 32)).save(tmp_path / "photos" / f"{number}.png")
+    planned = f"{part}: {{flags: {{train_dir: {tmp_path / 'photos'}}}}}\nseeds:"
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("seeds:", planned))
+    with pytest.raises(UserError, match=f"^{part}: "):
         run_plan(read_plan(str(tmp_path / "plan.yaml")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
