@@ -164,6 +164,15 @@ def test_mean_iou_is_paired_by_seed_and_held_against_random_weights(tmp_path, sk
     assert (tmp_path / "miou.svg").stat().st_size > 1000
 
 
+def test_a_head_that_was_not_evaluated_during_training_has_no_curves(tmp_path, sketched):
+    runs = paired_runs()
+    for run in runs:
+        run.heads["segmentation"] = evaluation(run.planned.seed, 0.4) | {"evaluations": []}
+    write_report(tmp_path, made_plan(), runs, command="c")
+    assert "Mean IoU of a segmentation model" in (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "miou.svg").exists()
+
+
 def classified(seed, accuracy):
     rows = [{"epoch": float(k), "eval_accuracy": accuracy * k / 3} for k in range(1, 4)]
     data = {"source": "tiles", "train_images": 8, "validation_images": 4}

@@ -173,7 +173,7 @@ def test_the_report_holds_the_yardstick_and_its_figures(tmp_path, sketched):
     for words in (
         "Saved, by complete schedules",
         "adamw, 60 steps",
-        "adamw, equal time, 44 steps",
+        "adamw, schedule of equal time, 44 steps",
         "| dbp+adamw | 0.55",
     ):
         assert words in text

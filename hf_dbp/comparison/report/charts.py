@@ -43,7 +43,7 @@ def draw_mean(axis: Axes, curves: Sequence[Curve], label: str, index: int) -> No
     x = x if len(x) else np.linspace(first, last, SAMPLES)
     values = np.stack([np.interp(x, [a for a, _ in curve], [b for _, b in curve]) for curve in finite])
     mean = values.mean(axis=0)
-    axis.plot(x, mean, color=color(index), label=label)
+    axis.plot(x, mean, marker="o" if len(x) == 1 else None, color=color(index), label=label)
     if len(finite) > 1:
         sd = values.std(axis=0, ddof=1)
         axis.fill_between(x, mean - sd, mean + sd, color=color(index), alpha=0.2, linewidth=0)
@@ -124,7 +124,7 @@ def correlation_chart(chosen: dict[str, RunsBySeed]) -> Picture | None:
 
 
 def head_chart(name: str, chosen: dict[str, RunsBySeed], random: Sequence[dict[str, Any]]) -> Picture | None:
-    """The first metric of a head by epoch of fine-tuning; None without evaluations."""
+    """The first metric of a head by epoch of fine-tuning; None without evaluations during it."""
     head, (metric, label) = HEADS[name], HEADS[name].first
     evaluations = {
         variant: [run.heads[name] for run in runs.values() if name in run.heads] for variant, runs in chosen.items()
@@ -133,8 +133,8 @@ def head_chart(name: str, chosen: dict[str, RunsBySeed], random: Sequence[dict[s
     curves = {
         variant: [[(row["epoch"], row[f"eval_{metric}"]) for row in one["evaluations"]] for one in found]
         for variant, found in evaluations.items()
-        if found
     }
+    curves = {variant: drawn for variant, found in curves.items() if (drawn := [curve for curve in found if curve])}
     if not curves:
         return None
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -198,7 +198,7 @@ def table_one(analysis: Figures) -> Table:
                 cells += [mean(figures[split][moment]["loss"]), mean(figures[split][moment]["epoch"], 3)]
             rows.append(cells)
     header = ["", "best loss", "epoch", "final loss", "epoch", "loss at equal time", "epoch"]
-    ended = f"when {analysis['baseline']} of the same seed has ended"
+    ended = f"within its schedule, when {analysis['baseline']} of the same seed has ended"
     caption = f"Losses, mean ± standard deviation over seeds. Equal time: {ended}."
     return Table(caption, header, rows)
 

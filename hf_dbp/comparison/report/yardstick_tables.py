@@ -89,7 +89,7 @@ def ends_table(pairs: Sequence[Figures]) -> Table:
         for name, found in pair["savings"].items():
             ends = [(f"{steps} steps", end, found["margins"][steps]) for steps, end in found["ends"].items()]
             if (same := found["equal_time"]) is not None:
-                ends.append((f"equal time, {same['steps']:.0f} steps", same["end"], same["margin"]))
+                ends.append((f"schedule of equal time, {same['steps']:.0f} steps", same["end"], same["margin"]))
             for length, end, test in ends:
                 row = [f"{pair['baseline']}, {length}", name, mean(end), str(end["n"])]
                 row += [f"{pair['other']}, {found['length']} steps", mean(found["other_end"])]
@@ -107,9 +107,9 @@ def ends_table(pairs: Sequence[Figures]) -> Table:
         "paired t-test",
     ]
     caption = (
-        "Ends of complete schedules, one stopping step for all seeds; at equal time, on the line between two lengths. "
-        "An error in a metric is 1 - its value. The last column: by how many of its own standard errors the other's "
-        "mean lies below the baseline's."
+        "Ends of complete schedules, one stopping step for all seeds; for a schedule of equal time, on the line "
+        "between two lengths. An error in a metric is 1 - its value. The last column: by how many of its own standard "
+        "errors the other's mean lies below the baseline's."
     )
     return Table(caption, [*header, "standard errors"], rows)
 
