@@ -108,7 +108,7 @@ def test_the_papers_recipes_hold_the_papers_values(recipe, tmp_path):
     assert groups[2].row_cap is None
 
 
-@pytest.mark.parametrize("recipe", ["small_photographs.yaml", "demo.yaml", "industrial.yaml"])
+@pytest.mark.parametrize("recipe", ["small_photographs.yaml", "demo.yaml"])
 def test_recipes_whose_figures_we_quote_keep_their_interval(recipe):
     """They were measured before the default became 5."""
     arguments = recipe_arguments(recipe)
