@@ -144,7 +144,7 @@ class ModelArguments(HubFlags):
         if self.method == "dbp" and self.decorrelated_layers == "block_inputs" and self.wide_blocks != 1:
             raise UserError(
                 f"--wide_blocks {self.wide_blocks}: --decorrelated_layers block_inputs gives the second MLP linear "
-                "no R; leave one of the two out"
+                "no R; give --wide_blocks 1"
             )
         if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
             raise UserError(f"--mask_ratio is a share between 0 and 1, got {self.mask_ratio}")

@@ -1,0 +1,85 @@
+"""`hf-dbp pretrain IMAGES` alone takes the recommended recipe; a learning rate that nobody chose is named."""
+
+import logging
+
+import pytest
+from PIL import Image
+
+from hf_dbp import cli
+from hf_dbp.errors import UserError
+from hf_dbp.recipes import parse_arguments, read_yaml, recipe_path
+from hf_dbp.records import RunRecord
+from hf_dbp.training.arguments import GROUPS
+from hf_dbp.training.recommended import RECOMMENDED, warn_of_learning_rate, with_recommended
+
+SMALL = ["--model_size", "mini", "--image_size", "32", "--patch_size", "4", "--max_steps", "6", "--use_cpu"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(48):
+        Image.effect_noise((40, 40), 60 + number).convert("RGB").save(folder / f"{number}.png")
+    return str(folder)
+
+
+def test_a_folder_alone_is_trained_as_the_recommended_recipe_says(photos, tmp_path, capsys):
+    cli.main(["pretrain", photos, "--output_dir", str(tmp_path / "run"), "--eta", "1e-3", *SMALL])
+    assert f"settings: --config {RECOMMENDED}, since none of" in capsys.readouterr().out
+    record = RunRecord.read(tmp_path / "run" / "run.json")
+    recipe = read_yaml(recipe_path(RECOMMENDED))
+    for name in ("optimizer", "decorrelated_layers"):
+        assert record.arguments[name] == recipe[name]
+    for name in ("wide_blocks", "update_interval", "kappa", "learning_rate", "per_device_train_batch_size"):
+        assert record.arguments[name] == float(recipe[name])
+    assert record.arguments["eta"] == 1e-3  # the user's flags override it
+    assert record.results["finished"] and record.results["model"]["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--config", "demo.yaml"],
+        ["--config=demo.yaml"],
+        ["--budget", "1h"],
+        ["--do_train"],
+        ["--do_eval", "true"],
+        ["-h"],
+    ],
+)
+def test_a_user_who_has_decided_keeps_the_flags(given, capsys):
+    line = ["--train_dir", "photos", *given]
+    assert with_recommended(line) == line
+    assert not capsys.readouterr().out
+
+
+def test_the_script_still_asks_what_to_do(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["run_dbp_mae.py"])
+    from hf_dbp.pretraining import main
+
+    with pytest.raises((UserError, SystemExit)):
+        main([photos, "--output_dir", str(tmp_path / "run"), *SMALL])
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "warning"),
+    [
+        (["--do_train"], "no learning rate is given: transformers' default, 5e-5"),
+        (["--config", RECOMMENDED, "--optimizer", "soap"], f"1e-2 of {RECOMMENDED} is meant for muon"),
+        (["--config=demo.yaml", "--optimizer=adamw"], "4e-3 of demo.yaml is meant for muon"),
+        (["--do_train", "--learning_rate", "1e-3"], None),
+        (["--do_train", "--base_learning_rate=1e-3"], None),
+        (["--config", RECOMMENDED], None),
+        (["--config", RECOMMENDED, "--optimizer", "muon"], None),
+        (["--config", RECOMMENDED, "--optimizer", "adamw", "--learning_rate", "2e-3"], None),
+        (["--do_eval"], None),
+        (["--config", RECOMMENDED, "--optimizer", "adamw", "--do_train", "false"], None),
+    ],
+)
+def test_a_learning_rate_that_nobody_chose_is_named(given, warning, caplog):
+    with caplog.at_level(logging.WARNING):
+        line = ["--train_dir", "photos", "--output_dir", "run", *given]
+        warn_of_learning_rate(line, parse_arguments(GROUPS, line)[-1].do_train)
+    assert (warning in caplog.text) if warning else not caplog.records
