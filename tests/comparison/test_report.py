@@ -346,6 +346,25 @@ def yardstick_cells(name, variant):
     return cells
 
 
+def decimals(content):
+    """Every number of a JSON content, rounded to three and to four decimals."""
+    if isinstance(content, dict | list):
+        values = content.values() if isinstance(content, dict) else content
+        return set().union(*map(decimals, values))
+    return {f"{content:.3f}", f"{content:.4f}"} if isinstance(content, float) else set()
+
+
+def test_losses_and_probes_of_the_variants_stand_in_their_records():
+    folder = ROOT / "docs" / "results" / "yardstick"
+    *_, section = (folder / "VARIANTS.md").read_text(encoding="utf-8").partition("## On deeper and wider models")
+    files = (folder / "variants_models.json", folder / "variants.json")
+    recorded = decimals([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    muon_on_tiny, *_ = yardstick_cells("yardstick_tiny", "muon")
+    recorded.add(muon_on_tiny.split()[0])
+    quoted = set(re.findall(r"\b0\.\d{3,4}\b", section))
+    assert len(quoted) > 50 and not quoted - recorded
+
+
 def soap_on_tiny():
     """SOAP's cells of ViT-Tiny: its longer schedules are recorded beside the report, not in it."""
     loss, *_ = yardstick_cells("yardstick_tiny", "soap")
