@@ -1,4 +1,4 @@
-"""What a step costs on a GPU in each setting, in one call of at most ten minutes.
+"""What a step costs on a GPU in each setting, in one call of at most ten minutes without --convergence.
 
     python benchmarks/gpu.py                              # ViT-B, batches 512 and 1024, bf16, eager and compiled
     python benchmarks/gpu.py --sizes small base --optimizers adamw muon --no-compile
@@ -11,9 +11,12 @@ With `--images FOLDER` it also reports how fast one core reads images: decoded, 
 
 With `--convergence FOLDER` it then trains the first size at the first batch on those images, plain and with whole-model
 DBP (the settings of the recipe whole_model.yaml), under each optimizer: complete schedules that all take
-`--run_seconds`, by the step times just measured, at each of `--learning_rates`. The report is that of `hf-dbp compare`.
+`--run_seconds`, by the step times just measured, at each of `--learning_rates`: optimizers x 2 x rates runs, each with
+its start, so choose them to fit the time. The report is that of `hf-dbp compare`. ViT-S under both optimizers:
 
-Run on an H200: docs/performance.md holds the table.
+    python benchmarks/gpu.py --sizes small --optimizers adamw muon --batches 512 --seconds 120 --convergence FOLDER
+
+The table of steps was run on an H200 (docs/performance.md), the convergence and the reading only on a CPU.
 """
 
 import argparse
@@ -111,9 +114,11 @@ def plan_of_equal_time(args: argparse.Namespace, rows: list[dict[str, Any]]) -> 
         "dataloader_persistent_workers": args.workers > 0,
     }  # fmt: skip
     title = f"ViT-MAE {size}, batch {batch}: {args.run_seconds:g} s of training each"
-    search = {"learning_rate": args.learning_rates}
+    against = {name: [f"dbp+{name}"] for name in variants if f"dbp+{name}" in variants}
+    if {"adamw", "dbp+muon"} <= variants.keys():
+        against["adamw"] = [name for name in variants if name != "adamw"]
     return {"title": title, "recipe": "small_photographs.yaml", "flags": flags, "axes": {"method": variants}} | {
-        "search": search, "seeds": [0]
+        "search": {"learning_rate": args.learning_rates}, "seeds": [0], "against": against
     }  # fmt: skip
 
 

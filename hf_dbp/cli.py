@@ -2,7 +2,7 @@
 
 hf-dbp inspect FOLDER        what it contains, how it will be used, and a recipe to start from
 hf-dbp pretrain IMAGES ...   masked autoencoding            = training_scripts/run_dbp_mae.py --config whole_model.yaml
-hf-dbp pretrain IMAGES --budget 2h  the same within that time, with all choices made for you
+hf-dbp pretrain IMAGES --budget 2h  within that time, with all choices made for you
 hf-dbp fuse RUN ...          run -> stock ViT               = training_scripts/fuse_checkpoint.py
 hf-dbp finetune ...          UperNet or EoMT on labelled images  = training_scripts/run_upernet.py
 hf-dbp classify ...          a classifier of your images    = training_scripts/run_classification.py

@@ -61,7 +61,7 @@ from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import alone, ending_processes
-from hf_dbp.training.recommended import warn_of_learning_rate, with_recommended
+from hf_dbp.training.recommended import DESCRIPTION, warn_of_learning_rate, with_recommended
 from hf_dbp.training.restoring import find_checkpoint
 from hf_dbp.training.trainer import MAETrainer
 
@@ -388,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> RunRecord | None:
     if sys.argv[0] == "hf-dbp pretrain":
         given = with_recommended(given)
     given = with_plan(given, GROUPS, chosen)
-    parsed = parse_arguments(GROUPS, given, "Pre-train a ViT by masked autoencoding. See also docs/flags.md.")
+    parsed = parse_arguments(GROUPS, given, DESCRIPTION)
     warn_of_learning_rate(given, parsed[-1].do_train)
     with disk_errors(parsed[-1].output_dir), ending_processes():
         return run(*parsed)

@@ -151,8 +151,12 @@ class Plan:
                 raise UserError(f"{names} work only with hf-dbp pretrain; remove them from a plan with a script")
             return
         for planned in self.search_runs():
-            _, data_args, *_ = parse_arguments(pretraining.GROUPS, [*planned.arguments, "--output_dir", "unused"])
+            _, data_args, _, args = parse_arguments(pretraining.GROUPS, [*planned.arguments, "--output_dir", "unused"])
             ImageSource(**asdict(data_args))
+            if args.max_steps in self.lengths.get(planned.variant, ()):
+                raise UserError(
+                    f"lengths of {planned.variant} names {args.max_steps}, its own --max_steps; leave it out"
+                )
         checks = {name: functools.partial(part.check, HEADS[name]) for name, part in self.heads.items()}
         for name, check in (checks | ({} if self.probe is None else {"probe": self.probe.check})).items():
             try:
@@ -182,6 +186,9 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     axes = check_axes(content["axes"], name)
     mappings = ("search", "flags", "against", *HEADS, "probe", "lengths")
     parts = {key: mapping(content, key, name) for key in mappings}
+    for key in (*HEADS, "probe"):
+        if content.get(key) == {}:
+            raise UserError(f"plan {name}: {key} is empty; give it flags, or leave it out")
     for key in ("title", "recipe", "script"):
         if not isinstance(content.get(key, ""), str):
             raise UserError(f"plan {name}: {key} is {content[key]!r:.80}; expected text")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -107,6 +108,20 @@ def flag_arguments(flags: dict[str, Any], source: str) -> list[str]:
         values = value if isinstance(value, list) else [json.dumps(typed(value)) if isinstance(value, dict) else value]
         arguments += [f"--{key}", *map(str, values)]
     return arguments
+
+
+def flag_names(arguments: Sequence[str]) -> set[str]:
+    """The names of the flags on a command line, however they are spelled: ``--do-train``, ``--do_train=true``."""
+    return {part[2:].partition("=")[0].replace("-", "_") for part in arguments if part.startswith("--")}
+
+
+def flag_values(arguments: Sequence[str], flag: str) -> list[str]:
+    """The values of a flag on a command line, one for each time that it is given."""
+    return [
+        part.partition("=")[2] or following
+        for part, following in itertools.pairwise([*arguments, ""])
+        if flag in flag_names([part])
+    ]
 
 
 def typed(value: Any) -> Any:

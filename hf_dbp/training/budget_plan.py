@@ -29,7 +29,7 @@ from hf_dbp.data.decoding import UnreadableImageError
 from hf_dbp.data.images import BUILT_IN, ImageList
 from hf_dbp.errors import UserError
 from hf_dbp.modeling_dbp_vit_mae import DBPViTMAEForPreTraining
-from hf_dbp.recipes import parse_arguments, read_yaml
+from hf_dbp.recipes import flag_names, parse_arguments, read_yaml
 from hf_dbp.training.duration import parse_duration
 
 __all__ = [
@@ -280,7 +280,7 @@ def with_plan(
     Raises:
         UserError: as from ``choose``, or the folder holds the plan of another run.
     """
-    flags = {part.removeprefix("--").partition("=")[0] for part in given if part.startswith("--")}
+    flags = flag_names(given)
     if "budget" not in flags:
         return list(given)
     if unused := sorted(flags & DECIDED):

@@ -83,6 +83,7 @@ def test_a_convergence_run_gives_every_method_the_same_time(gpu, monkeypatch, tm
         method = "dbp_full_blocks" if variant.startswith("dbp") else "bp"
         expected = 9 / seconds[method, variant.removeprefix("dbp+")]
         assert int(given["max_steps"]) == max(4, round(expected))
+    assert plan.against == {"adamw": ["dbp+adamw", "muon", "dbp+muon"], "muon": ["dbp+muon"]}
     plan.check()  # every flag is one of pre-training
 
 

@@ -120,6 +120,7 @@ def test_a_plan_is_read_with_the_users_flags_over_it(plan):
         (("seeds: [0, 1]", "against: {sgd: [muon]}"), [], "against names 'sgd'; the variants are adamw, muon"),
         (("seeds:", "segmentation: {flag: {}}\nseeds:"), [], "segmentation has recipe, flags, random; not 'flag'"),
         (("seeds:", "segmentation: {random: maybe}\nseeds:"), [], "random of segmentation is 'maybe'; expected true"),
+        (("seeds:", "probe: {}\nseeds:"), [], "probe is empty; give it flags, or leave it out"),
         (("", ""), ["--weight_decay", "1"], "--weight_decay is set by the plan"),
         (("", ""), ["--optimizer=muon"], "--optimizer is set by the plan"),
         (("", ""), ["--seed", "1"], "--seed is set by the plan"),
@@ -246,6 +247,7 @@ def test_flags_are_put_right_after_a_run_that_failed_at_once(plan, launcher, tmp
     ("changed", "message"),
     [
         (("dataset_name: wire_bonding", "streaming: false"), "no data: give --train_dir FOLDER"),
+        (("seeds:", "lengths: {adamw: [40, 80]}\nseeds:"), "lengths of adamw names 40, its own --max_steps"),
         (("seeds:", "segmentation: {flags: {crop_sise: 64}}\nseeds:"), "segmentation: unknown flag --crop_sise; did"),
         (("seeds:", "segmentation: {random: true}\nseeds:"), "segmentation: no data: give --train_dir FOLDER"),
         (("seeds:", "classification: {random: true}\nseeds:"), "classification: no data: give --train_dir FOLDER"),

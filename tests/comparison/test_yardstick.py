@@ -91,7 +91,9 @@ def test_what_the_longest_length_does_not_reach_counts_with_it_and_says_so():
 def test_a_baseline_that_is_ahead_at_its_shortest_length_leaves_no_headline():
     runs = [run for seed in SEEDS for run in figures_of(seed, accuracy=0.3 if seed == 1 else 0.55)]
     found = pair(plan_with(), runs)
-    assert found["savings"]["error of k nearest neighbours"]["no_figure"] == [1]
+    knn = found["savings"]["error of k nearest neighbours"]
+    assert knn["at_most"] == [1] and knn["equal_length"] == pytest.approx({0: 50.0, 1: 40.0, 2: 50.0})
+    assert knn["steps"]["mean"] == pytest.approx((20.0 + 0.0 + 20.0) / 3)  # the seed is not left out of the mean
     assert found["headline"] is None
     assert "adamw is ahead by error of k nearest neighbours at its shortest length, 40 steps" in headline_of(found)
 
@@ -118,6 +120,17 @@ def test_a_search_that_was_not_fair_or_not_wide_enough_leaves_no_headline(search
     found = pair(plan, runs)
     assert found["headline"] is None
     assert message in headline_of(found)
+
+
+def test_seeds_that_lack_a_quality_or_a_schedule_leave_no_headline():
+    runs = [run for seed in SEEDS for run in figures_of(seed)]
+    next(run for run in runs if run.planned.seed == 2 and run.planned.variant == "dbp+adamw").probe = None
+    found = pair(plan_with(), runs)
+    assert found["headline"] is None and "not every seed has every quality" in headline_of(found)
+    runs = [run for seed in SEEDS for run in figures_of(seed)]
+    shortest = next(run for run in runs if run.planned.seed == 2 and run.planned.length is None)
+    found = pair(plan_with(), [run for run in runs if run is not shortest])
+    assert found["savings"]["validation loss"]["equal_length"].keys() == {0, 1}
 
 
 def test_one_seed_and_encoders_that_were_not_probed_leave_no_headline():

@@ -1,6 +1,7 @@
 """`hf-dbp pretrain IMAGES` alone takes the recommended recipe; a learning rate that nobody chose is named."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -69,6 +70,15 @@ def test_the_script_still_asks_what_to_do(photos, tmp_path, capsys, monkeypatch)
         (["--do_train"], "no learning rate is given: transformers' default, 5e-5"),
         (["--config", RECOMMENDED, "--optimizer", "soap"], f"1e-2 of {RECOMMENDED} is meant for muon"),
         (["--config=demo.yaml", "--optimizer=adamw"], "4e-3 of demo.yaml is meant for muon"),
+        (
+            ["--config", RECOMMENDED, "--config", "demo.yaml", "--optimizer", "soap"],
+            "4e-3 of demo.yaml is meant for muon",
+        ),
+        (["--config", "demo.yaml", "--config", "OWN"], None),
+        (["--config", "OWN"], "no learning rate is given"),
+        (["--config", "PLAN", "--budget", "1h", "--optimizer", "adamw"], "4e-3 of PLAN is meant for muon"),
+        (["--config", "PLAN", "--budget", "1h", "--optimizer", "muon"], None),
+        (["--do_train", "--learning-rate", "1e-3"], None),
         (["--do_train", "--learning_rate", "1e-3"], None),
         (["--do_train", "--base_learning_rate=1e-3"], None),
         (["--config", RECOMMENDED], None),
@@ -78,7 +88,10 @@ def test_the_script_still_asks_what_to_do(photos, tmp_path, capsys, monkeypatch)
         (["--config", RECOMMENDED, "--optimizer", "adamw", "--do_train", "false"], None),
     ],
 )
-def test_a_learning_rate_that_nobody_chose_is_named(given, warning, caplog):
+def test_a_learning_rate_that_nobody_chose_is_named(given, warning, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("OWN").write_text("do_train: true\n")
+    Path("PLAN").write_text("do_train: true\nlearning_rate: 4e-3\n")  # of a budget, whose optimizer was given
     with caplog.at_level(logging.WARNING):
         line = ["--train_dir", "photos", "--output_dir", "run", *given]
         warn_of_learning_rate(line, parse_arguments(GROUPS, line)[-1].do_train)

@@ -12,11 +12,11 @@ over the length:
 for the validation loss and, if encoders were probed or fine-tuned, for the error of k nearest neighbours, of the linear
 probe and of each head (1 - mean IoU, for example). CO2e is taken as proportional to time, because the same machine
 draws the same power. T is the same for all seeds. If the baseline reaches a seed's target at no length, the longest one
-is used (the saving is *at least* that); if the shortest length already meets it, the seed has no figure.
+is used (the saving is *at least* that); if the shortest length already meets it, that one (*at most* that).
 
 The headline is the smallest of the savings. There is none if the best setting of either side lies at the edge of those
-tried or is the only one, the sides had different numbers of settings to choose from, a seed has no figure, there is
-only one seed, or the encoders were neither probed nor fine-tuned.
+tried or is the only one, the sides had different numbers of settings to choose from, a saving is at most what it says,
+there is only one seed, some lack a quality, or the encoders were neither probed nor fine-tuned.
 
 `margins` use one stopping step for all seeds: (baseline's mean end - other's mean end) * sqrt(n) / (sd of the other's
 ends), for each length of the baseline. At *equal time* the baseline's schedule has T (step time of the other) / (step
@@ -64,8 +64,9 @@ def head_error(head: str, metric: str) -> Callable[[Run], float | None]:
 
 FIRST = {head: task.first for head, task in HEADS.items()}
 PROBES = {"error of k nearest neighbours": probe_error("knn"), "error of the linear probe": probe_error("linear")}
+LOSS = "validation loss"
 QUALITIES: dict[str, Callable[[Run], float | None]] = {
-    "validation loss": final_loss,
+    LOSS: final_loss,
     **PROBES,
     **{f"error in {words}": head_error(head, metric) for head, (metric, words) in FIRST.items()},
 }
@@ -181,16 +182,15 @@ def saving(
     beyond, below = [], []
     for seed, target in sorted(targets.items()):
         curve = [(float(steps), by_seed[seed]) for steps, by_seed in ends.items() if seed in by_seed]
-        if not curve:
-            continue
+        if len(curve) < len(ends):
+            continue  # one of the baseline's schedules is missing, so the others would misplace the seed
         met = crossing(curve, target)
         if met is None:
             beyond.append(seed)
         elif curve[0][1] < target:
             below.append(seed)
-            continue
         equal[seed] = curve[-1][0] if met is None else met
-    if not equal and not below:
+    if not equal:
         return None
     in_time = {seed: at_length(ends, seed, length * ratio) for seed in targets}
     kept = {seed: value for seed, value in in_time.items() if value is not None}
@@ -200,9 +200,9 @@ def saving(
         "length": length,
         "equal_length": equal,
         "at_least": beyond,
-        "no_figure": below,
-        "steps": asdict(mean_interval(steps)) if steps else None,
-        "time": asdict(mean_interval(time)) if time else None,
+        "at_most": below,
+        "steps": asdict(mean_interval(steps)),
+        "time": asdict(mean_interval(time)),
         "ends": {steps: asdict(mean_interval(list(by_seed.values()))) for steps, by_seed in ends.items()},
         "other_end": asdict(mean_interval(list(targets.values()))),
         "margins": {steps: margin(by_seed, targets) for steps, by_seed in ends.items()},
@@ -233,11 +233,14 @@ def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings:
     if not savings:
         reasons.append("no seed has an end on both sides")
     for name, found in savings.items():
-        if found["no_figure"]:
+        if found["at_most"]:
             shortest = min(found["ends"])
             reasons.append(f"{a} is ahead by {name} at its shortest length, {shortest} steps, for some seeds")
         elif len(found["equal_length"]) == 1:
             reasons.append(f"one seed by {name}: there is no interval")
-    if plan.probe is None and not plan.heads:
+    seeds = {len(found["equal_length"]) for found in savings.values()}
+    if len(seeds) > 1:
+        reasons.append("not every seed has every quality")
+    if savings.keys() <= {LOSS}:
         reasons.append("the encoders were neither probed nor fine-tuned")
     return reasons

@@ -56,8 +56,8 @@ def savings_table(pairs: Sequence[Figures]) -> Table:
         for name, found in pair["savings"].items():
             equal = found["equal_length"].values()
             at_least = f"at least, {len(found['at_least'])}" if found["at_least"] else ""
-            left_out = f"baseline ahead, left out: {len(found['no_figure'])}" if found["no_figure"] else ""
-            notes = [at_least, left_out]
+            at_most = f"at most, {len(found['at_most'])}" if found["at_most"] else ""
+            notes = [at_least, at_most]
             rows.append(
                 [
                     f"{pair['other']} against {pair['baseline']}",
