@@ -359,8 +359,8 @@ def test_losses_and_probes_of_the_variants_stand_in_their_records():
     *_, section = (folder / "VARIANTS.md").read_text(encoding="utf-8").partition("## On deeper and wider models")
     files = (folder / name for name in ("variants_models.json", "variants.json", "mean_iou.json"))
     recorded = decimals([json.loads(file.read_text(encoding="utf-8")) for file in files])
-    muon_on_tiny, *_ = yardstick_cells("yardstick_tiny", "muon")
-    recorded.add(muon_on_tiny.split()[0])
+    for name, variant in (("yardstick_tiny", "muon"), ("yardstick", "adamw"), ("yardstick", "soap")):
+        recorded.add(yardstick_cells(name, variant)[0].split()[0])
     quoted = set(re.findall(r"\b0\.\d{3,4}\b", section))
     assert len(quoted) > 50 and not quoted - recorded
 
