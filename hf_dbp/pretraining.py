@@ -61,7 +61,7 @@ from hf_dbp.training.clocked import training_meter
 from hf_dbp.training.disk import disk_errors
 from hf_dbp.training.duration import command_began, parse_duration
 from hf_dbp.training.processes import alone, ending_processes
-from hf_dbp.training.recommended import DESCRIPTION, warn_of_learning_rate, with_recommended
+from hf_dbp.training.recommended import DESCRIPTION, warn_of_layers, warn_of_learning_rate, with_recommended
 from hf_dbp.training.restoring import find_checkpoint
 from hf_dbp.training.trainer import MAETrainer
 
@@ -90,6 +90,7 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
         content = read_config(source, **model_args.hub_options)
         if content["model_type"] not in KINDS:
             raise UserError(f"{source} holds a {content['model_type']!r} model; give a ViT-MAE or a ViT")
+        warn_of_layers(source, content, given)
         fields = known_fields(content, ViTMAEConfig)
         if not any(key.startswith("decoder_") for key in fields):  # a ViT: --model_size gives the decoder
             fields |= {key: value for key, value in SIZES[model_args.model_size].items() if key.startswith("decoder_")}
@@ -261,7 +262,7 @@ def run(
     ``do_train``, only evaluate a model and write ``eval_results.json``.
     """
     if not (args.do_train or args.do_eval):
-        raise UserError("nothing to do: give --do_train, --do_eval or both")
+        raise UserError("nothing to do: give --do_train, --do_eval or both, or a --config that does")
     if not args.do_train:
         model_args = model_to_evaluate(model_args, args)
     set_seed(args.seed)

@@ -187,7 +187,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     mappings = ("search", "flags", "against", *HEADS, "probe", "lengths")
     parts = {key: mapping(content, key, name) for key in mappings}
     for key in (*HEADS, "probe"):
-        if content.get(key) == {}:
+        if key in content and content[key] in ({}, ""):
             raise UserError(f"plan {name}: {key} is empty; give it flags, or leave it out")
     for key in ("title", "recipe", "script"):
         if not isinstance(content.get(key, ""), str):

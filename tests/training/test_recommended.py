@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_dbp import cli
+from hf_dbp import SIZES, DBPViTMAEConfig, cli
 from hf_dbp.errors import UserError
+from hf_dbp.pretraining import model_config
 from hf_dbp.recipes import parse_arguments, read_yaml, recipe_path
 from hf_dbp.records import RunRecord
 from hf_dbp.training.arguments import GROUPS
@@ -39,6 +40,34 @@ def test_a_folder_alone_is_trained_as_the_recommended_recipe_says(photos, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], True),
+        (["--decorrelated_layers", "full"], True),
+        (["--decorrelated_layers", "full", "--wide_blocks", "4"], False),
+        (["--method", "bp"], True),
+        (["--method", "stock"], False),
+    ],
+)
+def test_a_start_from_a_model_that_is_decorrelated_otherwise_says_so(flags, told, tmp_path, caplog):
+    config = DBPViTMAEConfig(image_size=32, patch_size=4, decorrelated_layers="full", wide_blocks=4, **SIZES["mini"])
+    config.save_pretrained(tmp_path)
+    line = ["--model_name_or_path", str(tmp_path), "--train_dir", "photos", "--output_dir", "run", *flags]
+    with caplog.at_level(logging.WARNING):
+        model_config(parse_arguments(GROUPS, line)[0], 3)
+    assert ("was trained with --decorrelated_layers full --wide_blocks 4" in caplog.text) == told
+
+
+def test_flags_that_the_recipe_would_contradict_are_followed(capsys):
+    layers = with_recommended(["--decorrelated-layers", "block_inputs"])
+    assert layers[2:] == ["--wide_blocks", "1", "--config", RECOMMENDED]
+    evaluated = with_recommended(["--eval_strategy=steps", "--eval_steps", "10"])
+    assert evaluated[3:] == ["--save_strategy", "steps", "--save_steps", "10", "--config", RECOMMENDED]
+    both = ["--eval_strategy", "no", "--save_strategy", "no", "--wide_blocks", "2"]
+    assert with_recommended(both) == [*both, "--config", RECOMMENDED]
+
+
+@pytest.mark.parametrize(
     "given",
     [
         ["--config", "demo.yaml"],
@@ -67,7 +96,8 @@ def test_the_script_still_asks_what_to_do(photos, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize(
     ("given", "warning"),
     [
-        (["--do_train"], "no learning rate is given: transformers' default, 5e-5"),
+        (["--do_train"], "5e-5, is far too low for pre-training: give --learning_rate, such as 2e-3 or"),
+        (["--do_train", "--optimizer", "adai"], "none was measured"),
         (["--config", RECOMMENDED, "--optimizer", "soap"], f"1e-2 of {RECOMMENDED} is meant for muon"),
         (["--config=demo.yaml", "--optimizer=adamw"], "4e-3 of demo.yaml is meant for muon"),
         (
@@ -75,7 +105,7 @@ def test_the_script_still_asks_what_to_do(photos, tmp_path, capsys, monkeypatch)
             "4e-3 of demo.yaml is meant for muon",
         ),
         (["--config", "demo.yaml", "--config", "OWN"], None),
-        (["--config", "OWN"], "no learning rate is given"),
+        (["--config", "OWN"], "5e-5, is far too low for pre-training"),
         (["--config", "PLAN", "--budget", "1h", "--optimizer", "adamw"], "4e-3 of PLAN is meant for muon"),
         (["--config", "PLAN", "--budget", "1h", "--optimizer", "muon"], None),
         (["--do_train", "--learning-rate", "1e-3"], None),

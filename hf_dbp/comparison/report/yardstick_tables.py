@@ -19,7 +19,7 @@ def headline_of(pair: Figures) -> str:
     """The headline of the yardstick: the smallest saving, or why there is none to state."""
     who = f"{pair['other']} against {pair['baseline']}"
     if pair["headline"] is None:
-        return f"{who}: no headline, for {'; '.join(pair['no_headline'])}."
+        return f"{who}: no headline. Reasons: {'; '.join(pair['no_headline'])}."
     found = pair["savings"][pair["headline"]]
     bound = (
         f"at least (in {len(found['at_least'])} of {len(found['equal_length'])} seeds) " if found["at_least"] else ""
