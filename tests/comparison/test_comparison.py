@@ -163,10 +163,20 @@ def test_every_run_runs_once_and_failures_stop_nothing(plan, launcher, tmp_path,
     assert calls(tmp_path) == [f"muon/{best}/seed1"]
 
 
+def labelled_images(folder):
+    """A folder of images of two classes."""
+    for name, color in (("dark", 30), ("bright", 220)):
+        (folder / name).mkdir(parents=True)
+        for number in range(5):
+            Image.new("RGB", (32, 32), (color, color, number)).save(folder / name / f"{number}.png")
+    return folder
+
+
 @pytest.mark.slow
 def test_baselines_run_at_other_lengths_and_encoders_are_probed(plan, launcher, tmp_path, monkeypatch):
+    tiles, others = (labelled_images(tmp_path / name) for name in ("tiles", "others"))
     with Path(plan).open("a") as file:
-        file.write("probe: {flags: {train_dir: tiles}}\nlengths: {adamw: [60, 80]}\n")
+        file.write(f"probe: {{flags: {{train_dir: {tiles}}}}}\nlengths: {{adamw: [60, 80]}}\n")
     monkeypatch.setattr(comparison, "PROBE", FAKE_PROBE)
     monkeypatch.setattr(comparison, "fused", lambda run: run / "vit")
     made = read_plan(plan, ["--use_cpu", "true"])
@@ -184,7 +194,7 @@ def test_baselines_run_at_other_lengths_and_encoders_are_probed(plan, launcher, 
         ["its encoder was not probed: exit status 1: out of memory"]
     ]
     # once more, with a probe of other images: what is there stays, and is not taken for it
-    made.probe = Probe(("--train_dir", "others"))
+    made.probe = Probe(("--train_dir", str(others)))
     with pytest.raises(ValueError, match="holds a run with other flags"):
         run_plan(made, tmp_path / "out", launcher=launcher)
 
