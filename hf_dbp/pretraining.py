@@ -90,7 +90,6 @@ def model_config(model_args: ModelArguments, num_channels: int) -> ViTMAEConfig:
         content = read_config(source, **model_args.hub_options)
         if content["model_type"] not in KINDS:
             raise UserError(f"{source} holds a {content['model_type']!r} model; give a ViT-MAE or a ViT")
-        warn_of_layers(source, content, given)
         fields = known_fields(content, ViTMAEConfig)
         if not any(key.startswith("decoder_") for key in fields):  # a ViT: --model_size gives the decoder
             fields |= {key: value for key, value in SIZES[model_args.model_size].items() if key.startswith("decoder_")}
@@ -120,6 +119,8 @@ def build_model(model_args: ModelArguments, num_channels: int, seed: int) -> Pre
         square = isinstance(config.image_size, int) or len(set(config.image_size)) == 1
         model_class = ViTMAEForPreTraining if square else RectangularViTMAE
     named, hub = model_args.model_name_or_path, model_args.hub_options
+    if named is not None:
+        warn_of_layers(named, read_config(named, **hub), config.to_dict())
     if named is not None and fits(named, config, **hub):
         model, fresh = load_weights(model_class, named, config=config, **hub)
         if fresh:

@@ -77,12 +77,12 @@ def warn_of_learning_rate(given: Sequence[str], trains: bool) -> None:
     by_default = "muon" if "budget" in names else "adamw"  # a budget's plan does not repeat the flags that were given
     intended = (flag_values(settings, "optimizer") or [by_default])[-1]
     optimizer = (flag_values(given, "optimizer") or [intended])[-1]
-    if not rates:
+    if not rates and "model_name_or_path" not in names:  # 5e-5 may suit weights that are trained already
         logger.warning(
             "transformers' default learning rate, 5e-5, is far too low for pre-training: %s; %s has one for muon",
             advice(optimizer), f"--config {RECOMMENDED}",
         )  # fmt: skip
-    elif optimizer != intended:
+    if rates and optimizer != intended:
         logger.warning(
             "the learning rate %s of %s is meant for %s: with --optimizer %s, %s",
             rates[-1], recipes[-1], intended, optimizer, advice(optimizer),
@@ -95,7 +95,7 @@ def warn_of_layers(source: str, content: Mapping[str, Any], fields: Mapping[str,
     Args:
         source: its folder or Hub id.
         content: its config.json.
-        fields: those of the new configuration that the flags set.
+        fields: those of the new configuration.
     """
     names = [name for name in ("decorrelated_layers", "wide_blocks") if name in content and name in fields]
     if any(content[name] != fields[name] for name in names):

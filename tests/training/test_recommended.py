@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_dbp import SIZES, DBPViTMAEConfig, cli
+from hf_dbp import SIZES, DBPViTMAEConfig, DBPViTMAEForPreTraining, cli
 from hf_dbp.errors import UserError
-from hf_dbp.pretraining import model_config
+from hf_dbp.pretraining import build_model
 from hf_dbp.recipes import parse_arguments, read_yaml, recipe_path
 from hf_dbp.records import RunRecord
 from hf_dbp.training.arguments import GROUPS
@@ -51,10 +51,10 @@ def test_a_folder_alone_is_trained_as_the_recommended_recipe_says(photos, tmp_pa
 )
 def test_a_start_from_a_model_that_is_decorrelated_otherwise_says_so(flags, told, tmp_path, caplog):
     config = DBPViTMAEConfig(image_size=32, patch_size=4, decorrelated_layers="full", wide_blocks=4, **SIZES["mini"])
-    config.save_pretrained(tmp_path)
+    DBPViTMAEForPreTraining(config).save_pretrained(tmp_path)
     line = ["--model_name_or_path", str(tmp_path), "--train_dir", "photos", "--output_dir", "run", *flags]
     with caplog.at_level(logging.WARNING):
-        model_config(parse_arguments(GROUPS, line)[0], 3)
+        build_model(parse_arguments(GROUPS, line)[0], 3, seed=0)
     assert ("was trained with --decorrelated_layers full --wide_blocks 4" in caplog.text) == told
 
 
@@ -115,6 +115,7 @@ def test_the_script_still_asks_what_to_do(photos, tmp_path, capsys, monkeypatch)
         (["--config", RECOMMENDED, "--optimizer", "muon"], None),
         (["--config", RECOMMENDED, "--optimizer", "adamw", "--learning_rate", "2e-3"], None),
         (["--do_eval"], None),
+        (["--do_train", "--model_name_or_path", "facebook/vit-mae-base"], None),
         (["--config", RECOMMENDED, "--optimizer", "adamw", "--do_train", "false"], None),
     ],
 )
