@@ -42,7 +42,16 @@ from hf_dbp.comparison.runs import PlannedRun, Run
 from hf_dbp.data.sources import ImageSource
 from hf_dbp.downstream.probe import ProbeArguments, load_labelled
 from hf_dbp.errors import UserError
-from hf_dbp.recipes import flag_arguments, parse_arguments, plan_names, read_yaml, recipe_arguments, recipe_path, typed
+from hf_dbp.recipes import (
+    flag_arguments,
+    flag_names,
+    parse_arguments,
+    plan_names,
+    read_yaml,
+    recipe_arguments,
+    recipe_path,
+    typed,
+)
 from hf_dbp.training import arguments as pretraining
 
 __all__ = ["Finetuning", "Plan", "Probe", "is_number", "plan_of", "read_plan"]
@@ -199,7 +208,7 @@ def read_plan(name: str, extra: Sequence[str] = ()) -> Plan:
     search, own_search = check_search(parts["search"], list(variants), name)
     against = check_against(parts["against"], list(variants), name)
     varied = {flag for flags in variants.values() for flag in flags} | search.keys() | set(OWN)
-    given = {part[2:].partition("=")[0] for part in extra if part.startswith("--")}
+    given = flag_names(extra)
     if given & varied:
         raise UserError(f"--{min(given & varied)} is set by the plan for each run; leave it out")
     shared = [*(recipe_arguments(content["recipe"]) if "recipe" in content else [])]

@@ -297,7 +297,7 @@ def read_step_times(file: Path | None, plan: Plan) -> dict[str, list[float]] | N
             raise ValueError(f"turns of each variant: {sorted(turns)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"--step_times {file} does not hold as many step times of every variant ({error}): make it with "
+            f"--step_times {file} does not hold step times of every variant, as many of each ({error}): make it with "
             f"benchmarks/plan_times.py from the same plan"
         ) from error
     return found

@@ -18,13 +18,13 @@ __all__ = ["DESCRIPTION", "RECOMMENDED", "warn_of_layers", "warn_of_learning_rat
 logger = logging.getLogger(__name__)
 
 RECOMMENDED = "whole_model.yaml"
-DESCRIPTION = (
-    "Pre-train a ViT by masked autoencoding. `hf-dbp pretrain IMAGES` without --config, --budget, --do_train, "
-    f"--do_eval and --model_name_or_path takes the recipe {RECOMMENDED}; the defaults below hold otherwise. "
-    "See also docs/flags.md."
-)
 #: with one of these flags the user has decided what to do, or starts from weights for which nothing was measured
-DECIDED = {"config", "budget", "do_train", "do_eval", "model_name_or_path", "help", "help_all"}
+DECIDED = ("config", "budget", "do_train", "do_eval", "model_name_or_path")
+ANY = f"--{', --'.join(DECIDED[:-1])} or --{DECIDED[-1]}"
+DESCRIPTION = (
+    f"Pre-train a ViT by masked autoencoding. Without {ANY}, `hf-dbp pretrain IMAGES` takes the recipe {RECOMMENDED}; "
+    "otherwise the defaults below hold. See also docs/flags.md."
+)
 RATES = {"learning_rate", "base_learning_rate"}
 #: optimizer -> best of the rates tried on a mini model, plain and with the whole model decorrelated; batches of 64
 #: (docs/results/yardstick and its VARIANTS)
@@ -33,10 +33,9 @@ BEST = {"muon": ("1e-2", "1e-2"), "soap": ("3e-3", "1e-2"), "adamw": ("2e-3", "4
 
 def with_recommended(given: Sequence[str]) -> list[str]:
     """The command line of `hf-dbp pretrain`, with the recommended recipe if it says neither what to do nor how."""
-    if "-h" in given or flag_names(given) & DECIDED:
+    if "-h" in given or flag_names(given) & {*DECIDED, "help", "help_all"}:
         return list(given)
-    none_of = ", ".join(f"--{flag}" for flag in sorted(DECIDED - {"help", "help_all"}))
-    print(f"settings: --config {RECOMMENDED}, since none of {none_of} is given")
+    print(f"settings: --config {RECOMMENDED}, in the absence of {ANY}")
     return [*given, *followers(given), "--config", RECOMMENDED]
 
 

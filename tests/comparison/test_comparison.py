@@ -124,6 +124,7 @@ def test_a_plan_is_read_with_the_users_flags_over_it(plan):
         (("seeds:", "detection:\nseeds:"), [], "detection is empty; give it flags, or leave it out"),
         (("", ""), ["--weight_decay", "1"], "--weight_decay is set by the plan"),
         (("", ""), ["--optimizer=muon"], "--optimizer is set by the plan"),
+        (("", ""), ["--weight-decay", "1"], "--weight_decay is set by the plan"),
         (("", ""), ["--seed", "1"], "--seed is set by the plan"),
     ],
 )

@@ -13,7 +13,7 @@ from hf_dbp.comparison.report.analysis import analyse
 from hf_dbp.comparison.report.tables import headline
 from hf_dbp.comparison.report.yardstick import step_ratio
 from hf_dbp.comparison.runs import Run, best_settings
-from hf_dbp.comparison.statistics import paired_test
+from hf_dbp.comparison.statistics import paired_test, value_at
 
 
 def three_seeds(variant, losses, **fields):
@@ -363,6 +363,25 @@ def test_losses_and_probes_of_the_variants_stand_in_their_records():
         recorded.add(yardstick_cells(name, variant)[0].split()[0])
     quoted = set(re.findall(r"\b0\.\d{3,4}\b", section))
     assert len(quoted) > 50 and not quoted - recorded
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [(name, "muon") for name in ("yardstick", "yardstick_tiny", "yardstick_long", "yardstick_wire_bonding")]
+    + [("yardstick", "adamw"), ("yardstick_tiny", "adamw")],
+)
+def test_encoders_at_equal_time_are_those_of_the_reports(name, baseline):
+    """The list of reports gives errors that the older reports leave to be interpolated."""
+    results = ROOT / "docs" / "results"
+    page = " ".join((results / "README.md").read_text(encoding="utf-8").split())
+    pairs = json.loads((results / name / "report.json").read_text(encoding="utf-8"))["yardstick"]["pairs"]
+    pair = next(one for one in pairs if (one["baseline"], one["other"]) == (baseline, "dbp+muon"))
+    for quality in ("error of k nearest neighbours", "error of the linear probe"):
+        found = pair["savings"][quality]
+        curve = [(float(length), end["mean"]) for length, end in found["ends"].items()]
+        end = value_at(curve, found["length"] * pair["step_ratio"]["mean"])
+        dbp = f"{found['other_end']['mean']:.3f}"
+        assert f"{end:.3f} and {dbp}" in page or f"{end:.3f} and DBP {dbp}" in page
 
 
 def soap_on_tiny():

@@ -127,6 +127,9 @@ def test_seeds_that_lack_a_quality_or_a_schedule_leave_no_headline():
     next(run for run in runs if run.planned.seed == 2 and run.planned.variant == "dbp+adamw").probe = None
     found = pair(plan_with(), runs)
     assert found["headline"] is None and "not every seed has every quality" in headline_of(found)
+    for run in runs:
+        run.probe = None  # it was planned, and failed
+    assert "no seed has the error of the linear probe on both sides" in headline_of(pair(plan_with(), runs))
     runs = [run for seed in SEEDS for run in figures_of(seed)]
     shortest = next(run for run in runs if run.planned.seed == 2 and run.planned.length is None)
     found = pair(plan_with(), [run for run in runs if run is not shortest])

@@ -28,7 +28,7 @@ def photos(tmp_path):
 
 def test_a_folder_alone_is_trained_as_the_recommended_recipe_says(photos, tmp_path, capsys):
     cli.main(["pretrain", photos, "--output_dir", str(tmp_path / "run"), "--eta", "1e-3", *SMALL])
-    assert f"settings: --config {RECOMMENDED}, since none of" in capsys.readouterr().out
+    assert f"settings: --config {RECOMMENDED}, in the absence of" in capsys.readouterr().out
     record = RunRecord.read(tmp_path / "run" / "run.json")
     recipe = read_yaml(recipe_path(RECOMMENDED))
     for name in ("optimizer", "decorrelated_layers"):
@@ -90,6 +90,7 @@ def test_the_script_still_asks_what_to_do(photos, tmp_path, capsys, monkeypatch)
 
     with pytest.raises((UserError, SystemExit)):
         main([photos, "--output_dir", str(tmp_path / "run"), *SMALL])
+    assert "nothing to do: give --do_train" in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()
 
 

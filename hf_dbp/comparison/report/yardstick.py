@@ -241,6 +241,7 @@ def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings:
     seeds = {len(found["equal_length"]) for found in savings.values()}
     if len(seeds) > 1:
         reasons.append("not every seed has every quality")
-    if savings.keys() <= {LOSS}:
+    asked = [*(PROBES if plan.probe is not None else ()), *(f"error in {FIRST[head][1]}" for head in plan.heads)]
+    if not asked:
         reasons.append("the encoders were neither probed nor fine-tuned")
-    return reasons
+    return reasons + [f"no seed has the {name} on both sides" for name in asked if name not in savings]
