@@ -10,6 +10,8 @@ every command. Three kinds of error end with one line on stderr and exit status 
 
 Any other exception keeps its traceback and says where to report it. ``--log_level debug``, or the environment variable
 HF_DBP_DEBUG=1 for commands without that flag, shows the traceback of a user's mistake above its line.
+
+Ctrl-C ends a command in one line too, with exit status 130; from Python it stays a KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import functools
 import itertools
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -108,5 +111,10 @@ def command(main: Callable[P, T]) -> Callable[P, T]:
                 traceback.print_exception(error)
             print(f"error: {line}", file=sys.stderr)
             raise SystemExit(2) from error
+        except KeyboardInterrupt:
+            if args or kwargs or debugging(sys.argv):  # called from Python
+                raise
+            print("stopped by SIGINT", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
 
     return wrapped

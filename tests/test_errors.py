@@ -362,3 +362,35 @@ def test_flags_that_do_not_fit_together_are_one_line_and_a_bug_in_their_check_is
     monkeypatch.setattr("hf_dbp.training.arguments.feed_fast", raising(AttributeError("no such field")))
     with pytest.raises(AttributeError):
         cli.main(["pretrain", "--output_dir", str(tmp_path), "--use_cpu", "--do_train"])
+
+
+def interrupted(arguments=()):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_a_command_in_one_line_and_stays_an_interrupt_from_python(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.import_module(cli.COMMANDS["embed"]), "main", command(interrupted))
+    monkeypatch.setattr(sys, "argv", ["hf-dbp", "embed", "vit", "images"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["embed", "vit", "images"])
+
+
+INTERRUPTED_IMPORT = """
+import signal, sys
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+sys.argv = ["hf-dbp", "pretrain", "images"]
+import hf_dbp.cli
+hf_dbp.cli.main()
+"""
+
+
+def test_ctrl_c_while_a_command_imports_its_libraries_shows_no_traceback():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "stopped by SIGINT\n"

@@ -35,6 +35,7 @@ __all__ = [
     "noted_changes",
     "restore_weights",
     "tensors_alone",
+    "warn_of_rise",
 ]
 
 logger = logging.getLogger(__name__)
@@ -118,6 +119,21 @@ def noted_changes(
         told = ", ".join(f"--{name} {old} -> {new}" for name, (old, new) in changed.items())
         logger.warning("%s resumes with other settings: %s", checkpoint, told)
     return {**earlier, str(checkpoint_step(Path(checkpoint))): changed}
+
+
+RISE = 0.1  # of the peak learning rate: more is told
+
+
+def warn_of_rise(schedule: LambdaLR, optimizer: Optimizer) -> None:
+    """Warn if a resumed schedule, such as a longer one, begins well above the learning rate that the checkpoint ended
+    with: weights that had settled at a low rate are moved again."""
+    group, base, factor = optimizer.param_groups[0], schedule.base_lrs[0], schedule.lr_lambdas[0]
+    before, after = float(group["lr"]), base * factor(schedule.last_epoch)
+    if after - before > RISE * base:
+        logger.warning(
+            "the learning rate rises from %.2g to %.2g at step %d, as the schedule is now: the loss may rise at first",
+            before, after, schedule.last_epoch,
+        )  # fmt: skip
 
 
 def restore_weights(model: nn.Module, folder: str) -> None:

@@ -40,6 +40,7 @@ from hf_dbp.training.restoring import (
     lacking,
     restore_weights,
     tensors_alone,
+    warn_of_rise,
 )
 from hf_dbp.training.saving import (
     UNFINISHED,
@@ -367,6 +368,8 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             group.update(setting)
         if isinstance(self.lr_scheduler, LambdaLR):
             self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
+            if checkpoint and self.is_world_process_zero():
+                warn_of_rise(self.lr_scheduler, self.optimizer)
         else:  # based on measurements: settings such as factor and patience are the current ones
             self.lr_scheduler.__dict__ |= {name: schedule[name] for name in schedule if name in MEASURED_SETTINGS}
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # for the logs

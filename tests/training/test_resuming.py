@@ -100,6 +100,21 @@ def test_a_run_goes_on_with_another_learning_rate(tmp_path, optimizer):
     assert {group["weight_decay"] for group in groups} == {0.3, 0.0}
 
 
+def test_a_longer_schedule_says_that_the_learning_rate_rises_again(tmp_path, caplog):
+    """A finished cosine ended at 0; with twice the steps the same command trains on from the middle of the new one."""
+    main(flags(tmp_path, **STEPS))
+    assert "rises" not in caplog.text
+    main(flags(tmp_path, **STEPS | {"max_steps": 20}))
+    assert "the learning rate rises from 0 to 0.0005 at step 10" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{}, {"learning_rate": 1e-4}, {"max_steps": 9}])
+def test_no_rise_is_told_of_the_same_or_a_shorter_schedule_or_a_lower_rate(tmp_path, stopped_run, caplog, settings):
+    run = shutil.copytree(stopped_run, tmp_path / "run")
+    main(flags(run, **STEPS | settings))
+    assert "rises" not in caplog.text
+
+
 # ---- signals ----
 
 
