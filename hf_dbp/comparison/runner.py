@@ -120,7 +120,7 @@ class Runner:
         if run is None:
             run = Run(planned, error=failure(status, self.path(planned) / "log.txt"))
         what = f"best validation loss {run.best_loss}" if run.error is None else run.error
-        self.bar.write(f"{' '.join((planned.variant, planned.setting, f'seed {planned.seed}'))}: {what}")
+        self.bar.write(f"{planned.name}: {what}")
         return run
 
     def progress(self, planned: PlannedRun) -> float:
@@ -138,7 +138,7 @@ class Runner:
         return float(min(last["step"] / steps if steps > 0 else last["epoch"] / epochs, 1.0))
 
     def show(self, partly: float, done: int, running: list[PlannedRun]) -> None:
-        before, now = self.bar.n, "; ".join(f"{r.variant} {r.setting} seed {r.seed}" for r in running)
+        before, now = self.bar.n, "; ".join(run.name for run in running)
         if (self.shown, self.bar.postfix) != (before + done + partly, now):
             self.bar.set_postfix_str(now, refresh=False)
             self.bar.n = self.shown = before + done + partly

@@ -174,7 +174,7 @@ def labelled_images(folder):
 
 
 @pytest.mark.slow
-def test_baselines_run_at_other_lengths_and_encoders_are_probed(plan, launcher, tmp_path, monkeypatch):
+def test_baselines_run_at_other_lengths_and_encoders_are_probed(plan, launcher, tmp_path, monkeypatch, capsys):
     tiles, others = (labelled_images(tmp_path / name) for name in ("tiles", "others"))
     with Path(plan).open("a") as file:
         file.write(f"probe: {{flags: {{train_dir: {tiles}}}}}\nlengths: {{adamw: [60, 80]}}\n")
@@ -184,6 +184,7 @@ def test_baselines_run_at_other_lengths_and_encoders_are_probed(plan, launcher, 
     runs = run_plan(made, tmp_path / "out", jobs=2, launcher=launcher)
     lengths = [(run.planned.variant, run.planned.length, run.planned.seed) for run in runs if run.planned.length]
     assert lengths == [("adamw", steps, seed) for steps in (60, 80) for seed in (0, 1)]
+    assert "adamw, 60 steps, weight_decay 0.1, seed 1: best validation loss" in capsys.readouterr().out
     folder = tmp_path / "out" / "runs" / "adamw" / "max_steps=60" / "weight_decay=0.1" / "seed0"
     assert json.loads((folder / "probe" / "probe.json").read_text()) == {"probed": str(folder / "vit")}
     # of every finished run at its variant's best setting, of any length; what fails is noted
