@@ -22,8 +22,9 @@ HEAD = """# Flags
 
 Commands take the flags below, and those that train also take all of transformers' `TrainingArguments` (`--help-all`
 lists them). `--config RECIPE` reads flags from a YAML file, your own or one from the package; flags that you type
-override it. The defaults of `hf-dbp pretrain` are those of run_mae.py and of the paper; `hf-dbp pretrain IMAGES` alone
-takes the recipe `whole_model.yaml` instead. This page is generated from `--help`.
+override it. The defaults of `hf-dbp pretrain` are those of run_mae.py and, but for the interval, schedule and bound of
+eta, of the paper; `hf-dbp pretrain IMAGES` alone takes the recipe `whole_model.yaml` instead. This page is generated
+from `--help`.
 """
 
 

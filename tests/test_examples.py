@@ -130,7 +130,7 @@ def test_the_page_on_when_it_pays_quotes_the_reports():
     others = [(results / name / "README.md").read_text(encoding="utf-8") for name in OTHER_REPORTS]
     reports = "".join([report, *others])
     quoted = re.findall(r"[+-][\d.]+ % \[[^\]]+\]", " ".join(page.split()))
-    assert len(quoted) == 40 and not [figure for figure in quoted if figure not in reports]
+    assert len(quoted) == 33 and not [figure for figure in quoted if figure not in reports]
     measured = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ((?:batch|width) \d+)[^|]*\| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.MULTILINE)
     assert len(rows) == 6

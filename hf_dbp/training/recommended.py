@@ -1,8 +1,8 @@
 """What pre-training takes where the command line leaves it open.
 
 `hf-dbp pretrain IMAGES` alone trains as `RECOMMENDED` says, whose settings docs/results/yardstick found best by the
-loss. The scripts and the flags' own defaults stay those of transformers' `run_mae.py` and of the paper; a learning rate
-that nobody chose is named.
+loss. The scripts and the flags' own defaults stay those of transformers' `run_mae.py` and, but for the interval,
+schedule and bound of eta, of the paper; a learning rate that nobody chose is named.
 """
 
 from __future__ import annotations

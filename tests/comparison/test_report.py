@@ -341,9 +341,16 @@ def yardstick_cells(name, variant):
             bound = "≥ " if saving["at_least"] else ""
             for cell, what in enumerate(("steps", "time"), start=1):
                 mean = saving[what]
-                interval = f" [{mean['low']:.0f}, {mean['high']:.0f}]" if mean["high"] - mean["low"] > 0.05 else ""
-                cells[cell] = f"{bound}{mean['mean']:.0f} %{interval}"
+                cells[cell] = bound + saved(mean, 0)
     return cells
+
+
+def saved(figures, digits, sign=""):
+    """A mean saving in per cent, with its interval unless too many seeds are bounds."""
+    text = f"{figures['mean']:{sign}.{digits}f} %"
+    if figures["low"] is None:
+        return text
+    return f"{text} [{figures['low']:{sign}.{digits}f}, {figures['high']:{sign}.{digits}f}]"
 
 
 def decimals(content):
@@ -382,6 +389,27 @@ def test_encoders_at_equal_time_are_those_of_the_reports(name, baseline):
         end = value_at(curve, found["length"] * pair["step_ratio"]["mean"])
         dbp = f"{found['other_end']['mean']:.3f}"
         assert f"{end:.3f} and {dbp}" in page or f"{end:.3f} and DBP {dbp}" in page
+
+
+def test_savings_by_the_encoder_are_those_of_the_reports():
+    savings = {}
+    for name in ("yardstick_tiny", "yardstick_long"):
+        report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+        for pair in report["yardstick"]["pairs"]:
+            for quality, found in pair["savings"].items():
+                savings[name, pair["baseline"], quality.split()[-1]] = found
+    page, when = (cells_of(file)[0] for file in ("README.md", "docs/when.md"))
+    knn, linear = (savings["yardstick_tiny", "muon", quality] for quality in ("neighbours", "probe"))
+    assert (len(knn["at_most"]), len(linear["at_least"])) == (1, 3)
+    assert f"at most {saved(knn['steps'], 0)} of the steps and none of the time, {saved(knn['time'], 0)}" in page
+    assert f"at least {saved(linear['steps'], 0)} of Muon's steps and {saved(linear['time'], 0)} of its time" in page
+    assert f"≥ {saved(linear['steps'], 1, '+')} of Muon's steps and ≥ {saved(linear['time'], 1, '+')} of its" in when
+    assert f"≤ {saved(knn['steps'], 1, '+')} and of its time ≤ {saved(knn['time'], 1, '+')}" in when
+    adamw = savings["yardstick_tiny", "adamw", "neighbours"]
+    assert not adamw["at_most"] and f"{saved(adamw['steps'], 1, '+')} of AdamW's steps" in when
+    knn = savings["yardstick_long", "muon", "neighbours"]
+    assert len(knn["at_most"]) == 1
+    assert f"≤ {saved(knn['steps'], 1, '+')} of the steps and ≤ {saved(knn['time'], 1, '+')} of the time" in when
 
 
 def soap_on_tiny():

@@ -85,7 +85,7 @@ def test_what_the_longest_length_does_not_reach_counts_with_it_and_says_so():
     found = pair(plan_with(), runs)
     assert found["savings"]["validation loss"]["at_least"] == [0, 1, 2]
     assert found["savings"]["validation loss"]["steps"]["mean"] == pytest.approx(50.0)
-    assert "saves at least (in 3 of 3 seeds)" in headline_of(found)
+    assert "saves at least (in 3 of 3 seeds) +45.0 % of the time" in headline_of(found)  # bounds have no interval
 
 
 def test_a_baseline_that_is_ahead_at_its_shortest_length_leaves_no_headline():
@@ -94,6 +94,7 @@ def test_a_baseline_that_is_ahead_at_its_shortest_length_leaves_no_headline():
     knn = found["savings"]["error of k nearest neighbours"]
     assert knn["at_most"] == [1] and knn["equal_length"] == pytest.approx({0: 50.0, 1: 40.0, 2: 50.0})
     assert knn["steps"]["mean"] == pytest.approx((20.0 + 0.0 + 20.0) / 3)  # the seed is not left out of the mean
+    assert knn["steps"]["low"] is not None  # one bound leaves an interval
     assert found["headline"] is None
     assert "adamw is ahead by error of k nearest neighbours at its shortest length, 40 steps" in headline_of(found)
 
@@ -130,6 +131,14 @@ def test_seeds_that_lack_a_quality_or_a_schedule_leave_no_headline():
     for run in runs:
         run.probe = None  # it was planned, and failed
     assert "no seed has the error of the linear probe on both sides" in headline_of(pair(plan_with(), runs))
+    runs = [run for seed in SEEDS for run in figures_of(seed)]
+    for run in runs:
+        if run.planned.length is not None:
+            run.probe = None
+    found = pair(plan_with(), runs)  # of the baseline, only the encoders of its own length were probed
+    knn = found["savings"]["error of k nearest neighbours"]
+    assert knn["steps"] is None and knn["margins"][40]["percent"]["mean"] == pytest.approx(-10.0)
+    assert "adamw has the error of k nearest neighbours at one length alone" in headline_of(found)
     runs = [run for seed in SEEDS for run in figures_of(seed)]
     shortest = next(run for run in runs if run.planned.seed == 2 and run.planned.length is None)
     found = pair(plan_with(), [run for run in runs if run is not shortest])

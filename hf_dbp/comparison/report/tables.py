@@ -170,12 +170,12 @@ def search_table(analysis: Figures) -> list[Block]:
     for row in analysis["search"]:
         offered.setdefault(row["variant"], set()).add(setting(row))
     alike, counts = len({frozenset(values) for values in offered.values()}) <= 1, {len(v) for v in offered.values()}
-    caption = "Every variant had the same settings to choose from (first seed)."
+    caption = "Every variant had the same settings to choose from"
     if not alike:
         budget = ", ".join(f"{name} {len(values)}" for name, values in offered.items())
         number_of = f"as many settings, {max(counts)}," if len(counts) == 1 else f"settings of its own ({budget})"
-        caption = f"Every variant had {number_of} to choose from (first seed)."
-    return [Heading("The search"), Table(caption, header, rows)]
+        caption = f"Every variant had {number_of} to choose from"
+    return [Heading("The search"), Table(f"{caption} (first seed); others were not searched here.", header, rows)]
 
 
 def result_tables(analysis: Figures) -> list[Block]:

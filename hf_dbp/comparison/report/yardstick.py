@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from hf_dbp.comparison.heads import HEADS
@@ -173,7 +173,8 @@ def saving(
     runs: Sequence[Run], chosen: dict[str, RunsBySeed], a: str, b: str,
     figure: Callable[[Run], float | None], ratio: float,
 ) -> Figures | None:  # fmt: skip
-    """The saving of ``b`` by one quality (loss, probe); None if no seed has it on both sides."""
+    """The saving of ``b`` by one quality (loss, probe); None if no seed has it on both sides. ``steps`` and ``time``
+    are None if ``a`` has it at one length alone."""
     ends, own = ends_of(runs, chosen[a], a, figure), ends_of([], chosen[b], b, figure)
     if len(own) != 1:
         return None
@@ -192,6 +193,8 @@ def saving(
         equal[seed] = curve[-1][0] if met is None else met
     if not equal:
         return None
+    if len(ends) == 1:
+        equal, beyond, below = {}, [], []  # one point is no curve
     in_time = {seed: at_length(ends, seed, length * ratio) for seed in targets}
     kept = {seed: value for seed, value in in_time.items() if value is not None}
     steps = [100 * (1 - length / at) for at in equal.values()]
@@ -201,8 +204,8 @@ def saving(
         "equal_length": equal,
         "at_least": beyond,
         "at_most": below,
-        "steps": asdict(mean_interval(steps)),
-        "time": asdict(mean_interval(time)),
+        "steps": mean_of_bounded(steps, len(beyond + below)),
+        "time": mean_of_bounded(time, len(beyond + below)),
         "ends": {steps: asdict(mean_interval(list(by_seed.values()))) for steps, by_seed in ends.items()},
         "other_end": asdict(mean_interval(list(targets.values()))),
         "margins": {steps: margin(by_seed, targets) for steps, by_seed in ends.items()},
@@ -214,6 +217,15 @@ def saving(
         if kept
         else None,
     }
+
+
+def mean_of_bounded(values: Sequence[float], bounds: int) -> Figures | None:
+    """Mean and interval of values of which so many are only bounds; their spread says nothing if it is two or more.
+    None without values."""
+    if not values:
+        return None
+    found = mean_interval(values)
+    return asdict(found if bounds < 2 else replace(found, sd=None, low=None, high=None))
 
 
 def at_length(ends: Ends, seed: int, steps: float) -> float | None:
@@ -233,12 +245,14 @@ def refusals(plan: Plan, chosen: dict[str, RunsBySeed], a: str, b: str, savings:
     if not savings:
         reasons.append("no seed has an end on both sides")
     for name, found in savings.items():
-        if found["at_most"]:
+        if found["steps"] is None:
+            reasons.append(f"{a} has the {name} at one length alone")
+        elif found["at_most"]:
             shortest = min(found["ends"])
             reasons.append(f"{a} is ahead by {name} at its shortest length, {shortest} steps, for some seeds")
         elif len(found["equal_length"]) == 1:
             reasons.append(f"one seed by {name}: there is no interval")
-    seeds = {len(found["equal_length"]) for found in savings.values()}
+    seeds = {len(found["equal_length"]) for found in savings.values() if found["steps"] is not None}
     if len(seeds) > 1:
         reasons.append("not every seed has every quality")
     asked = [*(PROBES if plan.probe is not None else ()), *(f"error in {FIRST[head][1]}" for head in plan.heads)]

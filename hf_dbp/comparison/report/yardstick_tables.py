@@ -45,7 +45,8 @@ def yardstick_blocks(figures: Figures) -> list[Block]:
     note = (
         "A baseline's schedules of other lengths use the setting that was best at the plan's length. Equal length: "
         "where the baseline's end, linear between lengths, first reaches the other's end of the same seed. CO2e is "
-        "taken as proportional to time. Intervals do not include the uncertainty of the ratio of step times."
+        "taken as proportional to time. Intervals do not include the uncertainty of the ratio of step times; a mean of "
+        "which two or more seeds are bounds has none."
     )
     return [*blocks, Items([note])]
 
@@ -57,7 +58,7 @@ def savings_table(pairs: Sequence[Figures]) -> Table:
             equal = found["equal_length"].values()
             at_least = f"at least, {len(found['at_least'])}" if found["at_least"] else ""
             at_most = f"at most, {len(found['at_most'])}" if found["at_most"] else ""
-            notes = [at_least, at_most]
+            notes = [at_least, at_most, "" if equal else "one length alone"]
             rows.append(
                 [
                     f"{pair['other']} against {pair['baseline']}",
