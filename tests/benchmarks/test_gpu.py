@@ -1,7 +1,10 @@
 """The GPU benchmark, scaled down to the CPU: it ends with one table, names what does not fit, and keeps to its time."""
 
 import json
+import signal
 import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -56,6 +59,22 @@ def test_what_does_not_fit_or_would_take_too_long_is_named(gpu, monkeypatch, tmp
     record = run(gpu, monkeypatch, tmp_path, "--batches", "2", "--seconds", "-1")
     assert record["rows"] == []
     assert record["left_out"][1] == "mini, adamw, batch 2, compiled: -1 seconds are used up"
+
+
+def test_what_is_not_done_in_time_is_stopped_and_what_was_measured_stays(gpu, monkeypatch, tmp_path):
+    rows = run(gpu, monkeypatch, tmp_path, "--no-compile", "--batches", "2")["rows"]
+
+    def hanging(args, size, batch):
+        while batch == 3:
+            with suppress(Exception):  # as a compiler might
+                time.sleep(0.01)
+        return rows
+
+    monkeypatch.setattr(gpu.step_time, "measure", hanging)
+    record = run(gpu, monkeypatch, tmp_path, "--no-compile", "--batches", "2", "3", "--seconds", "0.5")
+    assert record["rows"] == rows
+    assert record["left_out"] == ["mini, adamw, batch 3: 0.5 seconds are used up"]
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
 def test_each_optimizer_has_its_rows(gpu, monkeypatch, tmp_path):
