@@ -1,0 +1,180 @@
+"""What the documentation says of our own runs is what their reports and records say."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_dbp.comparison.report.yardstick import step_ratio
+from hf_dbp.comparison.statistics import value_at
+
+ROOT = Path(__file__).parents[2]
+FAST = {
+    "bp": "AdamW",
+    "paper": "DBP, R every step",
+    "every 5th step": "DBP, R every 5 steps",
+    "block inputs": "DBP, block inputs",
+    "block inputs, every 5th step": "DBP, block inputs, every 5 steps",
+}
+
+
+def published(name):
+    """From a report under docs/results: each variant's best loss, and overhead and savings by (variant, baseline)."""
+    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+    losses, overheads, savings = {}, {}, {}
+    for variant, figures in report["variants"].items():
+        loss = figures["validation"]["best"]["loss"]
+        losses[variant] = f"{loss['mean']:.3f} ± {loss['sd']:.3f}"
+    for row in report["comparisons"]:
+        pair = row["other"], row["baseline"]
+        overheads[pair] = row["tests"]["step time"]["percent"]["mean"]
+        costs = (row["target"]["costs"][cost]["percent"] for cost in ("steps", "seconds"))
+        savings[pair] = [f"{-c['mean']:.0f} % [{-c['high']:.0f}, {-c['low']:.0f}]" for c in costs]
+    return losses, overheads, savings
+
+
+def cells_of(page):
+    """The page's words, and the cells of each line of its tables."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return " ".join(text.split()), [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_the_page_on_when_it_pays_holds_the_tables_of_the_reports():
+    page, table = cells_of("docs/when.md")
+    losses, overheads, savings = published("methods")
+    for variant, loss in losses.items():
+        label = variant.replace("dbp+", "DBP + ").replace("adamw", "AdamW").replace("muon", "Muon")
+        saved = (savings.get((variant, baseline), ["", ""]) for baseline in ("adamw", "muon"))
+        assert [label, loss, *itertools.chain(*saved)] in table
+    over_adamw, over_muon = overheads["dbp+adamw", "adamw"], overheads["dbp+muon", "muon"]
+    assert f"took {over_adamw:.0f} % longer than AdamW's and {over_muon:.0f} % longer than Muon's" in page
+    losses, overheads, savings = published("fast_settings")
+    for variant, label in FAST.items():
+        pair = variant, "bp"
+        cells = [f"{overheads[pair]:+.1f} %", *savings[pair]] if pair in savings else ["", "", ""]
+        assert [label, losses[variant], *cells] in table
+
+
+YARDSTICK = {
+    "adamw": "AdamW",
+    "soap": "SOAP",
+    "muon": "Muon",
+    "dbp encoder+muon": "DBP of the encoder, under Muon",
+    "dbp+muon": "DBP of the whole model, under Muon",
+}
+
+
+def yardstick_cells(name, variant):
+    """From a report under docs/results: the variant's best loss, and what whole-model DBP saves to reach it."""
+    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+    if variant not in report["variants"]:
+        return ["", "", ""]
+    loss = report["variants"][variant]["validation"]["best"]["loss"]
+    cells = [f"{loss['mean']:.3f} ± {loss['sd']:.3f}", "", ""]
+    for pair in report["yardstick"]["pairs"]:
+        saving = pair["savings"].get("validation loss")
+        if (pair["baseline"], pair["other"]) == (variant, "dbp+muon") and saving:
+            bound = "≥ " if saving["at_least"] else ""
+            for cell, what in enumerate(("steps", "time"), start=1):
+                mean = saving[what]
+                cells[cell] = bound + saved(mean, 0)
+    return cells
+
+
+def saved(figures, digits, sign=""):
+    """A mean saving in per cent, with its interval unless too many seeds are bounds."""
+    text = f"{figures['mean']:{sign}.{digits}f} %"
+    if figures["low"] is None:
+        return text
+    return f"{text} [{figures['low']:{sign}.{digits}f}, {figures['high']:{sign}.{digits}f}]"
+
+
+def decimals(content):
+    """Every number of a JSON content, rounded to three and to four decimals."""
+    if isinstance(content, dict | list):
+        values = content.values() if isinstance(content, dict) else content
+        return set().union(*map(decimals, values))
+    return {f"{content:.3f}", f"{content:.4f}"} if isinstance(content, float) else set()
+
+
+def test_losses_and_probes_of_the_variants_stand_in_their_records():
+    folder = ROOT / "docs" / "results" / "yardstick"
+    *_, section = (folder / "VARIANTS.md").read_text(encoding="utf-8").partition("## On deeper and wider models")
+    files = (folder / name for name in ("variants_models.json", "variants.json", "mean_iou.json"))
+    recorded = decimals([json.loads(file.read_text(encoding="utf-8")) for file in files])
+    for name, variant in (("yardstick_tiny", "muon"), ("yardstick", "adamw"), ("yardstick", "soap")):
+        recorded.add(yardstick_cells(name, variant)[0].split()[0])
+    quoted = set(re.findall(r"\b0\.\d{3,4}\b", section))
+    assert len(quoted) > 50 and not quoted - recorded
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [(name, "muon") for name in ("yardstick", "yardstick_tiny", "yardstick_long", "yardstick_wire_bonding")]
+    + [("yardstick", "adamw"), ("yardstick_tiny", "adamw")],
+)
+def test_encoders_at_equal_time_are_those_of_the_reports(name, baseline):
+    """The list of reports gives errors that the older reports leave to be interpolated."""
+    results = ROOT / "docs" / "results"
+    page = " ".join((results / "README.md").read_text(encoding="utf-8").split())
+    pairs = json.loads((results / name / "report.json").read_text(encoding="utf-8"))["yardstick"]["pairs"]
+    pair = next(one for one in pairs if (one["baseline"], one["other"]) == (baseline, "dbp+muon"))
+    for quality in ("error of k nearest neighbours", "error of the linear probe"):
+        found = pair["savings"][quality]
+        curve = [(float(length), end["mean"]) for length, end in found["ends"].items()]
+        end = value_at(curve, found["length"] * pair["step_ratio"]["mean"])
+        dbp = f"{found['other_end']['mean']:.3f}"
+        assert f"{end:.3f} and {dbp}" in page or f"{end:.3f} and DBP {dbp}" in page
+
+
+def test_savings_by_the_encoder_are_those_of_the_reports():
+    savings = {}
+    for name in ("yardstick_tiny", "yardstick_long"):
+        report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+        for pair in report["yardstick"]["pairs"]:
+            for quality, found in pair["savings"].items():
+                savings[name, pair["baseline"], quality.split()[-1]] = found
+    page, when = (cells_of(file)[0] for file in ("README.md", "docs/when.md"))
+    knn, linear = (savings["yardstick_tiny", "muon", quality] for quality in ("neighbours", "probe"))
+    assert (len(knn["at_most"]), len(linear["at_least"])) == (1, 3)
+    assert f"at most {saved(knn['steps'], 0)} of the steps and none of the time, {saved(knn['time'], 0)}" in page
+    assert f"at least {saved(linear['steps'], 0)} of Muon's steps and {saved(linear['time'], 0)} of its time" in page
+    assert f"≥ {saved(linear['steps'], 1, '+')} of Muon's steps and ≥ {saved(linear['time'], 1, '+')} of its" in when
+    assert f"≤ {saved(knn['steps'], 1, '+')} and of its time ≤ {saved(knn['time'], 1, '+')}" in when
+    adamw = savings["yardstick_tiny", "adamw", "neighbours"]
+    assert not adamw["at_most"] and f"{saved(adamw['steps'], 1, '+')} of AdamW's steps" in when
+    knn = savings["yardstick_long", "muon", "neighbours"]
+    assert len(knn["at_most"]) == 1
+    assert f"≤ {saved(knn['steps'], 1, '+')} of the steps and ≤ {saved(knn['time'], 1, '+')} of the time" in when
+
+
+def soap_on_tiny():
+    """SOAP's cells of ViT-Tiny: its longer schedules are recorded beside the report, not in it."""
+    loss, *_ = yardstick_cells("yardstick_tiny", "soap")
+    results = ROOT / "docs" / "results"
+    yardstick = json.loads((results / "yardstick_tiny" / "report.json").read_text(encoding="utf-8"))["yardstick"]
+    dbp = next(pair["savings"]["validation loss"]["other_end"] for pair in yardstick["pairs"])
+    records = json.loads((results / "yardstick" / "variants_models.json").read_text(encoding="utf-8"))
+    runs = [record for record in records if record["arguments"]["model_size"] == "tiny"]
+    longer = [record for record in runs if record["arguments"]["optimizer"] == "soap"]
+    assert {record["arguments"]["max_steps"] for record in longer} == {400}
+    assert min(record["validation_loss"] for record in longer) > dbp["high"]  # so 200 of 400 steps are a lower bound
+    times = yardstick["step_times"]
+    ratio = step_ratio({}, {}, (times["soap"], times["dbp+muon"]))["mean"]
+    return [loss, f"≥ 50 % ({len(longer)} seeds)", f"≥ {100 - 50 * ratio:.0f} % ({len(longer)} seeds)"]
+
+
+def test_the_readme_says_what_the_reports_say():
+    page, table = cells_of("README.md")
+    for variant, label in YARDSTICK.items():
+        tiny = soap_on_tiny() if variant == "soap" else yardstick_cells("yardstick_tiny", variant)
+        assert [label, *yardstick_cells("yardstick", variant), *tiny] in table
+    street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
+    random, bp, dbp = (
+        f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
+    )
+    assert (
+        f"was {random} from random weights, {bp} after 2,400 steps of pre-training with Muon and {dbp} with DBP" in page
+    )
