@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_dbp.comparison.report.yardstick import step_ratio
-from hf_dbp.comparison.statistics import value_at
+from hf_dbp.comparison.statistics import crossing, value_at
 
 ROOT = Path(__file__).parents[2]
 FAST = {
@@ -178,3 +178,100 @@ def test_the_readme_says_what_the_reports_say():
     assert (
         f"was {random} from random weights, {bp} after 2,400 steps of pre-training with Muon and {dbp} with DBP" in page
     )
+
+
+VARIANTS = ROOT / "docs" / "results" / "yardstick"
+
+
+def recorded(name):
+    return json.loads((VARIANTS / name).read_text(encoding="utf-8"))
+
+
+def seed_of(record):
+    found = re.search(r"seed (\d)", record["model"])
+    return record.get("seed", int(found.group(1)) if found else 0)
+
+
+def on_mini(variant, *, later):
+    """seed -> final loss of a variant, from the records of one H200 or, later, of one CPU core."""
+    if not later:
+        return {r["seed"]: r["validation_loss"] for r in recorded("variants_gpu.json") if r["variant"] == variant}
+    if variant == "Newton-Muon":
+        runs = [r for r in recorded("variants_models.json") if "damping 0.2 of" in r["arguments"].get("variant", "")]
+        return {r["arguments"]["seed"]: r["validation_loss"] for r in runs if r["arguments"]["learning_rate"] == 1e-2}
+    runs = [r for r in recorded("variants.json") if r["variant"] == variant and r["model"].startswith("mini")]
+    return {seed_of(r): r["validation_loss"] for r in runs}
+
+
+def mean_change(losses, others):
+    """Mean over the common seeds of the relative difference, in per cent."""
+    seeds = losses.keys() & others.keys()
+    return 100 * sum(losses[seed] / others[seed] - 1 for seed in seeds) / len(seeds)
+
+
+def steps_saved(change):
+    """Where Muon's mean end, as a share of that of 300 steps, is as low: on the lines between its three lengths."""
+    pairs = json.loads((VARIANTS / "report.json").read_text(encoding="utf-8"))["yardstick"]["pairs"]
+    ends = next(pair for pair in pairs if pair["baseline"] == "muon")["savings"]["validation loss"]["ends"]
+    curve = [(float(steps), end["mean"] / ends["300"]["mean"]) for steps, end in ends.items()]
+    equal = crossing(curve, 1 + change / 100)
+    return f"{100 * (1 - 300 / equal):.0f} %"
+
+
+LATER = {  # rows of variants that were run later, on a CPU -> the name of their records
+    "eta divided by the inputs' mean variance †": "whole model, kappa 0.1, scale-free eta",
+    "eta warmed up over a tenth of the steps †": "whole model, kappa 0.1, eta warmed up over a tenth of the steps",
+    "R frozen when its correlations no longer fall †": (
+        "whole model, kappa 0.1, R frozen when its correlations no longer fall"
+    ),
+    "Newton-Muon †": "Newton-Muon",
+}
+HALF = "R frozen after half of the steps"
+REFERENCE = "whole model, kappa 0.1"
+
+
+def step_cost(variant):
+    """Time and FLOPs of a step as multiples of Muon's, and MiB of matrices; like the reference's where not measured."""
+    record = recorded("variants_step_times.json")
+    if variant == HALF:
+        frozen, whole = (step_cost(name) for name in ("R frozen (after eta_stop)", REFERENCE))
+        return [(a + b) / 2 for a, b in zip(frozen, whole, strict=True)]
+    name = variant.removesuffix(" †")
+    name = name if name in record["seconds"] else REFERENCE
+    own, muon = (record["seconds"][one] for one in (name, "Muon"))
+    time = step_ratio({}, {}, (muon, own))["mean"]
+    return [time, record["flops"][name] / record["flops"]["Muon"], record["matrix_bytes"][name] / 2**20]
+
+
+def variant_cells(variant):
+    """What the table of variants says of one, but for the verdict."""
+    later = variant in LATER
+    losses = on_mini(LATER.get(variant, variant), later=later)
+    written = ", ".join(f"{loss:.4f}" for _, loss in sorted(losses.items()))
+    time, flops, size = step_cost(variant)
+    cost = [f"{time:.2f}", f"{flops:.3f}", f"{size:.1f}"]
+    if variant == "Muon":
+        return [variant, written, "", "", "", *cost]
+    to_muon, to_reference = (mean_change(losses, on_mini(name, later=later)) for name in ("Muon", REFERENCE))
+    return [
+        variant, written, f"{to_muon:+.1f} %", steps_saved(to_muon),
+        "" if variant == REFERENCE else f"{to_reference:+.1f} %", *cost,
+    ]  # fmt: skip
+
+
+def test_the_table_of_variants_is_that_of_the_records():
+    text = (VARIANTS / "VARIANTS.md").read_text(encoding="utf-8")
+    _, table = text.split("| variant | validation loss, seeds 0, 1, 2 |")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()[2:]]
+    assert {row[0] for row in rows} >= {r["variant"] for r in recorded("variants_gpu.json")} | LATER.keys()
+    for row in rows:
+        assert row[:-1] == variant_cells(row[0])
+
+
+def test_the_single_runs_of_variants_are_recorded():
+    rows = cells_of("docs/results/yardstick/VARIANTS.md")[1]
+    found = {(row[0], row[1]): row[2:4] for row in rows if len(row) == 5 and "steps of" in row[0]}
+    records = {(r["model"], r["variant"]): r for r in recorded("variants.json") if "to_muon_percent" in r}
+    assert found.keys() == records.keys()
+    for key, record in records.items():
+        assert found[key] == [f"{record['validation_loss']:.4f}", f"{record['to_muon_percent']:+.1f} %"]
