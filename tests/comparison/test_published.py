@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_dbp.comparison.report.yardstick import step_ratio
-from hf_dbp.comparison.statistics import crossing, value_at
+from hf_dbp.comparison.report.yardstick import mean_of_bounded, step_ratio
+from hf_dbp.comparison.statistics import crossing, mean_interval, value_at
 
 ROOT = Path(__file__).parents[2]
 FAST = {
@@ -99,6 +99,12 @@ def decimals(content):
     return {f"{content:.3f}", f"{content:.4f}"} if isinstance(content, float) else set()
 
 
+def mean_of_muon_over_2400_steps():
+    report = json.loads((ROOT / "docs/results/yardstick_long/report.json").read_text(encoding="utf-8"))
+    (pair,) = report["yardstick"]["pairs"]
+    return pair["savings"]["validation loss"]["ends"]["2400"]["mean"]
+
+
 def test_losses_and_probes_of_the_variants_stand_in_their_records():
     folder = ROOT / "docs" / "results" / "yardstick"
     *_, section = (folder / "VARIANTS.md").read_text(encoding="utf-8").partition("## On deeper and wider models")
@@ -106,6 +112,7 @@ def test_losses_and_probes_of_the_variants_stand_in_their_records():
     recorded = decimals([json.loads(file.read_text(encoding="utf-8")) for file in files])
     for name, variant in (("yardstick_tiny", "muon"), ("yardstick", "adamw"), ("yardstick", "soap")):
         recorded.add(yardstick_cells(name, variant)[0].split()[0])
+    recorded |= {f"{mean_of_muon_over_2400_steps():.4f}", soap_on_mini()[0].split()[0]}
     quoted = set(re.findall(r"\b0\.\d{3,4}\b", section))
     assert len(quoted) > 50 and not quoted - recorded
 
@@ -150,27 +157,60 @@ def test_savings_by_the_encoder_are_those_of_the_reports():
     assert f"≤ {saved(knn['steps'], 1, '+')} of the steps and ≤ {saved(knn['time'], 1, '+')} of the time" in when
 
 
+def single_runs(**wanted):
+    """seed -> final loss of the runs beside the reports, from their records."""
+    found = [
+        r
+        for r in records_of("variants_models.json")
+        if r["arguments"].items() >= wanted.items() and "train_dir" not in r["arguments"]
+    ]
+    return {r["arguments"]["seed"]: r["validation_loss"] for r in found}
+
+
+def soaps_step(name):
+    """The step of whole-model DBP under Muon as a multiple of SOAP's."""
+    report = json.loads((ROOT / "docs" / "results" / name / "report.json").read_text(encoding="utf-8"))
+    times = report["yardstick"]["step_times"]
+    return step_ratio({}, {}, (times["soap"], times["dbp+muon"]))["mean"]
+
+
 def soap_on_tiny():
     """SOAP's cells of ViT-Tiny: its longer schedules are recorded beside the report, not in it."""
     loss, *_ = yardstick_cells("yardstick_tiny", "soap")
-    results = ROOT / "docs" / "results"
-    yardstick = json.loads((results / "yardstick_tiny" / "report.json").read_text(encoding="utf-8"))["yardstick"]
-    dbp = next(pair["savings"]["validation loss"]["other_end"] for pair in yardstick["pairs"])
-    records = json.loads((results / "yardstick" / "variants_models.json").read_text(encoding="utf-8"))
-    runs = [record for record in records if record["arguments"]["model_size"] == "tiny"]
-    longer = [record for record in runs if record["arguments"]["optimizer"] == "soap"]
-    assert {record["arguments"]["max_steps"] for record in longer} == {400}
-    assert min(record["validation_loss"] for record in longer) > dbp["high"]  # so 200 of 400 steps are a lower bound
-    times = yardstick["step_times"]
-    ratio = step_ratio({}, {}, (times["soap"], times["dbp+muon"]))["mean"]
-    return [loss, f"≥ 50 % ({len(longer)} seeds)", f"≥ {100 - 50 * ratio:.0f} % ({len(longer)} seeds)"]
+    longer = single_runs(model_size="tiny", optimizer="soap", max_steps=400)
+    full = {"decorrelated_layers": "full", "wide_blocks": 1, "kappa": 0.1, "eta": 2e-3}
+    dbp = single_runs(model_size="tiny", optimizer="muon", max_steps=200, learning_rate=5e-3, **full)
+    assert longer.keys() == dbp.keys() == set(range(5))
+    assert all(longer[seed] > dbp[seed] for seed in dbp)  # so 200 of 400 steps are a lower bound
+    return [loss, "≥ 50 %", f"≥ {100 - 50 * soaps_step('yardstick_tiny'):.0f} %"]
+
+
+def soap_on_mini():
+    """SOAP's cells of `mini`, at a learning rate between those of the report."""
+    runs = {
+        steps: single_runs(model_size="mini", optimizer="soap", method="bp", max_steps=steps, learning_rate=5e-3)
+        for steps in (300, 400, 600)
+    }
+    dbp = on_mini(REFERENCE, later=True)
+    assert all(losses.keys() == dbp.keys() == set(range(5)) for losses in runs.values())
+    own = mean_interval(list(runs[300].values()))
+    equal = [crossing([(float(steps), losses[seed]) for steps, losses in runs.items()], dbp[seed]) for seed in dbp]
+    beyond = equal.count(None)
+    steps = [300 / (600 if at is None else at) for at in equal]
+    cells = [f"{own.mean:.3f} ± {own.sd:.3f}"]
+    for ratio in (1.0, soaps_step("yardstick")):
+        figures = mean_of_bounded([100 * (1 - share * ratio) for share in steps], beyond)
+        cells.append(("≥ " if beyond else "") + saved(figures, 0))
+    return cells
 
 
 def test_the_readme_says_what_the_reports_say():
     page, table = cells_of("README.md")
     for variant, label in YARDSTICK.items():
-        tiny = soap_on_tiny() if variant == "soap" else yardstick_cells("yardstick_tiny", variant)
-        assert [label, *yardstick_cells("yardstick", variant), *tiny] in table
+        mini, tiny = (yardstick_cells(name, variant) for name in ("yardstick", "yardstick_tiny"))
+        if variant == "soap":
+            mini, tiny = soap_on_mini(), soap_on_tiny()
+        assert [label, *mini, *tiny] in table
     street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
     random, bp, dbp = (
         f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
@@ -183,7 +223,7 @@ def test_the_readme_says_what_the_reports_say():
 VARIANTS = ROOT / "docs" / "results" / "yardstick"
 
 
-def recorded(name):
+def records_of(name):
     return json.loads((VARIANTS / name).read_text(encoding="utf-8"))
 
 
@@ -195,11 +235,11 @@ def seed_of(record):
 def on_mini(variant, *, later):
     """seed -> final loss of a variant, from the records of one H200 or, later, of one CPU core."""
     if not later:
-        return {r["seed"]: r["validation_loss"] for r in recorded("variants_gpu.json") if r["variant"] == variant}
+        return {r["seed"]: r["validation_loss"] for r in records_of("variants_gpu.json") if r["variant"] == variant}
     if variant == "Newton-Muon":
-        runs = [r for r in recorded("variants_models.json") if "damping 0.2 of" in r["arguments"].get("variant", "")]
+        runs = [r for r in records_of("variants_models.json") if "damping 0.2 of" in r["arguments"].get("variant", "")]
         return {r["arguments"]["seed"]: r["validation_loss"] for r in runs if r["arguments"]["learning_rate"] == 1e-2}
-    runs = [r for r in recorded("variants.json") if r["variant"] == variant and r["model"].startswith("mini")]
+    runs = [r for r in records_of("variants.json") if r["variant"] == variant and r["model"].startswith("mini")]
     return {seed_of(r): r["validation_loss"] for r in runs}
 
 
@@ -232,7 +272,7 @@ REFERENCE = "whole model, kappa 0.1"
 
 def step_cost(variant):
     """Time and FLOPs of a step as multiples of Muon's, and MiB of matrices; like the reference's where not measured."""
-    record = recorded("variants_step_times.json")
+    record = records_of("variants_step_times.json")
     if variant == HALF:
         frozen, whole = (step_cost(name) for name in ("R frozen (after eta_stop)", REFERENCE))
         return [(a + b) / 2 for a, b in zip(frozen, whole, strict=True)]
@@ -263,7 +303,7 @@ def test_the_table_of_variants_is_that_of_the_records():
     text = (VARIANTS / "VARIANTS.md").read_text(encoding="utf-8")
     _, table = text.split("| variant | validation loss, seeds 0, 1, 2 |")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n\n")[0].splitlines()[2:]]
-    assert {row[0] for row in rows} >= {r["variant"] for r in recorded("variants_gpu.json")} | LATER.keys()
+    assert {row[0] for row in rows} >= {r["variant"] for r in records_of("variants_gpu.json")} | LATER.keys()
     for row in rows:
         assert row[:-1] == variant_cells(row[0])
 
@@ -271,7 +311,7 @@ def test_the_table_of_variants_is_that_of_the_records():
 def test_the_single_runs_of_variants_are_recorded():
     rows = cells_of("docs/results/yardstick/VARIANTS.md")[1]
     found = {(row[0], row[1]): row[2:4] for row in rows if len(row) == 5 and "steps of" in row[0]}
-    records = {(r["model"], r["variant"]): r for r in recorded("variants.json") if "to_muon_percent" in r}
+    records = {(r["model"], r["variant"]): r for r in records_of("variants.json") if "to_muon_percent" in r}
     assert found.keys() == records.keys()
     for key, record in records.items():
         assert found[key] == [f"{record['validation_loss']:.4f}", f"{record['to_muon_percent']:+.1f} %"]
