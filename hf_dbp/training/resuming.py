@@ -368,7 +368,8 @@ class ResumingTrainer(Trainer):  # type: ignore[misc]
             group.update(setting)
         if isinstance(self.lr_scheduler, LambdaLR):
             self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
-            if checkpoint and self.is_world_process_zero():
+            by_steps = getattr(self.args, "budget", None) is None  # a budget's schedule is not set yet
+            if checkpoint and by_steps and self.is_world_process_zero():
                 warn_of_rise(self.lr_scheduler, self.optimizer)
         else:  # based on measurements: settings such as factor and patience are the current ones
             self.lr_scheduler.__dict__ |= {name: schedule[name] for name in schedule if name in MEASURED_SETTINGS}

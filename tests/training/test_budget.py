@@ -222,7 +222,7 @@ def test_a_run_ends_in_time_along_the_schedule(tmp_path, clock):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_keeps_the_rest_of_its_budget(tmp_path, clock, monkeypatch):
+def test_a_resumed_run_keeps_the_rest_of_its_budget(tmp_path, clock, monkeypatch, caplog):
     saves, real = [], BudgetCallback.on_save
 
     def stopping(self, *args, **kwargs):
@@ -242,6 +242,7 @@ def test_a_resumed_run_keeps_the_rest_of_its_budget(tmp_path, clock, monkeypatch
     rates = [row["learning_rate"] for row in state["log_history"] if "learning_rate" in row]
     peak = int(np.argmax(rates))
     assert rates[peak:] == sorted(rates[peak:], reverse=True) and peak < 0.2 * len(rates)
+    assert "rises" not in caplog.text
 
 
 def test_a_resumed_run_remembers_how_long_an_evaluation_takes():
