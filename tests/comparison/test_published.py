@@ -112,6 +112,7 @@ def test_losses_and_probes_of_the_variants_stand_in_their_records():
     recorded = decimals([json.loads(file.read_text(encoding="utf-8")) for file in files])
     for name, variant in (("yardstick_tiny", "muon"), ("yardstick", "adamw"), ("yardstick", "soap")):
         recorded.add(yardstick_cells(name, variant)[0].split()[0])
+    recorded |= decimals(records_of("report.json")["search"])
     recorded |= {f"{mean_of_muon_over_2400_steps():.4f}", soap_on_mini()[0].split()[0]}
     quoted = set(re.findall(r"\b0\.\d{3,4}\b", section))
     assert len(quoted) > 50 and not quoted - recorded
@@ -211,6 +212,9 @@ def test_the_readme_says_what_the_reports_say():
         if variant == "soap":
             mini, tiny = soap_on_mini(), soap_on_tiny()
         assert [label, *mini, *tiny] in table
+    link = "[VARIANTS](results/yardstick/VARIANTS.md)"
+    for cells in (soap_on_mini(), soap_on_tiny()):
+        assert ["", "SOAP", *cells[1:], link] in cells_of("docs/when.md")[1]
     street = json.loads((ROOT / "docs" / "results" / "street_scenes" / "report.json").read_text(encoding="utf-8"))
     random, bp, dbp = (
         f"{street['segmentation']['variants'][name]['mean']:.3f}" for name in ("random weights", "muon", "dbp+muon")
