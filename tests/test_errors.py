@@ -385,6 +385,7 @@ class Finder:
         if name == "torch":
             signal.raise_signal(signal.SIGINT)
 sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 sys.argv = ["hf-dbp", "pretrain", "images"]
 import hf_dbp.cli
 hf_dbp.cli.main()
