@@ -162,6 +162,8 @@ class Plan:
         for planned in self.search_runs():
             _, data_args, _, args = parse_arguments(pretraining.GROUPS, [*planned.arguments, "--output_dir", "unused"])
             ImageSource(**asdict(data_args))
+            if not args.do_train:
+                raise UserError("the plan's runs would train nothing: add do_train: true to its flags, or a recipe")
             if args.max_steps in self.lengths.get(planned.variant, ()):
                 raise UserError(
                     f"lengths of {planned.variant} names {args.max_steps}, its own --max_steps; leave it out"

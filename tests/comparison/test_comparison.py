@@ -27,7 +27,7 @@ from hf_dbp.recipes import plan_names
 
 PLAN = """
 title: Made up
-flags: {method: bp, max_steps: 40, learning_rate: 1e-3, dataset_name: wire_bonding}
+flags: {do_train: true, method: bp, max_steps: 40, learning_rate: 1e-3, dataset_name: wire_bonding}
 axes:
   method:
     adamw: {optimizer: adamw}
@@ -260,6 +260,7 @@ def test_flags_are_put_right_after_a_run_that_failed_at_once(plan, launcher, tmp
     ("changed", "message"),
     [
         (("dataset_name: wire_bonding", "streaming: false"), "no data: give --train_dir FOLDER"),
+        (("do_train: true", "do_eval: true"), "the plan's runs would train nothing: add do_train: true"),
         (("seeds:", "lengths: {adamw: [40, 80]}\nseeds:"), "lengths of adamw names 40, its own --max_steps"),
         (("seeds:", "segmentation: {flags: {crop_sise: 64}}\nseeds:"), "segmentation: unknown flag --crop_sise; did"),
         (("seeds:", "segmentation: {random: true}\nseeds:"), "segmentation: no data: give --train_dir FOLDER"),
